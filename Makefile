@@ -1,0 +1,45 @@
+# Every target sets itself up: .venv is made on the first call and re-installed when the dependencies change.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+UV     := $(PY) -m uv pip install --quiet --python $(PY)
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help env demo test zoo bench lint clean
+
+help:
+	@echo "make demo | test | zoo | bench | lint | env | clean"
+
+demo: $(STAMP)
+	$(PY) examples/01_vgg16.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not zoo"
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.sweep
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.run
+
+lint: $(STAMP)
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --check --quiet .
+	$(PY) -m pyright --pythonpath $(PY)
+
+env: $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# uv is only for speed; without it pip installs the same versions.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (the first time takes some minutes: torch is large)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'splitfx needs Python 3.11 or newer; run make PYTHON=python3.11')"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	@$(PY) -m uv --version >/dev/null 2>&1 || $(PIP) uv || echo "uv cannot be installed; going on with pip"
+	@if $(PY) -m uv --version >/dev/null 2>&1; then installer="$(UV)"; else installer="$(PIP)"; fi; \
+	$$installer -c constraints.txt -e '.[dev]'
+	@touch $@

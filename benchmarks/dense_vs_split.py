@@ -1,0 +1,111 @@
+"""Dense against split networks: MACs, parameters, peak memory and CPU latency, eager and onnxruntime.
+
+``kept`` is the share of the saved work that becomes time: (dense latency / split latency) / (dense MACs /
+split MACs). Dense and split run in turn in one process, so a drift of the machine meets both; latencies are
+medians.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import fx
+
+import splitfx
+from splitfx.export.onnx import export_onnx
+from splitfx.export.sessions import CPU, open_session, session_options
+from splitfx.measure import alternate, measure
+from splitfx.passes import Group
+from splitfx.profile import profile
+from splitfx.report.table import number, seconds, size
+from splitfx.trace import trace
+
+NAME = "dense_vs_split"
+SHAPE = (1, 3, 224, 224)
+CASES = (("vgg16", (8, 2, 2, 4, 4)), ("resnet18", (8, 4, 2, 2, 2)))
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+COLUMNS = (
+    ("model", "model", str),
+    ("macs", "MACs", number),
+    ("params", "params", number),
+    ("predicted_peak_bytes", "peak", size),
+    ("measured_peak_bytes", "measured", size),
+    ("eager_seconds", "eager", seconds),
+    ("eager_kept", "kept", _ratio),
+    ("onnx_seconds", "onnxruntime", seconds),
+    ("onnx_kept", "kept", _ratio),
+)
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    return [row for model, factors in CASES for row in compared(model, factors, runs=5 if quick else 30)]
+
+
+def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, Any]]:
+    """Two rows: the model as it is, and split by ``factors``."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    image = torch.randn(SHAPE)
+    dense = trace(model, image)
+    split = splitfx.transform(model, splitfx.Plan([Group(factors=factors)], input_shape=SHAPE), verify=False)
+    graphs = {"dense": dense, "split": split}
+    eager = alternate({key: caller(graph, image) for key, graph in graphs.items()}, runs)
+    onnx = alternate_onnx(graphs, image, runs)
+    found = {key: figures(graph, image) for key, graph in graphs.items()}
+    work = found["dense"]["macs"] / found["split"]["macs"]
+    label = {"dense": name, "split": f"{name} {','.join(map(str, factors))}"}
+    rows = [
+        {
+            "model": label[key],
+            "factors": list(factors) if key == "split" else None,
+            **found[key],
+            "eager_seconds": eager[key],
+            "onnx_seconds": onnx[key],
+        }
+        for key in graphs
+    ]
+    rows[1] |= {
+        "macs_ratio": work,
+        "eager_kept": eager["dense"] / eager["split"] / work,
+        "onnx_kept": onnx["dense"] / onnx["split"] / work,
+    }
+    return rows
+
+
+def caller(graph: fx.GraphModule, image: torch.Tensor) -> Callable[[], Any]:
+    return lambda: graph(image)
+
+
+def alternate_onnx(graphs: dict[str, fx.GraphModule], image: torch.Tensor, runs: int) -> dict[str, float]:
+    threads, feed = torch.get_num_threads(), image.numpy()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def session(key: str) -> Callable[[], Any]:
+            path = export_onnx(graphs[key], Path(folder) / f"{key}.onnx")
+            opened = open_session(path, CPU, session_options(threads))
+            inputs = {opened.get_inputs()[0].name: feed}
+            return lambda: opened.run(None, inputs)
+
+        return alternate({key: session(key) for key in graphs}, runs)
+
+
+def figures(graph: fx.GraphModule, image: torch.Tensor) -> dict[str, Any]:
+    found, real = profile(graph), measure(graph, image, runs=1)
+    return {
+        "macs": found.macs,
+        "params": found.params,
+        "predicted_peak_bytes": found.peak_bytes,
+        "peak_layer": found.peak_node,
+        "measured_peak_bytes": real.peak_bytes,
+        "process_peak_bytes": real.process_bytes,
+    }

@@ -1,0 +1,94 @@
+"""The one runner: ``python -m benchmarks.run [name ...] [--quick] [--threads N] [--list]``.
+
+Prints each benchmark's table and writes ``benchmarks/results/<name>.json``; ``--quick`` takes fewer runs
+and models and writes nothing. The process is started anew with a fixed number of threads that wait
+passively, so that two thread pools (torch's and onnxruntime's) do not spin against each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import benchmarks
+from benchmarks.results_format import record, write
+from splitfx.errors import nearest
+from splitfx.report.table import table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parsed(arguments)
+    known = discover()
+    if options.list:
+        print(
+            "\n".join(
+                f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}" for name, module in known.items()
+            )
+        )
+        return 0
+    for name in options.names:
+        if name not in known:
+            print(
+                f"there is no benchmark '{name}'.{nearest(name, known)} Known: {', '.join(known)}",
+                file=sys.stderr,
+            )
+            return 2
+    restart_with_fixed_threads(options.threads)
+    for name in options.names or known:
+        started = time.perf_counter()
+        rows = known[name].run(options.quick)
+        print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
+        if not options.quick:
+            print(f"written: {write(record(name, rows))}", flush=True)
+    return 0
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.run", description="Run benchmarks and keep their results."
+    )
+    parser.add_argument("names", nargs="*", help="which ones; all when left out")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and models; results are not written")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every engine (default 1)")
+    parser.add_argument("--list", action="store_true", help="show what there is")
+    return parser.parse_args(arguments)
+
+
+def discover() -> dict[str, ModuleType]:
+    """Name -> module of every benchmark in this folder."""
+    names = sorted(one.name for one in pkgutil.iter_modules(benchmarks.__path__))
+    found = (importlib.import_module(f"benchmarks.{name}") for name in names if name != "run")
+    return {module.NAME: module for module in found if hasattr(module, "NAME")}
+
+
+def restart_with_fixed_threads(threads: int) -> None:
+    """OpenMP reads its settings once, when it is loaded, so they have to be there before Python starts."""
+    wanted = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if all(os.environ.get(key) == value for key, value in wanted.items()):
+        return
+    sys.stdout.flush()
+    again = [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]]
+    os.execve(sys.executable, again, {**os.environ, **wanted})
+
+
+def render(module: ModuleType, rows: list[dict[str, Any]]) -> str:
+    cells = [[form(row.get(key)) for key, _, form in module.COLUMNS] for row in rows]
+    return table([heading for _, heading, _ in module.COLUMNS], cells, left=getattr(module, "LEFT", (0,)))
+
+
+def load(name: str) -> dict[str, Any]:
+    """The kept results of a benchmark."""
+    from benchmarks.results_format import path_of
+
+    return json.loads(path_of(name).read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

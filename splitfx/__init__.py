@@ -1,0 +1,69 @@
+"""splitfx: a compiler that takes PyTorch networks apart.
+
+    plan  = splitfx.Plan([Group(factors=(8, 2, 2, 4, 4))], input_shape=(1, 3, 224, 224))
+    split = splitfx.transform(model, plan)
+
+This file is the table of contents of the public face; names load what they need when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitfx.api import Comparison, Explanation, compare, explain, transform
+    from splitfx.doctor import diagnose
+    from splitfx.errors import (
+        ExportError,
+        MissingExtraError,
+        PassError,
+        PlanError,
+        SplitfxError,
+        TraceError,
+        UnsupportedError,
+        VerificationError,
+    )
+    from splitfx.export import RuntimeReport, check_onnx, export_onnx, session_options
+    from splitfx.measure import Measurement, measure
+    from splitfx.plan import Plan
+    from splitfx.profile import Profile, profile
+    from splitfx.report.html import inspect_html
+    from splitfx.storage import load, save
+    from splitfx.trace import trace
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "splitfx.api": ["transform", "explain", "compare", "Explanation", "Comparison"],
+    "splitfx.doctor": ["diagnose"],
+    "splitfx.errors": ["SplitfxError", "TraceError", "PlanError", "UnsupportedError", "PassError",
+                       "VerificationError", "ExportError", "MissingExtraError"],
+    "splitfx.export": ["export_onnx", "check_onnx", "session_options", "RuntimeReport"],
+    "splitfx.measure": ["measure", "Measurement"],
+    "splitfx.plan": ["Plan"],
+    "splitfx.profile": ["profile", "Profile"],
+    "splitfx.report.html": ["inspect_html"],
+    "splitfx.storage": ["save", "load"],
+    "splitfx.trace": ["trace"],
+}
+_WHERE = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Comparison", "ExportError", "Explanation", "Measurement", "MissingExtraError", "PassError", "Plan", "PlanError",
+    "Profile", "RuntimeReport", "SplitfxError", "TraceError", "UnsupportedError", "VerificationError", "check_onnx",
+    "compare", "diagnose", "explain", "export_onnx", "inspect_html", "load", "measure", "profile", "save",
+    "session_options", "trace", "transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'splitfx' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,84 @@
+"""Facts about a canonical graph: analyses computed on demand and cached per graph version.
+
+A version is what the nodes say (name, operation, operands) plus the sizes of the modules that they call; when a pass
+changes any of it, `facts` starts afresh, so no stale fact survives on a node.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from splitfx.analysis.axes import Axes
+    from splitfx.analysis.cost import Cost
+    from splitfx.analysis.memory import Memory
+
+__all__ = ["Facts", "facts"]
+
+
+class Facts:
+    """What is known of one version of a graph. Every property is computed at most once."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        self.version = version(graph)
+
+    @cached_property
+    def shapes(self) -> dict[fx.Node, Any]:
+        """Every node's value as a fake tensor (or pytree, or number), in the traced sizes."""
+        from splitfx.analysis.shapes import shapes
+
+        return shapes(self.graph)
+
+    @cached_property
+    def cost(self) -> Cost:
+        from splitfx.analysis.cost import cost
+
+        return cost(self.graph, self.shapes)
+
+    @cached_property
+    def memory(self) -> Memory:
+        from splitfx.analysis.memory import memory
+
+        return memory(self.graph, self.shapes)
+
+    @cached_property
+    def cuts(self) -> list[fx.Node]:
+        """Nodes whose one tensor carries everything from input to output, in order."""
+        from splitfx.analysis.cuts import cuts
+
+        return cuts(self.graph)
+
+    @cached_property
+    def axes(self) -> Axes:
+        from splitfx.analysis.axes import axes
+
+        return axes(self.graph, self.shapes)
+
+
+_cache: weakref.WeakKeyDictionary[fx.GraphModule, Facts] = weakref.WeakKeyDictionary()
+
+
+def facts(graph: fx.GraphModule) -> Facts:
+    """The facts of a graph as it is now."""
+    known = _cache.get(graph)
+    if known is None or known.version != version(graph):
+        known = _cache[graph] = Facts(graph)
+    return known
+
+
+def version(graph: fx.GraphModule) -> int:
+    """Changes whenever a node, an operand, an option or the size of a called module changes."""
+    from splitfx.graph import module_of
+
+    parts: list[Any] = []
+    for node in graph.graph.nodes:
+        module = module_of(node)
+        sizes = tuple(tuple(p.shape) for p in module.parameters()) if module is not None else ()
+        parts.append((node.name, node.op, str(node.target), str(node.args), str(node.kwargs), sizes,
+                      module.extra_repr() if module is not None else ""))
+    return hash(tuple(parts))

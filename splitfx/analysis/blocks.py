@@ -1,0 +1,95 @@
+"""Blocks: the layers between two points where a network's feature map shrinks (paper A: its pooling nodes).
+
+A boundary lies on a *cut*, the one tensor that carries everything. Where a single pool shrinks the map, the boundary
+is the pool's output; where a stage starts with strided operations (a residual network), it is the value that feeds
+both its main path and its shortcut. A stretch without convolutions is no block and joins its neighbour.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from splitfx.analysis import Facts
+from splitfx.analysis.axes import Edge
+from splitfx.analysis.shapes import shape
+from splitfx.graph import layer, module_of
+from splitfx.ops import Channel, Spatial, op, op_name
+
+
+@dataclass(frozen=True)
+class Block:
+    """``edges`` are its convolutions in order; ``end`` the cut behind it, None where the network just goes on."""
+
+    index: int  # from 1, as the papers count
+    edges: tuple[Edge, ...]
+    end: fx.Node | None
+
+    def __str__(self) -> str:
+        first, last = layer(self.edges[0].node), layer(self.edges[-1].node)
+        return first if first == last else f"{first} to {last}"
+
+
+def blocks(known: Facts) -> list[Block]:
+    """The blocks of a graph, in order."""
+    place = {node: i for i, node in enumerate(known.graph.graph.nodes)}
+    convs = [e for e in known.axes.edges if op_name(e.node).startswith("conv")]
+    found: list[Block] = []
+    start = -1
+    for end in boundaries(known):
+        inside = tuple(e for e in convs if start < place[e.node] <= place[end])
+        if not inside:
+            continue
+        found.append(Block(len(found) + 1, inside, end))
+        start = place[end]
+    rest = tuple(e for e in convs if place[e.node] > start)
+    return [*found, Block(len(found) + 1, rest, None)] if rest else found
+
+
+def boundaries(known: Facts) -> list[fx.Node]:
+    """Cuts at which the map is about to shrink, or just has (behind a pool)."""
+    chain = [n for n in known.cuts if _has_channels(known, n)]
+    ends: list[fx.Node] = []
+    for before, after in zip(chain, chain[1:], strict=False):
+        if _area(known, after) >= _area(known, before):
+            continue
+        end = after if _is_pool(after) and after.all_input_nodes[0] is before else _stage_start(known, before, chain)
+        if end not in ends:
+            ends.append(end)
+    return ends
+
+
+def _stage_start(known: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
+    """Where the stage of a shrinking operation starts: before the expansion that only its depthwise conv reads.
+
+    An inverted residual widens, then strides; the value in front of the widening is the narrow one that joins stages.
+    """
+    readers = list(node.users)
+    if len(readers) != 1 or getattr(module_of(readers[0]), "groups", 1) == 1:
+        return node
+    walked = node
+    while op(walked).channel is Channel.SAME and len(walked.all_input_nodes) == 1:
+        walked = walked.all_input_nodes[0]
+        if len(walked.users) != 1:
+            return node
+    before = walked.all_input_nodes[0] if op(walked).channel is Channel.MIXES else node
+    if before not in chain or getattr(module_of(walked), "groups", 0) != 1:
+        return node
+    narrower = shape(known.shapes[before])[1] < shape(known.shapes[node])[1]
+    return before if narrower and _area(known, before) == _area(known, node) else node
+
+
+def _has_channels(known: Facts, node: fx.Node) -> bool:
+    held = known.axes.of(node)
+    return held is not None and shape(known.shapes[node])[1] == len(held)
+
+
+def _area(known: Facts, node: fx.Node) -> int:
+    return math.prod(shape(known.shapes[node])[2:])
+
+
+def _is_pool(node: fx.Node) -> bool:
+    row = op(node)
+    return row.channel is Channel.SAME and row.spatial in (Spatial.WINDOW, Spatial.GLOBAL)

@@ -1,0 +1,190 @@
+"""When is how much memory alive: a liveness timeline of the graph, with the node where it peaks.
+
+Predicts the eval-mode execution of the *graph*, whose generated code drops every value right after its last
+reader. The user's own model often holds a little more, because Python locals (``x`` in a caller's forward,
+while a whole stage runs) live until they are overwritten.
+
+Counted: the graph's inputs, all the time, because the caller holds them; every value from its node to its
+last reader; outputs to the end; what composite operators allocate inside. Views and in-place results share
+their operand's storage, which fake tensors show exactly. Not counted: parameters and buffers (they are
+apart, see `cost`) and buffers inside kernels (convolution workspaces). The analysis is linear in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from splitfx.analysis.live import LiveStorage, has_storage, key
+from splitfx.graph import layer, module_of
+from splitfx.ops import op_name
+
+# In eval mode these return their operand itself.
+_PASS_THROUGH = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """``live_bytes``: bytes alive while a node runs, its operands, results and temporaries included.
+
+    ``temporary_bytes``: the part of it that exists only inside the node. ``new_bytes``: storage that the
+    node adds (0 for views and in-place operations). ``peak_node`` is the first node where ``peak_bytes`` is
+    reached.
+    """
+
+    live_bytes: dict[fx.Node, int]
+    temporary_bytes: dict[fx.Node, int]
+    new_bytes: dict[fx.Node, int]
+    input_bytes: int
+    peak_bytes: int
+    peak_node: fx.Node | None
+
+    @property
+    def peak_layer(self) -> str:
+        """The user's path of the layer where memory peaks; empty for a graph without nodes."""
+        return layer(self.peak_node) if self.peak_node is not None else ""
+
+
+def memory(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Memory:
+    """The liveness timeline of ``graph`` for the sizes in ``shapes`` (`splitfx.analysis.shapes`)."""
+    nodes = list(graph.graph.nodes)
+    held, size = _storages(nodes, shapes)
+    born, dies = _lifetimes(nodes, held)
+    new = {node: sum(size[s] for s in held[node] if born[s] is node) for node in nodes}
+    leaving: dict[fx.Node, int] = dict.fromkeys(nodes, 0)
+    for storage, last in dies.items():
+        leaving[last] += size[storage]
+    inputs = sum(new[node] for node in nodes if node.op == "placeholder")
+    temporary = _Temporaries(shapes)
+    alive, live, inside = inputs, {}, {}
+    for node in nodes:
+        alive += 0 if node.op == "placeholder" else new[node]
+        inside[node] = temporary(node)
+        live[node] = alive + inside[node]
+        alive -= leaving[node]
+    peak = max(live, key=live.__getitem__, default=None)
+    return Memory(live, inside, new, inputs, live[peak] if peak is not None else 0, peak)
+
+
+def _storages(
+    nodes: list[fx.Node], shapes: dict[fx.Node, Any]
+) -> tuple[dict[fx.Node, set[int]], dict[int, int]]:
+    """The storages that each node's value lies in, parameters and buffers left out, and their bytes."""
+    held: dict[fx.Node, set[int]] = {}
+    size: dict[int, int] = {}
+    state: set[int] = set()
+    for node in nodes:
+        tensors = [t for t in pytree.tree_leaves(shapes[node]) if has_storage(t)]
+        if node.op == "get_attr":
+            state |= {key(t) for t in tensors}
+        if node.op == "call_module" and op_name(node) in _PASS_THROUGH:
+            held[node] = held[node.args[0]]  # type: ignore[index]
+            continue
+        held[node] = {key(t) for t in tensors} - state
+        size |= {key(t): t.untyped_storage().nbytes() for t in tensors}
+    return held, size
+
+
+def _lifetimes(
+    nodes: list[fx.Node],
+    held: dict[fx.Node, set[int]],
+) -> tuple[dict[int, fx.Node], dict[int, fx.Node]]:
+    """The node that makes each storage, and the last one that reads it; inputs and outputs never die."""
+    born: dict[int, fx.Node] = {}
+    dies: dict[int, fx.Node] = {}
+    for node in nodes:
+        for storage in held[node]:
+            born.setdefault(storage, node)
+            dies[storage] = node
+        for operand in node.all_input_nodes:
+            dies.update(dict.fromkeys(held[operand], node))
+    kept = {s for s, maker in born.items() if maker.op == "placeholder"}
+    kept |= {s for node in nodes if node.op == "output" for s in held[node]}
+    return born, {storage: last for storage, last in dies.items() if storage not in kept}
+
+
+class _Temporaries:
+    """Bytes that an operator allocates and frees before it returns, found by running it on fake tensors.
+
+    Only operators that are made of others can allocate such tensors; equal calls are run once.
+    """
+
+    def __init__(self, shapes: dict[fx.Node, Any]) -> None:
+        self.shapes = shapes
+        self.known: dict[Any, int] = {}
+
+    def __call__(self, node: fx.Node) -> int:
+        if node.op not in ("call_function", "call_module") or not is_composite(node):
+            return 0
+        signature = self._signature(node)
+        if signature not in self.known:
+            self.known[signature] = self._run(node)
+        return self.known[signature]
+
+    def _values(self, node: fx.Node) -> tuple[Any, Any]:
+        return map_arg((node.args, node.kwargs), lambda n: self.shapes[n])
+
+    def _signature(self, node: fx.Node) -> Any:
+        module = module_of(node)
+        leaves = pytree.tree_leaves(self._values(node))
+        what = [str(node.target)] if module is None else [repr(module), *map(_form, module.parameters())]
+        return tuple(what), tuple(_form(v) if has_storage(v) else str(v) for v in leaves)
+
+    def _run(self, node: fx.Node) -> int:
+        args, kwargs = self._values(node)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if has_storage(t)]
+        if not given:
+            return 0
+        module, mode = module_of(node), getattr(given[0], "fake_mode", None)
+        assert mode is not None, f"{node.name} has no fake operands"
+        with torch.no_grad(), mode:
+            state = list(_fake_state(module, mode))
+            with LiveStorage(state=[*given, *(t for _, t in state)]) as watch:
+                if module is None:
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                else:
+                    result = torch.func.functional_call(_evaluated(module), dict(state), args, kwargs)
+                remaining, peak = watch.now, watch.peak
+            del result
+        return max(0, peak - remaining)
+
+
+def is_composite(node: fx.Node) -> bool:
+    """The node's operator is made of others, so it may hold temporaries."""
+    if node.op == "call_module":
+        return op_name(node) not in _PASS_THROUGH
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name + ("." + target._overloadname if target._overloadname != "default" else "")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def _fake_state(module: nn.Module | None, mode: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if module is None:
+        return
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield (
+            name,
+            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device),
+        )
+
+
+def _evaluated(module: nn.Module) -> nn.Module:
+    if not module.training:
+        return module
+    import copy
+
+    twin = copy.copy(module)  # shares the tensors; only the flag differs
+    twin.training = False
+    return twin
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, str(tensor.device)

@@ -1,0 +1,67 @@
+"""Sizes of every value, from fake tensors: nothing is computed and no memory is taken.
+
+The graph is interpreted once on fake tensors in the traced sizes (all plain ints, also where the graph keeps the
+batch free). Operations that the table calls same-shaped reuse their operand's fake tensor type, so the cost is
+linear in the graph and small per node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from splitfx.errors import UnsupportedError
+from splitfx.graph import TensorSpec, attribute, info, layer, module_of
+
+
+def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict[fx.Node, Any]:
+    """Every node's fake value; ``inputs`` (specs, one per placeholder) replaces the traced sizes.
+
+    Raises `UnsupportedError` with the layer's path when the sizes do not fit the model.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    known: dict[int, FakeTensor] = {}
+    given = iter(info(graph).inputs if inputs is None else inputs)
+    found: dict[fx.Node, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> FakeTensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = mode.from_tensor(tensor.detach(), static_shapes=True)
+        return known[id(tensor)]
+
+    def place(spec: Any) -> Any:
+        if not isinstance(spec, TensorSpec):
+            return spec
+        return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+
+    def run(node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n])
+        if node.op == "placeholder":
+            return place(next(given))
+        if node.op == "get_attr":
+            value = attribute(graph, str(node.target))
+            return fake(value) if isinstance(value, torch.Tensor) else value
+        if node.op == "output":
+            return args[0]
+        module = module_of(node)
+        if module is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        held = {name: fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
+
+    with mode, torch.no_grad():
+        for node in graph.graph.nodes:
+            try:
+                found[node] = run(node)
+            except Exception as error:
+                raise UnsupportedError(f"layer {layer(node)}: the input sizes do not fit: "
+                                       f"{str(error).splitlines()[0][:200]}") from error
+    return found
+
+
+def shape(value: Any) -> tuple[int, ...]:
+    """Sizes of a fake tensor; empty for anything that is no tensor."""
+    return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else ()

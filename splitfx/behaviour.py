@@ -1,0 +1,187 @@
+"""What a model does, call by call, observed on fake tensors: nothing is computed, no tensor of the user changes.
+
+A trace shows one path through the user's Python, for one mode and one batch size. Comparing what the model calls in
+eval and in train mode, and for a batch of one and of two, shows where that path is not the only one, so that such
+differences are reported or refused and never lost in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_READS = {
+    "__get__",
+    "__set__",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "__len__",
+    "is_floating_point",
+    "is_contiguous",
+}
+_NORMS = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass
+class Behaviour:
+    """One forward pass: ``calls`` counts (layer path, function); ``norms`` says for the id of each running mean
+    whether batch statistics were used; ``resized`` are the watched layers that returned another size or type."""
+
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    norms: dict[int, bool] = field(default_factory=dict)
+    resized: set[str] = field(default_factory=set)
+
+
+def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()) -> Behaviour:
+    """Run ``model`` once on fake copies of its inputs and of its own tensors.
+
+    Calls inside ``leaves`` (layer paths) are not counted.
+    """
+    seen, stack = Behaviour(), [""]
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    known: dict[int, torch.Tensor] = {}
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in known:
+            known[id(leaf)] = fakes.from_tensor(leaf.detach(), static_shapes=True)
+        return known[id(leaf)]
+
+    args, kwargs = pytree.tree_map(fake, (args, kwargs))
+    with (
+        _swapped(model, fake),
+        _watched(model, stack, seen, set(leaves)),
+        torch.enable_grad(),
+        quiet(),
+        fakes,
+        _Recorder(seen, stack, {path for path, m in model.named_modules() if isinstance(m, _NORMS)}),
+    ):
+        model(*args, **kwargs)
+    real = {id(value): key for key, value in known.items()}
+    seen.norms = {real[key]: value for key, value in seen.norms.items() if key in real}
+    return seen
+
+
+@contextmanager
+def _swapped(model: nn.Module, fake: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, every tensor that a module holds is its fake; afterwards all attributes are what they were."""
+    kept = []
+    for module in model.modules():
+        own = vars(module)
+        for held in (own, own["_parameters"], own["_buffers"]):
+            kept.append((held, dict(held)))
+            held.update({k: fake(v) for k, v in held.items() if isinstance(v, torch.Tensor)})
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+
+
+def differences(one: Behaviour, other: Behaviour) -> dict[str, list[str]]:
+    """Layer path -> functions that one of the two called more often than the other."""
+    unequal = (one.calls - other.calls) + (other.calls - one.calls)
+    found: dict[str, list[str]] = {}
+    for path, name in sorted(unequal):
+        found.setdefault(path, []).append(name)
+    return found
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, seen: Behaviour, stack: list[str], norms: set[str]) -> None:
+        super().__init__()
+        self.seen, self.stack, self.norms = seen, stack, norms
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, path = getattr(func, "__name__", str(func)), self.stack[-1]
+        counter = path in self.norms and name in ("add_", "add")  # num_batches_tracked, in train mode only
+        if name not in _READS and path is not None and not counter:
+            self.seen.calls[path, name + _active_dropout(func, name, args, kwargs)] += 1
+        if name == "batch_norm":
+            self.norm(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def norm(self, func: Any, args: Any, kwargs: Any) -> None:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        if func is torch.batch_norm:
+            names = ("input", "weight", "bias", "running_mean", "running_var", "training")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("running_mean") is not None:
+            self.seen.norms[id(given["running_mean"])] = bool(given.get("training", False))
+
+
+def _active_dropout(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> str:
+    """ " with dropout" for attention and recurrent functions whose dropout is on, which no module carries."""
+    if name == "scaled_dot_product_attention":
+        rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    elif name == "multi_head_attention_forward":
+        given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        rate = given.arguments["dropout_p"] if given.arguments["training"] else 0.0
+    elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and len(args) > 6:
+        rate = args[-4] if args[-3] is True else 0.0  # (..., dropout, training, bidirectional[, batch_first])
+        rate = rate if isinstance(rate, float) else 0.0
+    else:
+        return ""
+    return " with dropout" if rate else ""
+
+
+@contextmanager
+def _watched(model: nn.Module, stack: list[Any], seen: Behaviour, leaves: set[str]) -> Iterator[None]:
+    """Keep the path of the running layer on ``stack`` (None inside a leaf), by hooks that are removed again."""
+    handles = []
+    for path, module in model.named_modules():
+        inside = None if path in leaves else path
+
+        def enter(_module: Any, _args: Any, inside: Any = inside) -> None:
+            stack.append(None if stack[-1] is None else inside)
+
+        def leave(_module: Any, given: Any, result: Any, path: str = path) -> None:
+            stack.pop()
+            if path in leaves and _size(given[:1]) != _size((result,)):
+                seen.resized.add(path)
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _size(values: tuple[Any, ...]) -> Any:
+    value = values[0] if values else None
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch logs and warns about what is reported or handled here (unused buffers, specialised sizes)."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

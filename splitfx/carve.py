@@ -1,0 +1,465 @@
+"""Carving: run a graph whose weights are block-diagonal as what it is, narrow branches or grouped convolutions.
+
+Input: a dense graph and, per weighted node, a `Division`: which input channels each branch reads and which output
+channels it writes. Output: the same graph, rewritten, equal to the dense one with the weights outside the blocks set
+to zero (`mask_weights`); nothing else is promised or changed.
+
+One idea carries it: during the rewrite a tensor is a list of *pieces*, each a new node with the dense channel
+positions that it holds, in any order. Weighted nodes ask for the arrangement that they want (one piece per branch, or
+one piece in any order, folded into their weights); elementwise nodes run on the pieces as they come; concat, slice
+and channel shuffle are bookkeeping and cost nothing at run time. Whatever else asks for the whole tensor gets it, in
+the user's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from splitfx import narrow
+from splitfx.analysis import Facts, facts
+from splitfx.analysis.moves import channel_dim, move
+from splitfx.analysis.shapes import shape
+from splitfx.editing import like, reorder, tidy
+from splitfx.graph import module_of, set_path
+from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Division:
+    """Branch g of a weighted node reads input channels ``ins[g]`` and writes output channels ``outs[g]``.
+
+    The outputs are a partition; inputs may overlap where a channel belongs to no branch and is read by all.
+    """
+
+    ins: tuple[np.ndarray, ...]
+    outs: tuple[np.ndarray, ...]
+
+    @property
+    def even(self) -> bool:
+        """All branches have the same sizes and share no input: a grouped conv can run it."""
+        sizes = {(len(i), len(o)) for i, o in zip(self.ins, self.outs, strict=True)}
+        count = sum(map(len, self.ins))
+        return len(sizes) == 1 and count == len(np.unique(np.concatenate(self.ins)))
+
+    def mask(self, weight: torch.Tensor) -> torch.Tensor:
+        """1 where a dense weight [out, in, ...] is kept, 0 where it is removed."""
+        kept = torch.zeros(weight.shape[:2], dtype=weight.dtype, device=weight.device)
+        for i, o in zip(self.ins, self.outs, strict=True):
+            kept[np.ix_(o, i)] = 1
+        return kept.reshape(*kept.shape, *[1] * (weight.dim() - 2))
+
+
+Divisions = Mapping[fx.Node, Division]
+
+
+def mask_weights(graph: fx.GraphModule, divisions: Divisions) -> None:
+    """Set the weights outside the blocks to zero, in place: the dense reference of a carved graph.
+
+    Nodes with existing groups keep all their weights: their groups lie whole within the branches.
+    """
+    done: set[str] = set()
+    with torch.no_grad():
+        for node, division in divisions.items():
+            module = module_of(node)
+            assert module is not None
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            if getattr(module, "groups", 1) == 1 and str(node.target) not in done:
+                weight.mul_(division.mask(weight))
+            done.add(str(node.target))
+
+
+@dataclass
+class Value:
+    """A tensor in pieces: new nodes with the dense positions they hold along ``dim``. All together: every channel."""
+
+    pieces: list[tuple[fx.Node, np.ndarray]]
+    dim: int
+    size: int
+
+    @property
+    def plain(self) -> bool:
+        """One piece in the user's order."""
+        return len(self.pieces) == 1 and np.array_equal(self.pieces[0][1], np.arange(self.size))
+
+
+@dataclass
+class Deferred:
+    """A value in the middle of a chain of data movement: which channel of ``base`` sits where."""
+
+    base: Value
+    ids: torch.Tensor
+    sizes: tuple[int, ...]  # of the tensor that ``base`` stands for
+
+
+def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:
+    """Rewrite ``graph`` in place; ``lowering`` says ``"grouped"`` or ``"branches"`` per divided node.
+
+    A node whose division is not even is lowered to branches whatever ``lowering`` says.
+    """
+    _Carver(graph, facts(graph), divisions, lowering).run()
+
+
+class _Carver:
+    def __init__(self, graph: fx.GraphModule, known: Facts, divisions: Divisions,
+                 lowering: Mapping[fx.Node, str]) -> None:
+        self.graph, self.values, self.axes = graph, known.shapes, known.axes
+        self.divisions, self.lowering = divisions, lowering
+        self.new = fx.Graph()
+        self.new.set_codegen(graph.graph._codegen)
+        self.whole: dict[fx.Node, Any] = {}
+        self.split: dict[fx.Node, Any] = {}  # Value, Deferred, or a list of Values (chunk)
+        self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
+        self.modules: dict[str, nn.Module] = {}
+        self.made: dict[Any, str] = {}
+        self.branch: dict[fx.Node, int] = {}
+        self.origin: fx.Node | None = None
+
+    def run(self) -> None:
+        for node in self.graph.graph.nodes:
+            self.origin = node
+            self.visit(node)
+        self.install()
+
+    def install(self) -> None:
+        """Swap the graph in, and the narrow modules for the dense ones that nobody calls any more."""
+        called = {str(n.target) for n in self.new.nodes if n.op == "call_module"}
+        for path in sorted({p.rpartition(".branch")[0] for p in self.modules if ".branch" in p}):
+            if path not in called and path:
+                set_path(self.graph, path, nn.Module())
+        for path, module in self.modules.items():
+            set_path(self.graph, path, module)
+        self.graph.graph = self.new
+        if self.branch:
+            reorder(self.graph, self.rank)
+        tidy(self.graph)
+
+    def rank(self, node: fx.Node) -> tuple[int, ...]:
+        """Branch after branch, so that one branch's feature maps die before the next branch's are made."""
+        return (self.branch.get(node, 0),)
+
+    # ------------------------------------------------------------ making nodes
+
+    def note(self, new: fx.Node, branch: int | None = None) -> fx.Node:
+        assert self.origin is not None
+        like(new, self.origin)
+        if branch is not None:
+            self.branch[new] = branch
+        return new
+
+    def make(self, target: Any, *args: Any, branch: int | None = None) -> fx.Node:
+        return self.note(self.new.call_function(target, args), branch)
+
+    def need(self, node: fx.Node) -> fx.Node:
+        """The whole tensor of an old node, in the user's order."""
+        if node in self.whole:
+            return self.whole[node]
+        held = self.split[node]
+        if isinstance(held, Value):
+            made = self.assemble(held, np.arange(held.size))
+        else:
+            made = self.note(self.new.node_copy(node, self.need))
+            if in_place(node):
+                made.target = out_of_place(made.target)
+        self.whole[node] = made
+        return made
+
+    def value(self, node: fx.Node) -> Value | None:
+        """An old node's value in pieces; whole tensors with a channel dim are one piece."""
+        held = self.split.get(node)
+        if isinstance(held, Value):
+            return held
+        if held is not None or node not in self.whole:
+            return None
+        labels = self.axes.labels.get(node)
+        dim = channel_dim(labels) if isinstance(labels, torch.Tensor) else None
+        if dim is None:
+            return None
+        size = shape(self.values[node])[dim]
+        return Value([(self.whole[node], np.arange(size))], dim, size)
+
+    def assemble(self, value: Value, wanted: np.ndarray, branch: int | None = None) -> fx.Node:
+        """One tensor that holds the ``wanted`` positions in that order: a piece, a slice, a concat or a gather."""
+        key = (tuple(id(n) for n, _ in value.pieces), value.dim, wanted.tobytes())
+        if key in self.cut:
+            return self.cut[key]
+        for piece, positions in value.pieces:
+            if np.array_equal(positions, wanted):
+                return piece
+        self.cut[key] = made = self.gather(value, wanted, branch)
+        return made
+
+    def gather(self, value: Value, wanted: np.ndarray, branch: int | None) -> fx.Node:
+        home = np.full(value.size, -1)
+        for index, (_, positions) in enumerate(value.pieces):
+            home[positions] = index
+        used = [i for i in range(len(value.pieces)) if (home[wanted] == i).any()]
+        pieces = [value.pieces[i] for i in used]
+        source = pieces[0][0]
+        if len(pieces) > 1:
+            # Only what is wanted of each piece, then one concat, then at most one gather.
+            pieces = [self.trim(value, piece, wanted, branch) for piece in pieces]
+            source = self.make(aten.cat.default, [n for n, _ in pieces], value.dim, branch=branch)
+        held = np.concatenate([p for _, p in pieces])
+        place = np.full(value.size, -1)
+        place[held] = np.arange(len(held))
+        return self.select(source, place[wanted], len(held), value.dim, branch)
+
+    def trim(self, value: Value, piece: tuple[fx.Node, np.ndarray], wanted: np.ndarray,
+             branch: int | None) -> tuple[fx.Node, np.ndarray]:
+        node, positions = piece
+        kept = np.isin(positions, wanted)
+        if kept.all():
+            return piece
+        index = np.flatnonzero(kept)
+        return self.select(node, index, len(positions), value.dim, branch), positions[index]
+
+    def select(self, node: fx.Node, index: np.ndarray, size: int, dim: int, branch: int | None) -> fx.Node:
+        if len(index) == size and np.array_equal(index, np.arange(size)):
+            return node
+        if np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            return self.make(aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch)
+        path = f"channel_order.{len(self.modules)}"
+        holder = nn.Module()
+        holder.register_buffer("index", torch.from_numpy(np.ascontiguousarray(index)))
+        self.modules[path] = holder
+        read = self.note(self.new.get_attr(f"{path}.index"), branch)
+        return self.make(aten.index_select.default, node, dim, read, branch=branch)
+
+    def call(self, node: fx.Node, name: str, positions: tuple[np.ndarray, ...], make: Callable[[], nn.Module],
+             operand: fx.Node, branch: int | None) -> fx.Node:
+        """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
+        key = (str(node.target), name, *(p.tobytes() for p in positions))
+        if key not in self.made:
+            wanted = f"{node.target}.{name}" if name else str(node.target)
+            taken = wanted in self.modules
+            self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
+            self.modules[self.made[key]] = module = make()
+            module.training = module_of(node).training  # type: ignore[union-attr]
+        return self.note(self.new.call_module(self.made[key], (operand,)), branch)
+
+    # ------------------------------------------------------------ rules
+
+    def visit(self, node: fx.Node) -> None:
+        if node in self.divisions:
+            self.split[node] = self.divided(node, self.divisions[node])
+            return
+        if not any(n in self.split for n in node.all_input_nodes):
+            self.whole[node] = self.copy(node)
+            return
+        rule = op(node).channel
+        if rule is Channel.MIXES:
+            held = self.grouped(node) if getattr(module_of(node), "groups", 1) > 1 else self.dense(node)
+        elif rule in (Channel.SAME, Channel.UNIT):
+            held = self.same(node)
+        else:
+            held = self.moved(node) if rule is Channel.MOVE else None
+        if held is None:
+            self.whole[node] = self.copy(node)
+        else:
+            self.split[node] = held
+
+    def copy(self, node: fx.Node) -> Any:
+        return self.note(self.new.node_copy(node, self.need))
+
+    def divided(self, node: fx.Node, division: Division) -> Value:
+        operand = bind(node)["input"]
+        value = self.value(operand)
+        module = module_of(node)
+        assert value is not None and module is not None
+        size = sum(map(len, division.outs))
+        dim = channel_dim(self.axes.labels[node])
+        assert dim is not None
+        existing = getattr(module, "groups", 1)
+        if self.lowering.get(node) == "grouped" and division.even and existing == 1:
+            source = self.assemble(value, np.concatenate(division.ins))
+            new = self.call(node, "", (*division.ins, *division.outs),
+                            lambda: narrow.grouped(module, division.ins, division.outs), source, None)
+            return Value([(new, np.concatenate(division.outs))], dim, size)
+        pieces = []
+        for g, (ins, outs) in enumerate(zip(division.ins, division.outs, strict=True)):
+            source = self.assemble(value, ins, g)
+            make = partial(narrow.weighted, module, ins, outs)
+            pieces.append((self.call(node, f"branch{g}", (ins, outs), make, source, g), outs))
+        return Value(pieces, dim, size)
+
+    def dense(self, node: fx.Node) -> Value | None:
+        """An undivided weighted node reads its input in any order: the order goes into its weight."""
+        operand = bind(node)["input"]
+        value, module = self.value(operand), module_of(node)
+        dim = channel_dim(self.axes.labels.get(node))
+        if value is None or module is None or dim is None:
+            return None
+        order = np.concatenate([p for _, p in value.pieces])
+        if np.array_equal(order, np.arange(value.size)):
+            return None  # the concat of the pieces is the tensor itself
+        size = shape(self.values[node])[dim]
+        everything = np.arange(size)
+        make = partial(narrow.weighted, module, order, everything)
+        new = self.call(node, "", (order,), make, self.assemble(value, order), None)
+        return Value([(new, everything)], dim, size)
+
+    def grouped(self, node: fx.Node) -> Value | None:
+        """A conv with groups, each of which lies whole within a piece (depthwise above all)."""
+        value, module = self.value(bind(node)["input"]), module_of(node)
+        if value is None or module is None or not isinstance(node.args[0], fx.Node):
+            return None
+        groups: int = module.groups  # type: ignore[assignment]
+        per_in, per_out = value.size // groups, shape(self.values[node])[value.dim] // groups
+        pieces = []
+        for g, (piece, positions) in enumerate(value.pieces):
+            rows = positions.reshape(-1, per_in) if len(positions) % per_in == 0 else None
+            if rows is None or (rows != rows[:, :1] // per_in * per_in + np.arange(per_in)).any():
+                return None
+            outs = (rows[:, :1] // per_in * per_out + np.arange(per_out)).flatten()
+            make = partial(narrow.groups_of, module, rows[:, 0] // per_in, outs)
+            name = f"branch{g}" if len(value.pieces) > 1 else ""
+            pieces.append((self.call(node, name, (positions,), make, piece, self.branch.get(piece)), outs))
+        return Value(pieces, value.dim, per_out * groups)
+
+    def same(self, node: fx.Node) -> Value | None:
+        """An elementwise, norm or pool node runs on the pieces; its operands are arranged alike."""
+        labels = self.axes.labels.get(node)
+        dim = channel_dim(labels) if isinstance(labels, torch.Tensor) else None
+        if dim is None:
+            return None
+        size = shape(self.values[node])[dim]
+        rank = len(shape(self.values[node]))
+        operands = {n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)}
+        along = {n: v for n, v in operands.items() if v is not None and v.size == size}
+        if not along or any(n in self.split and n not in along for n in operands):
+            return None
+        reduces = op(node).spatial.value == "global"
+        if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in along.items()):
+            return None
+        lead = max(along.values(), key=lambda v: len(v.pieces))
+        made = [(self.piecewise(node, along, positions, g), positions)
+                for g, (_, positions) in enumerate(lead.pieces)]
+        return None if any(n is None for n, _ in made) else Value(made, dim, size)  # type: ignore[arg-type]
+
+    def piecewise(self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int) -> fx.Node | None:
+        source = {n: self.assemble(v, positions, g) for n, v in along.items()}
+        branch = g if len(next(iter(along.values())).pieces) > 1 or any(n in self.branch for n in source.values()) else None
+        if branch is not None:
+            branch = next((self.branch[n] for n in source.values() if n in self.branch), g)
+        module = module_of(node)
+        if module is not None and narrow.has_channels(module):
+            if not narrow.divides(module, positions):
+                return None
+            whole = len(positions) == next(iter(along.values())).size
+            make = partial(narrow.channelwise, module, positions)
+            return self.call(node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch)
+        owned = in_place(node) and self.owns(source[node.args[0]], node, g)  # type: ignore[index]
+        new = self.note(self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch)
+        if node.op == "call_function" and not owned:
+            new.target = out_of_place(new.target)
+        return new
+
+    def owns(self, piece: fx.Node, node: fx.Node, g: int) -> bool:
+        """The piece is a value of its own, computed for this operand, that may be overwritten."""
+        held = self.split.get(node.args[0])  # type: ignore[arg-type]
+        made = isinstance(held, Value) and g < len(held.pieces) and held.pieces[g][0] is piece
+        views = (aten.slice.Tensor, aten.index_select.default)
+        return made and piece.target not in views and not piece.users
+
+    # ------------------------------------------------------------ data movement
+
+    def moved(self, node: fx.Node) -> Any:
+        name = op_name(node)
+        if name == "getitem":
+            held = self.split.get(node.args[0])  # type: ignore[arg-type]
+            return held[node.args[1]] if isinstance(held, list) else None  # type: ignore[index]
+        if name == "cat":
+            return self.concat(node)
+        operand = node.args[0]
+        if not isinstance(operand, fx.Node) or any(n in self.split for n in node.all_input_nodes if n is not operand):
+            return None
+        held = self.split.get(operand)
+        if isinstance(held, Value):
+            sizes = shape(self.values[operand])
+            held = Deferred(held, torch.arange(held.size).view(
+                [-1 if d == held.dim else 1 for d in range(len(sizes))]), sizes)
+        return self.follow(node, held) if isinstance(held, Deferred) else None
+
+    def follow(self, node: fx.Node, held: Deferred) -> Any:
+        ids = move(node, {node.args[0]: held.ids}, self.values)  # type: ignore[dict-item]
+        if isinstance(ids, list):
+            settled = [self.settle(held, i, shape(v)) for i, v in zip(ids, self.values[node], strict=True)]
+            return settled if all(isinstance(s, Value) for s in settled) else None
+        if ids is None:
+            return None
+        after = shape(self.values[node])
+        if op_name(node) == "flatten":
+            return self.flattened(node, held, ids, after)
+        if op_name(node) in ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d") or (
+                after != held.sizes and channel_dim(ids) == held.base.dim and len(after) == len(held.sizes)
+                and ids.numel() == held.base.size):
+            return self.same(node)  # it moves rows and columns, not channels
+        return self.settle(held, ids, after)
+
+    def settle(self, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Any:
+        """Back to one channel dim with everything else in place: the pieces as they are, under new positions."""
+        base = held.base
+        others = [s for d, s in enumerate(held.sizes) if d != base.dim]
+        same_place = channel_dim(ids) == base.dim and len(after) == len(held.sizes)
+        if not same_place or [s for d, s in enumerate(after) if d != base.dim] != others:
+            return Deferred(base, ids, held.sizes)
+        source = ids.flatten().numpy()
+        if len(np.unique(source)) != len(source):
+            return Deferred(base, ids, held.sizes)
+        position = np.full(base.size, -1)
+        position[source] = np.arange(len(source))
+        pieces = []
+        for piece, positions in base.pieces:
+            kept = np.flatnonzero(position[positions] >= 0)
+            if len(kept):
+                new = self.select(piece, kept, len(positions), base.dim, self.branch.get(piece))
+                pieces.append((new, position[positions[kept]]))
+        return Value(pieces, base.dim, len(source))
+
+    def flattened(self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Value | None:
+        """flatten(1) of a piece holds its channels' positions one after the other."""
+        if held.base.dim != 1 or len(after) != 2 or held.ids.numel() != held.base.size:
+            return None
+        per = after[1] // held.base.size
+        pieces = []
+        for piece, positions in held.base.pieces:
+            new = self.note(self.new.node_copy(node, lambda n, p=piece: p), self.branch.get(piece))
+            pieces.append((new, (positions[:, None] * per + np.arange(per)).flatten()))
+        return Value(pieces, 1, after[1])
+
+    def concat(self, node: fx.Node) -> Value | None:
+        """A concat of values in pieces: piece by piece, or simply all pieces side by side."""
+        operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        values = [self.value(n) for n in operands]
+        dim = channel_dim(self.axes.labels.get(node)) if isinstance(self.axes.labels.get(node), torch.Tensor) else None
+        if dim is None or any(v is None or v.dim != dim for v in values) or _cat_dim(node, self.values) != dim:
+            return None
+        parts: list[Value] = values  # type: ignore[assignment]
+        offsets = np.cumsum([0] + [v.size for v in parts])
+        count = max(len(v.pieces) for v in parts)
+        pieces: list[tuple[fx.Node, np.ndarray]] = []
+        if all(len(v.pieces) == count for v in parts):
+            for g in range(count):
+                nodes = [v.pieces[g][0] for v in parts]
+                held = np.concatenate([v.pieces[g][1] + o for v, o in zip(parts, offsets[:-1], strict=True)])
+                branch = next((self.branch[n] for n in nodes if n in self.branch), None)
+                pieces.append((self.make(aten.cat.default, nodes, dim, branch=branch), held))
+        else:  # a shared part beside a divided one: keep all pieces; readers take what they want
+            for v, o in zip(parts, offsets[:-1], strict=True):
+                pieces += [(n, p + o) for n, p in v.pieces]
+        return Value(pieces, dim, int(offsets[-1]))
+
+
+def _cat_dim(node: fx.Node, values: dict[fx.Node, Any]) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % len(shape(values[node]))

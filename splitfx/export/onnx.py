@@ -1,0 +1,363 @@
+"""Write a graph as an ONNX file, through torch's dynamo exporter.
+
+Does: exports in eval mode from a private copy, with a dynamic batch dimension where the graph has one,
+readable input and output names, the user's layer paths on the nodes, weights in a second file when they
+pass 2 GB; runs onnx.checker.
+Refuses: opsets that the exporter does not write, a dynamic batch that the graph does not have, a file
+already there.
+Promises: the split is not changed; the file holds no stack traces and no paths of this machine; a failed
+export leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from splitfx import graph as graphs
+from splitfx.errors import ExportError, MissingExtraError
+from splitfx.files import check_target, written_whole
+
+# What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
+OPSETS = range(18, 26)
+DEFAULT_OPSET = 20
+INLINE_LIMIT = 2_000_000_000  # bytes of weights; a protobuf file holds less than 2 GiB
+LAYER = "splitfx.layer"  # metadata key, in the graph during export and on the nodes of the file
+_KEPT = (
+    LAYER,
+    "pkg.torch.onnx.name_scopes",
+)  # of the exporter's notes on a node; others may hold local paths
+
+
+def export_onnx(
+    split: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool | None = None,
+    example_inputs: Any = None,
+    external_data: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write `split` to `path` as an ONNX model in eval mode, and return the path.
+
+    split: the result of `transform` or `trace`; another module is traced first and needs `example_inputs`.
+    opset: 18 to 25, default 20.
+    dynamic_batch: None makes dimension 0 of the inputs free where the graph allows it, and warns where it
+        does not; True insists (`ExportError` when the graph's batch is fixed); False writes the sizes of
+        the traced inputs.
+    example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); only for a module not
+        traced yet.
+    external_data: put the weights into `<path>.data` beside the file; done anyway when they pass 2 GB.
+    overwrite: replace an existing file.
+
+    Raises `ExportError` for a wrong opset, an existing or unwritable path, a batch that cannot be dynamic,
+    an operation without an ONNX form and a file that onnx.checker refuses; `MissingExtraError` without onnx
+    or onnxscript.
+    """
+    target = Path(path)
+    opset = _checked_opset(opset)
+    check_target(target, overwrite=overwrite, error=ExportError)
+    _need_packages()
+    gm = _traced(split, example_inputs)
+    with _quiet():
+        exported, fixed = _export(gm, dynamic_batch)
+        program = _convert(exported, opset, _output_names(exported))
+    _finish(program, gm, exported, fixed)
+    _write(program.model, target, external_data, overwrite)
+    if fixed and dynamic_batch is None:
+        warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
+    return target
+
+
+def _checked_opset(opset: int | None) -> int:
+    if opset is None:
+        return DEFAULT_OPSET
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise ExportError(f"opset {opset!r} is not supported; choose one from {OPSETS[0]} to {OPSETS[-1]}.")
+    return opset
+
+
+def _need_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"writing ONNX needs onnx and onnxscript ({error}); pip install onnx onnxscript."
+        ) from None
+
+
+def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    if isinstance(split, fx.GraphModule) and graphs.is_canonical(split):
+        return split
+    if example_inputs is None:
+        name = type(split).__name__
+        raise ExportError(
+            f"{name} was not traced by splitfx; pass example_inputs, or export the result of transform."
+        )
+    from splitfx.trace import trace
+
+    return trace(split, example_inputs)
+
+
+def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.ExportedProgram, str]:
+    """The exported program of a private eval copy, and why its batch is fixed ("" when it is free)."""
+    copy = graphs.copy_graph(gm, share=True).eval()
+    for node in copy.graph.nodes:
+        # "custom" is the one entry of a node's meta that torch.export hands on to the exported graph.
+        node.meta["custom"] = {LAYER: graphs.layer(node)}
+    if asked is False:
+        return _follow(copy, graphs.random_inputs(gm), None), "fixed on request"
+    if graphs.info(gm).dynamic == "none":
+        why = "the model was traced with a fixed batch size"
+    else:
+        exported, why = _with_free_batch(copy, gm)
+        if exported is not None:
+            return exported, ""
+    if asked:
+        raise ExportError(
+            f"the batch cannot be dynamic: {why}. Leave dynamic_batch out to export the traced size."
+        )
+    return _follow(copy, graphs.random_inputs(gm), None), why
+
+
+def _with_free_batch(
+    copy: fx.GraphModule, gm: fx.GraphModule
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    tensors = [spec for spec in graphs.info(gm).inputs if isinstance(spec, graphs.TensorSpec) and spec.shape]
+    ones = all(spec.shape[0] == 1 for spec in tensors)
+    inputs = graphs.random_inputs(
+        gm, batch=2 if ones else None
+    )  # torch.export bakes a size of 1 into the graph
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    try:
+        exported = _follow(copy, inputs, shapes)
+    except ExportError as error:
+        return None, str(error)
+    return (exported, "") if _batch_symbols(exported) else (None, "the graph fixes the sizes of its inputs")
+
+
+def _follow(gm: fx.GraphModule, inputs: tuple[tuple, dict], shapes: Any) -> torch.export.ExportedProgram:
+    args, kwargs = inputs
+    try:
+        return torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch raises many kinds here; all mean the same to the caller
+        raise ExportError(f"torch.export cannot follow the graph: {_first_line(error)}") from error
+
+
+def _batch_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """torch's symbol of each input's free dimension 0 -> its name in the file, `batch` or `batch_<input>`."""
+    free: dict[str, str] = {}
+    for name in exported.graph_signature.user_inputs:
+        value = next((n.meta.get("val") for n in exported.graph.nodes if n.name == name), None)
+        size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else 1
+        if isinstance(size, torch.SymInt) and not str(size).isdigit():  # a fixed one prints as digits
+            free.setdefault(str(size), str(name))
+    if len(free) == 1:
+        return dict.fromkeys(free, "batch")
+    return {symbol: f"batch_{name}" for symbol, name in free.items()}
+
+
+def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str]) -> Any:
+    try:
+        program = torch.onnx.export(
+            exported, dynamo=True, opset_version=opset, output_names=outputs, verbose=False
+        )
+    except Exception as error:
+        raise ExportError(f"the graph has no ONNX form{_place(exported, error)}: {_cause(error)}") from error
+    if program is None:
+        raise ExportError("torch's exporter returned no ONNX program.")
+    written = program.model.opset_imports.get("")
+    if written != opset:
+        raise ExportError(f"the graph cannot be written with opset {opset}, only with {written}.")
+    return program
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause: the outer ones are the exporter's advice on how to report a bug to torch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
+
+
+def _place(exported: torch.export.ExportedProgram, error: BaseException | None) -> str:
+    """` at <layer>` of the node that the exporter names, or "" where it names none."""
+    while error is not None:
+        found = re.search(r"translating node %(\w+)", str(error))
+        if found:
+            nodes = exported.run_decompositions().graph.nodes  # the exporter names nodes after decomposition
+            layers = (node.meta.get("custom", {}).get(LAYER, "") for node in nodes if node.name == found[1])
+            layer = next(layers, "")
+            return f" at {layer}" if layer else ""
+        error = error.__cause__
+    return ""
+
+
+def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    """`output` for one tensor, the keys for a dict, `output_0`, ... for a sequence; never the name of an
+    input.
+    """
+    taken = {node.name for node in exported.graph.nodes if node.op == "placeholder"}
+    spec = exported.call_spec.out_spec
+    if spec is None:
+        return []
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    names = []
+    for key_path, index in pytree.tree_flatten_with_path(tree)[0]:
+        name = "_".join(_key(part) for part in key_path) or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        if _is_tensor_output(exported, index):
+            names.append(name)
+    return names
+
+
+def _key(part: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
+
+
+def _is_tensor_output(exported: torch.export.ExportedProgram, index: int) -> bool:
+    specs = exported.graph_signature.output_specs
+    user = [one for one in specs if one.kind == torch.export.graph_signature.OutputKind.USER_OUTPUT]
+    return isinstance(user[index].arg, torch.export.graph_signature.TensorArgument)
+
+
+def _finish(program: Any, gm: fx.GraphModule, exported: torch.export.ExportedProgram, fixed: str) -> None:
+    """Names that a reader of the file knows, and nothing of this machine."""
+    model = program.model
+    layers = {
+        node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes
+    }
+    _clean_nodes(model, layers)
+    _name_batch(model, {} if fixed else _batch_symbols(exported))
+    info = graphs.info(gm)
+    plan = info.plan.to_toml() if info.plan is not None else None
+    batch = f"fixed: {fixed}" if fixed else "dynamic"
+    record = {"splitfx": _version(), "model": info.model_class, "batch": batch, "plan": plan}
+    model.metadata_props.clear()
+    model.metadata_props["splitfx"] = json.dumps(record)
+    model.doc_string = None
+    model.graph.doc_string = None
+
+
+def _clean_nodes(model: Any, layers: dict[str, str]) -> None:
+    used: set[str] = set()
+    for node in model.graph.all_nodes():
+        notes = dict(node.metadata_props)
+        scopes = notes.get("pkg.torch.onnx.name_scopes", "")
+        layer = layers.get(scopes.rpartition("'")[0].rpartition("'")[2], "")
+        node.metadata_props.clear()
+        node.metadata_props.update({key: value for key, value in notes.items() if key in _KEPT})
+        if layer:
+            node.metadata_props[LAYER] = layer
+        node.doc_string = None
+        node.name = _unique(f"{layer or 'graph'}/{node.op_type}", used)
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for function in model.functions.values():
+        function.metadata_props.clear()
+        for node in function.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _unique(name: str, used: set[str]) -> str:
+    number, candidate = 1, name
+    while candidate in used:
+        number += 1
+        candidate = f"{name}_{number}"
+    used.add(candidate)
+    return candidate
+
+
+def _name_batch(model: Any, names: dict[str, str]) -> None:
+    """Give the free dimensions their names; torch calls them s77 or whatever symbol it took."""
+    import onnx_ir as ir
+
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                value.shape[axis] = ir.SymbolicDim(symbol.sub(lambda m: names[m[1]], str(size.value)))
+
+
+def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> None:
+    """Save, check, then move into place: the data first, because the model is useless without it."""
+    import onnx
+    import onnx_ir as ir
+
+    data = target.name + ".data"
+    weights = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    outside = external_data or weights > INLINE_LIMIT
+    if outside:
+        check_target(target.parent / data, overwrite=overwrite, error=ExportError)
+    with written_whole(target, overwrite=overwrite, error=ExportError) as draft:
+        ir.save(model, draft, external_data=data if outside else None, size_threshold_bytes=1024)
+        try:
+            onnx.checker.check_model(str(draft))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"onnx.checker refuses the exported model: {_first_line(error)}") from error
+        if (draft.parent / data).exists():
+            os.replace(draft.parent / data, target.parent / data)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
+    ]
+    before = [one.level for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("splitfx")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

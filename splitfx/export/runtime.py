@@ -1,0 +1,298 @@
+"""Check an ONNX file against the module it came from, on every provider asked for.
+
+Does: parity per output, latency beside torch's, peak memory of a run in a fresh process, nodes that fell
+back.
+Refuses: missing or unreadable files, inputs that do not fit, a required provider that does not start
+(`ExportError`).
+Promises: a provider never stands in for another: one that does not start is "unavailable: why", and `ok` is
+False. The module's weights and train/eval flags are as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from splitfx import graph as graphs
+from splitfx.errors import ExportError
+from splitfx.export import sessions
+from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
+
+# Largest error allowed, relative to the output's largest absolute value; other dtypes must be equal.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+WARM_UP = 3
+Progress = Callable[[str], None]
+
+
+def check_onnx(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    inputs: Any = None,
+    providers: Sequence[str] | None = None,
+    *,
+    require: str | Sequence[str] = (),
+    runs: int = 20,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> RuntimeReport:
+    """Run the file on each provider and compare it with `model` in eval mode.
+
+    inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); None takes random tensors in the
+        shapes the graph was traced with, which needs the result of `trace` or `transform` (or of `load`).
+    providers: short names such as ("cuda", "cpu"); None takes the CPU, and CUDA where it starts or there is
+        a GPU.
+    require: providers that must start, or `ExportError` before anything is measured; they are checked too.
+    runs: timed runs per provider, after 3 to warm up.
+    tolerance: largest error relative to an output's largest absolute value; None means 1e-9 for float64,
+        1e-4 for float32, 2e-2 for float16; integers and booleans must be equal.
+    progress: called with one line before each step.
+
+    Raises `ExportError` for a missing, truncated or foreign file, inputs that do not fit and unknown
+    providers.
+    """
+    target, say = Path(path), progress or (lambda line: None)
+    if not target.is_file():
+        raise ExportError(f"there is no file {target}; write it with export_onnx.")
+    if runs < 1:
+        raise ExportError(f"runs must be at least 1; got {runs}.")
+    required = [sessions.full_name(one) for one in ([require] if isinstance(require, str) else require)]
+    named = [
+        sessions.full_name(one) for one in ([providers] if isinstance(providers, str) else providers or ())
+    ]
+    for provider in required:
+        if why := sessions.why_not(provider):
+            raise ExportError(f"{sessions.short_name(provider)} is required and does not start: {why}.")
+    chosen = list(dict.fromkeys([*required, *(named or sessions.worth_checking())]))
+
+    say("running the module")
+    args, kwargs = _call(model, inputs)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    expected = _outputs(model, args, kwargs)
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="splitfx-check-") as folder:
+        bench = _Bench(target, expected, threads, runs, tolerance, Path(folder), say)
+        rows = [_row(bench, provider, model, (args, kwargs)) for provider in chosen]
+    fed = tuple(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors)
+    return RuntimeReport(str(target), fed, threads, runs, tuple(rows), tolerance)
+
+
+def _call(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is None:
+        if not graphs.is_canonical(model):
+            raise ExportError(
+                f"{type(model).__name__} was not traced by splitfx; pass the inputs to check with."
+            )
+        return graphs.random_inputs(model)  # type: ignore[arg-type]
+    from splitfx.trace import split_inputs
+
+    return split_inputs(inputs)
+
+
+def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    try:
+        with _evaluating(model):
+            result = model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ExportError(f"the module does not accept these inputs: {first}") from error
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return [leaf.detach().cpu() for leaf in leaves]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, full float32 on a GPU; every module's own flag is put back."""
+    training = [one for one in model.modules() if one.training]
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        model.eval()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        for one in training:
+            one.training = True
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What stays the same from provider to provider."""
+
+    path: Path
+    expected: list[torch.Tensor]
+    threads: int
+    runs: int
+    tolerance: float | None
+    folder: Path
+    say: Progress
+
+
+def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict]) -> ProviderRow:
+    name = sessions.short_name(provider)
+    bench.say(f"{name}: starting")
+    if why := sessions.why_not(provider):
+        return ProviderRow(name, f"unavailable: {why}")
+    session = sessions.open_session(bench.path, provider, sessions.session_options(bench.threads))
+    feed = sessions.feeds(session, *call, bench.path)
+    bench.say(f"{name}: comparing outputs")
+    found, verdict = _compare(session, feed, bench)
+    bench.say(f"{name}: timing")
+    median, p90 = _timed(_runner(session, feed, provider), bench.runs)
+    torch_median, torch_p90 = _torch_times(model, call, provider, bench.runs)
+    row = ProviderRow(name, verdict, found, median, p90, torch_median, torch_p90)
+    del session
+    bench.say(f"{name}: peak memory, in a fresh process")
+    row = _with_memory(row, bench, provider, feed)
+    if provider == sessions.CPU:
+        return row
+    bench.say(f"{name}: looking for nodes that fell back")
+    return replace(row, fallback=_fallback(bench, provider, feed))
+
+
+def _compare(session: Any, feed: dict[str, Any], bench: _Bench) -> tuple[tuple[OutputError, ...], str]:
+    names = [one.name for one in session.get_outputs()]
+    try:
+        actual = [torch.as_tensor(one) for one in session.run(None, feed)]
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise ExportError(f"onnxruntime cannot run {bench.path.name}: {sessions._sentence(error)}") from error
+    if len(actual) != len(bench.expected):
+        return (), f"mismatch: the file has {len(actual)} outputs, the module {len(bench.expected)}"
+    errors, wrong = [], []
+    for name, got, want in zip(names, actual, bench.expected, strict=True):
+        if got.shape != want.shape or got.dtype != want.dtype:
+            wrong.append(f"{name} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
+            continue
+        one = difference(name, got, want)
+        errors.append(one)
+        allowed = TOLERANCE.get(want.dtype, 0.0) if bench.tolerance is None else bench.tolerance
+        if not one.max_rel <= allowed:
+            wrong.append(f"{name} is off by {one.max_rel:.1e} of its largest value (allowed {allowed:.0e})")
+    return tuple(errors), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
+
+
+def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> OutputError:
+    """Infinite where one side has an inf or nan that the other has not."""
+    a, b = got.double(), want.double()
+    finite = torch.isfinite(b)
+    same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a[torch.isinf(b)], b[torch.isinf(b)])
+    if not same or not bool(torch.isfinite(a[finite]).all()):
+        return OutputError(name, tuple(want.shape), math.inf, math.inf)
+    if not bool(finite.any()):
+        return OutputError(name, tuple(want.shape), 0.0, 0.0)
+    largest = float((a[finite] - b[finite]).abs().max())
+    scale = float(b[finite].abs().max())
+    relative = 0.0 if largest == 0 else math.inf if scale == 0 else largest / scale
+    return OutputError(name, tuple(want.shape), largest, relative)
+
+
+def _runner(session: Any, feed: dict[str, Any], provider: str) -> Callable[[], Any]:
+    """One run; on a GPU the inputs already lie there and the outputs stay, as they do for torch."""
+    if provider != sessions.CUDA:
+        return lambda: session.run(None, feed)
+    value = sessions.runtime().OrtValue
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(array, "cuda", 0))
+    for one in session.get_outputs():
+        binding.bind_output(one.name, "cuda", 0)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
+
+
+def _timed(run: Callable[[], Any], runs: int) -> tuple[float, float]:
+    """Median and 90th percentile in milliseconds."""
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - begin) * 1e3)
+    ordered = sorted(times)
+    return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
+
+
+def _torch_times(
+    model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int
+) -> tuple[float | None, ...]:
+    """Eager latency on the provider's device; (None, None) where torch has no such device."""
+    wanted = {sessions.CPU: "cpu", sessions.CUDA: "cuda"}.get(provider)
+    if wanted is None or (wanted == "cuda" and not torch.cuda.is_available()):
+        return None, None
+    tensors = (*model.parameters(), *model.buffers(), *pytree.tree_leaves(call))
+    here = {one.device.type for one in tensors if isinstance(one, torch.Tensor)}
+    if here - {wanted}:
+        model = copy.deepcopy(model).to(wanted)
+        call = pytree.tree_map(lambda one: one.to(wanted) if isinstance(one, torch.Tensor) else one, call)
+
+    def run() -> None:
+        model(*call[0], **call[1])
+        if wanted == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        with _evaluating(model):
+            return _timed(run, runs)
+    except RuntimeError:
+        if not here - {wanted}:
+            raise
+        return (
+            None,
+            None,
+        )  # the graph makes tensors on the device it was traced on, so its copy cannot run here
+
+
+def _with_memory(row: ProviderRow, bench: _Bench, provider: str, feed: dict[str, Any]) -> ProviderRow:
+    if provider not in (sessions.CPU, sessions.CUDA):
+        return replace(row, peak_why=f"not measured for {row.provider}")
+    import numpy
+
+    stored = bench.folder / "inputs.npz"
+    numpy.savez(stored, allow_pickle=False, **feed)
+    found = sessions.probe(
+        {
+            "provider": provider,
+            "provider_options": sessions.provider_options(provider),
+            "threads": bench.threads,
+            "model": str(bench.path),
+            "inputs": str(stored),
+        }
+    )
+    why = found.get("peak_why") or found.get("why", "")
+    return replace(row, peak_bytes=found.get("peak_bytes"), load_bytes=found.get("load_bytes"), peak_why=why)
+
+
+def _fallback(bench: _Bench, provider: str, feed: dict[str, Any]) -> tuple[str, ...]:
+    """Nodes that onnxruntime's own profile shows on another provider."""
+    options = sessions.session_options(bench.threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(bench.folder / "profile")
+    session = sessions.open_session(bench.path, provider, options)
+    session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    found = {}
+    for event in events:
+        where = event.get("args", {}).get("provider", provider)
+        if event.get("cat") == "Node" and where and where != provider:
+            node = event["name"].removesuffix("_kernel_time")
+            found[node] = f"{node} ({event['args'].get('op_name', '?')} on {sessions.short_name(where)})"
+    return tuple(found.values())

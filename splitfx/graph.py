@@ -1,0 +1,185 @@
+"""The canonical graph as data: what travels with it, how its nodes are named, copied, fed and printed.
+
+A canonical graph is a plain ``torch.fx.GraphModule``. What the compiler knows beyond the nodes lives in one
+place, ``graph.meta["splitfx"]`` (a `TraceInfo`), so that a graph can be copied, saved and handed on whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from splitfx.errors import UnsupportedError
+from splitfx.protocol import Note
+
+INFO = "splitfx"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input tensor: its sizes, type and place; ``high`` bounds random integers (exclusive)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    high: int | None = None
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        integers = not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
+        readable = integers and tensor.numel() > 0 and tensor.device.type != "meta"
+        high = int(tensor.max()) + 1 if readable else None
+        return TensorSpec(tuple(int(s) for s in tensor.shape), tensor.dtype, str(tensor.device), high)
+
+    def random(self, generator: torch.Generator, dtype: torch.dtype | None = None,
+               device: str | torch.device | None = None) -> torch.Tensor:
+        """A tensor of this shape: normal values for floats, uniform ones below ``high`` for integers."""
+        device = self.device if device is None else device
+        if self.dtype == torch.bool:
+            return torch.randint(0, 2, self.shape, generator=generator).bool().to(device)
+        if self.dtype.is_floating_point:
+            values = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+            return values.to(device=device, dtype=dtype or self.dtype)
+        if self.dtype.is_complex:
+            return torch.randn(self.shape, generator=generator, dtype=self.dtype).to(device)
+        return torch.randint(0, self.high or 2, self.shape, generator=generator, dtype=self.dtype).to(device)
+
+
+@dataclass
+class TraceInfo:
+    """What is known of a graph beyond its nodes.
+
+    ``inputs`` holds one entry per placeholder, in order: a `TensorSpec` or the constant that was given;
+    ``in_spec`` is the pytree structure of ``(args, kwargs)``. ``train_only`` lists submodules and ``untouched``
+    state_dict keys of the user's model that left no trace. ``steps`` is what the pipeline did, pass by pass.
+    ``aliases`` maps a second path of a shared module or tensor to the path that the graph uses.
+    """
+
+    inputs: tuple[Any, ...]
+    in_spec: pytree.TreeSpec
+    model_class: str
+    front_end: str
+    dynamic: str
+    notes: tuple[Note, ...] = ()
+    train_only: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    steps: list[Any] = field(default_factory=list)
+    plan: Any = None
+
+
+def info(graph: fx.GraphModule) -> TraceInfo:
+    """The `TraceInfo` of a canonical graph; `UnsupportedError` for any other module."""
+    found = getattr(graph, "meta", {}).get(INFO)
+    if not isinstance(found, TraceInfo):
+        raise UnsupportedError(f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or "
+                               "splitfx.transform on the model first")
+    return found
+
+
+def is_canonical(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule) and isinstance(module.meta.get(INFO), TraceInfo)
+
+
+def layer(node: fx.Node) -> str:
+    """The user's path of the layer that a node came from, for notes, errors and tables."""
+    if node.op == "call_module":
+        return str(node.target)
+    return node.meta.get("layer") or node.name
+
+
+def source(node: fx.Node) -> str:
+    """Where in the user's code a node came from, as ``file.py:line``; empty where unknown."""
+    return node.meta.get("source", "")
+
+
+def module_of(node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    if node.op != "call_module":
+        return None
+    owner = node.graph.owning_module
+    assert owner is not None, "a node outside a GraphModule has no module"
+    return owner.get_submodule(str(node.target))
+
+
+def attribute(graph: nn.Module, path: str) -> Any:
+    """The parameter, buffer or constant at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    return getattr(graph.get_submodule(parent), name)
+
+
+def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def output_node(graph: fx.GraphModule) -> fx.Node:
+    return next(n for n in reversed(graph.graph.nodes) if n.op == "output")
+
+
+def random_inputs(graph: fx.GraphModule, seed: int = 0, dtype: torch.dtype | None = None,
+                  device: str | torch.device | None = None, batch: int | None = None,
+                  ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of random tensors in the traced shapes, floats in ``dtype``; ``batch`` replaces dim 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(spec: Any) -> Any:
+        if not isinstance(spec, TensorSpec):
+            return spec
+        if batch is not None and spec.shape:
+            spec = TensorSpec((batch, *spec.shape[1:]), spec.dtype, spec.device, spec.high)
+        return spec.random(generator, dtype, device)
+
+    known = info(graph)
+    args, kwargs = pytree.tree_unflatten([one(s) for s in known.inputs], known.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def restore_aliases(graph: fx.GraphModule) -> None:
+    """Put a shared module's or tensor's second name back, which fx drops because no node refers to it."""
+    for alias, path in info(graph).aliases.items():
+        set_path(graph, alias, resolve(graph, path))
+
+
+def resolve(graph: nn.Module, path: str) -> Any:
+    found: Any = graph
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) -> None:
+    """Install a module, parameter, buffer or constant at a dotted path, with plain modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        child = root._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            child.training = root.training
+            root.add_module(part, child)
+        root = child
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(root, name, value)
+
+
+def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
+    """A private copy: nodes, modules and record; ``share`` keeps the same Parameter and buffer objects."""
+    memo: dict[int, Any] = {}
+    if share:
+        tensors: Iterator[torch.Tensor] = (t for ts in (graph.parameters(), graph.buffers()) for t in ts)
+        memo = {id(t): t for t in tensors}
+    return copy.deepcopy(graph, memo)
+
+
+def text(graph: fx.GraphModule) -> str:
+    """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
+    from splitfx.ops import describe
+
+    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"

@@ -1,0 +1,115 @@
+"""Narrow modules: the part of a layer that some of its channels need, in the order in which they come.
+
+Each function returns a new module with its own parameters (copies of the kept rows and columns) and never touches
+the one it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def _new(module: nn.Module, **changes: Any) -> nn.Module:
+    """The module again without its tensors, some of its plain attributes changed."""
+    made = copy.copy(module)
+    made.__dict__ = dict(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[table] = dict(module.__dict__[table])
+    for name, value in changes.items():
+        if isinstance(value, nn.Parameter) or name in made._parameters:
+            made._parameters[name] = value
+        elif name in made._buffers:
+            made._buffers[name] = value
+        else:
+            setattr(made, name, value)
+    return made
+
+
+def _pick(tensor: torch.Tensor | None, rows: np.ndarray) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    picked = tensor.detach()[torch.as_tensor(rows, device=tensor.device)].clone()
+    return nn.Parameter(picked, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else picked
+
+
+def _block(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:
+    device = weight.device
+    rows = weight.detach().index_select(0, torch.as_tensor(outs, device=device))
+    return rows.index_select(1, torch.as_tensor(ins, device=device))
+
+
+def weighted(module: nn.Module, ins: np.ndarray, outs: np.ndarray) -> nn.Module:
+    """A conv or linear layer from input channels ``ins`` to output channels ``outs``.
+
+    For a conv with existing groups, ``ins`` and ``outs`` hold whole groups in the same order.
+    """
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    existing = getattr(module, "groups", 1)
+    if existing > 1:
+        per = module.in_channels // existing  # type: ignore[operator]
+        return groups_of(module, ins.reshape(-1, per)[:, 0] // per, outs)
+    kept = nn.Parameter(_block(weight, outs, ins), weight.requires_grad)
+    bias = _pick(module.bias, outs)  # type: ignore[arg-type]
+    if isinstance(module, nn.Linear):
+        return _new(module, weight=kept, bias=bias, in_features=len(ins), out_features=len(outs))
+    return _new(module, weight=kept, bias=bias, in_channels=len(ins), out_channels=len(outs))
+
+
+def grouped(module: nn.Module, ins: tuple[np.ndarray, ...], outs: tuple[np.ndarray, ...]) -> nn.Module:
+    """One conv with ``groups=len(ins)`` for equal blocks; its channels come branch after branch."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    blocks = [_block(weight, o, i) for i, o in zip(ins, outs, strict=True)]
+    order = np.concatenate(outs)
+    return _new(module, weight=nn.Parameter(torch.cat(blocks), weight.requires_grad),
+                bias=_pick(module.bias, order),  # type: ignore[arg-type]
+                in_channels=sum(map(len, ins)), out_channels=len(order), groups=len(ins))
+
+
+def groups_of(module: nn.Module, groups: np.ndarray, outs: np.ndarray) -> nn.Module:
+    """A conv that keeps some of its groups: ``groups`` are their numbers, ``outs`` their output channels."""
+    per = module.in_channels // module.groups  # type: ignore[operator]
+    return _new(module, weight=_pick(module.weight, outs), bias=_pick(module.bias, outs),  # type: ignore[arg-type]
+                in_channels=len(groups) * per, out_channels=len(outs), groups=len(groups))
+
+
+def has_channels(module: nn.Module) -> bool:
+    """The module holds something per channel, so a piece of the channels needs a narrow one."""
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    return isinstance(module, BatchNorm | nn.GroupNorm | nn.modules.instancenorm._InstanceNorm)
+
+
+def divides(module: nn.Module, positions: np.ndarray) -> bool:
+    """The channels at ``positions`` do not cut a group of a GroupNorm apart."""
+    if not isinstance(module, nn.GroupNorm):
+        return True
+    per = module.num_channels // module.num_groups
+    if len(positions) % per:
+        return False
+    rows = positions.reshape(-1, per)
+    return bool((rows // per == rows[:, :1] // per).all())
+
+
+def channelwise(module: nn.Module, positions: np.ndarray) -> nn.Module:
+    """A norm or PReLU on some of its channels."""
+    if isinstance(module, nn.PReLU):
+        return _new(module, weight=_pick(module.weight, positions), num_parameters=len(positions))
+    if isinstance(module, nn.GroupNorm):
+        per = module.num_channels // module.num_groups
+        return _new(module, weight=_pick(module.weight, positions), bias=_pick(module.bias, positions),
+                    num_groups=len(positions) // per, num_channels=len(positions))
+    tensors = {name: _pick(getattr(module, name), positions)
+               for name in ("weight", "bias", "running_mean", "running_var")}
+    counted = module._buffers.get("num_batches_tracked")
+    if counted is not None:
+        tensors["num_batches_tracked"] = counted.clone()
+    return _new(module, **tensors, num_features=len(positions))

@@ -1,0 +1,98 @@
+"""The pipeline: runs the passes of a plan and holds each to its promise.
+
+For every pass: private copy, run, tidy and check the form, observe what changed, run the oracle of the promise,
+record. The caller's graph is never touched. A pass that changes nothing needs no oracle; one that breaks its
+promise is a `VerificationError`, so no wrong graph leaves this file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from splitfx.analysis import facts, version
+from splitfx.editing import tidy
+from splitfx.errors import PassError, UnsupportedError
+from splitfx.graph import copy_graph, info
+from splitfx.plan import Plan
+from splitfx.protocol import Note, Pass, Promise
+from splitfx.verify import in_eval, require_equal
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Size of a graph at its traced input: parameters, multiply-accumulates, peak bytes (parameters apart)."""
+
+    params: int
+    macs: int
+    peak_bytes: int
+    peak_layer: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did. ``difference`` is the oracle's measured figure; None where nothing changed or it was off."""
+
+    name: str
+    options: dict[str, object]
+    promise: str
+    changed: bool
+    notes: tuple[Note, ...]
+    seconds: float
+    difference: float | None
+    before: Figures
+    after: Figures
+
+
+def figures(graph: fx.GraphModule) -> Figures:
+    known = facts(graph)
+    return Figures(known.cost.params, known.cost.macs, known.memory.peak_bytes, known.memory.peak_layer)
+
+
+def run_plan(graph: fx.GraphModule, plan: Plan, verify: bool = True,
+             progress: Callable[[str], None] = lambda text: None) -> fx.GraphModule:
+    """Run every pass of ``plan`` on a private copy of ``graph``; ``progress`` hears what is being done.
+
+    The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
+    """
+    settled: list[Pass] = []
+    for number, step in enumerate(plan.passes, 1):
+        progress(f"pass {number} of {len(plan.passes)}: {step.name}")
+        graph, done = run_pass(graph, step, verify)
+        settled.append(done)
+    info(graph).plan = Plan(settled, plan.input_shape)
+    return graph
+
+
+def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx.GraphModule, Pass]:
+    """One pass on a private copy, and the pass as it decided; raises what it raises, or `VerificationError`."""
+    if step.needs_eval and not in_eval(graph):
+        raise UnsupportedError(f"pass '{step.name}' needs the model in eval mode: call model.eval() first")
+    before = figures(graph)
+    started = time.perf_counter()
+    work = copy_graph(graph)
+    same = version(work)
+    outcome = step.run(work, facts(work))
+    changed = version(work) != same
+    difference: float | None = None
+    if changed:
+        tidy(work)
+        difference = _held_to_promise(step, graph, work, outcome.reference) if verify else None
+    done = step if outcome.settled is None else outcome.settled
+    record = Step(step.name, step.to_dict(), step.promise.value, changed, outcome.notes,
+                  time.perf_counter() - started, difference, before, figures(work) if changed else before)
+    info(work).steps = [*info(work).steps, record]
+    return work, done
+
+
+def _held_to_promise(step: Pass, before: fx.GraphModule, after: fx.GraphModule,
+                     reference: fx.GraphModule | None) -> float:
+    if step.promise is Promise.EQUAL:
+        return require_equal(step.name, before, after)
+    if reference is None:
+        raise PassError(f"pass '{step.name}' promises {step.promise.value} and changed the graph, but gave no "
+                        "reference to be checked against")
+    return require_equal(step.name, reference, after)

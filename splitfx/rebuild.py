@@ -1,0 +1,270 @@
+"""A graph from the plain data that `splitfx.program` wrote and a dict of tensors.
+
+Does: builds layers, nodes, signature and record; installs the tensors.
+Refuses: everything that is not in the closed tables of `splitfx.program`, and damaged data (`ExportError`).
+Promises: never imports, evaluates or unpickles what a file names; every name that ends up in generated code
+is checked first. `torch.export.load` does not promise that (it evaluates guards and size expressions and
+falls back to full unpickling), which is why stored programs are not its archives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from splitfx import graph as graphs
+from splitfx.errors import ExportError
+from splitfx.program import FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, layer_options
+from splitfx.protocol import Note
+
+_PATH = re.compile(r"[\w \-+:@#/]+(\.[\w \-+:@#/]+)*")  # no quotes: fx writes these into generated code
+_OPERATOR = re.compile(r"(\w+)\.(\w+)\.(\w+)")
+
+
+def from_plain(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tensor]]) -> fx.GraphModule:
+    """The graph of `to_plain` with `values`: path -> (kind, tensor), kind one of parameter, buffer, constant.
+
+    Parameters must come as nn.Parameter, one object per tied group. Raises `ExportError` for anything not
+    known here.
+    """
+    try:
+        return _build(plain, values)
+    except ExportError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+        RecursionError,
+    ) as error:
+        raise ExportError(f"the stored program is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _build(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tensor]]) -> fx.GraphModule:
+    root = nn.Module()
+    for path, layer in sorted(plain["layers"].items(), key=lambda item: item[0].count(".")):
+        graphs.set_path(root, _checked_path(path), _make_layer(path, layer))
+    for path, (kind, tensor) in values.items():
+        _install(root, _checked_path(path), kind, tensor)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for one in plain["nodes"]:
+        known = {"call_module": plain["layers"], "get_attr": values}.get(one["op"])
+        if known is not None and one["target"] not in known:
+            raise ExportError(f"the stored program has no layer or tensor {one['target']!r}.")
+        nodes[one["name"]] = _make_node(graph, one, nodes)
+    if plain["tree"] is not None:
+        graph.set_codegen(_codegen(plain["tree"]))
+    gm = fx.GraphModule(root, graph, _identifier(plain["info"]["model_class"]))
+    info = gm.meta[graphs.INFO] = _make_info(plain["info"])
+    for alias, path in info.aliases.items():
+        _checked_path(alias)
+        if not isinstance(graphs.resolve(gm, _checked_path(path)), nn.Module | torch.Tensor):
+            raise ExportError(
+                f"the stored program has an alias of something that is no layer or tensor: {path}."
+            )
+    graphs.restore_aliases(gm)
+    gm._register_deepcopy_hook(graphs.restore_aliases)
+    for path, (kind, _) in values.items():
+        if kind == "constant":  # fx registers every buffer it copies as persistent
+            parent, _, name = path.rpartition(".")
+            gm.get_submodule(parent)._non_persistent_buffers_set.add(name)
+    gm.graph.lint()
+    return gm.eval()
+
+
+def _make_layer(path: str, layer: Mapping[str, Any]) -> nn.Module:
+    name, options = layer["class"], {key: _read(one, {}) for key, one in layer["options"].items()}
+    if name in STOCHASTIC:
+        return _stochastic(path, name, options)
+    if name not in LAYERS:
+        raise ExportError(f"the stored program has an unknown layer at {path}: {name}.")
+    kind = LAYERS[name]
+    allowed = layer_options(kind)
+    wrong = [key for key in options if key not in allowed]
+    if wrong:
+        raise ExportError(
+            f"the stored {name} at {path} has options this torch does not know: {', '.join(wrong)}."
+        )
+    # No storage yet: the tensors are put in afterwards, and a missing one is noticed by staying on "meta".
+    return kind(
+        **options, **({"device": "meta"} if "device" in inspect.signature(kind.__init__).parameters else {})
+    )
+
+
+def _stochastic(path: str, name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        if name.startswith("torchvision."):
+            from torchvision.ops import StochasticDepth as kind
+        else:
+            from timm.layers import DropPath as kind  # type: ignore[no-redef]
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ExportError(
+            f"the layer {path} is {package}'s {name.rpartition('.')[2]}; pip install {package}."
+        ) from None
+    return kind(**{key: options[key] for key in STOCHASTIC[name]})
+
+
+def _install(root: nn.Module, path: str, kind: str, tensor: torch.Tensor) -> None:
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = root.get_submodule(parent)
+    except AttributeError:
+        owner = nn.Module()  # no layer there: the tensor is read on its own
+    slots: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers  # type: ignore[assignment]
+    if slots.get(name) is None:
+        graphs.set_path(root, path, tensor, persistent=kind == "buffer")
+        return
+    if tuple(slots[name].shape) != tuple(tensor.shape):
+        raise ExportError(
+            f"{path} is {list(tensor.shape)} in the weights, {list(slots[name].shape)} in the program."
+        )
+    slots[name] = tensor
+
+
+def _make_node(graph: fx.Graph, plain: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> fx.Node:
+    op, name, target = plain["op"], _identifier(plain["name"]), plain["target"]
+    if name in nodes:
+        raise ExportError(f"the stored program has two nodes named {name}.")
+    args = tuple(_read(one, nodes) for one in plain["args"])
+    kwargs = {_identifier(key): _read(one, nodes) for key, one in plain["kwargs"].items()}
+    if op == "call_function":
+        target = _function(target)
+    elif op in ("call_module", "get_attr"):
+        target = _checked_path(target)
+    elif op == "placeholder":
+        target = _identifier(target)
+    elif op != "output" or target != "output":
+        raise ExportError(f"the stored program has an unknown kind of node: {op} {target}.")
+    node = graph.create_node(op, target, args, kwargs, name=name)
+    node.meta = {"layer": str(plain["layer"]), "source": ""}
+    return node
+
+
+def _function(name: str) -> Any:
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    parts = _OPERATOR.fullmatch(name)
+    if parts is None or parts[1] not in NAMESPACES:
+        raise ExportError(
+            f"the stored program runs '{name}', which is not an operator of torch or torchvision."
+        )
+    if parts[1] == "torchvision":
+        import torchvision  # noqa: F401 - registers its operators
+    packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
+    found = getattr(packet, parts[3], None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ExportError(
+            f"this torch has no operator '{name}'; load the folder with the torch that saved it."
+        )
+    takes = {argument.name for argument in found._schema.arguments}
+    if parts[2] == "save" or "filename" in takes:  # aten::save and aten::from_file reach the file system
+        raise ExportError(f"the stored program runs '{name}', which reads or writes files.")
+    return found
+
+
+def _read(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """The inverse of `_value`."""
+    if isinstance(value, list):
+        return [_read(one, nodes) for one in value]
+    if not isinstance(value, dict):
+        return value
+    ((word, held),) = value.items()
+    if word in ("dtype", "memory_format", "layout"):
+        found = getattr(torch, held) if str(held).isidentifier() else None
+        if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
+            raise ExportError(f"the stored program has an unknown {word}: {held}.")
+        return found
+    readers = {
+        "node": lambda: nodes[held],
+        "tuple": lambda: tuple(_read(one, nodes) for one in held),
+        "dict": lambda: {_read(key, nodes): _read(one, nodes) for key, one in held},
+        "slice": lambda: slice(*(_read(one, nodes) for one in held)),
+        "float": lambda: float(held),
+        "complex": lambda: complex(*held),
+        "ellipsis": lambda: Ellipsis,
+        "device": lambda: torch.device("cpu"),  # the loaded program lives where its weights are: on the CPU
+    }
+    if word not in readers:
+        raise ExportError(f"the stored program has an unknown value: {word}.")
+    return readers[word]()
+
+
+def _codegen(tree: Mapping[str, Any]) -> _PyTreeCodeGen:
+    names = [_identifier(name) for name in tree["args"]]
+    return _PyTreeCodeGen(_PyTreeInfo(names, _structure(tree["in"]), _structure(tree["out"])))
+
+
+def _structure(plain: Any) -> Any:
+    return None if plain is None else pytree.tree_flatten(_tree(plain))[1]
+
+
+def _tree(plain: Any) -> Any:
+    if plain == "*":
+        return 0
+    ((word, held),) = plain.items()
+    if word == "dict":
+        return {key: _tree(one) for key, one in held}
+    if word == "namedtuple":
+        name, names, children = held
+        return namedtuple(_identifier(name), [_identifier(one) for one in names])(*map(_tree, children))  # type: ignore[misc]
+    if word not in ("tuple", "list"):
+        raise ExportError(f"the stored program has an unknown container: {word}.")
+    return tuple(map(_tree, held)) if word == "tuple" else [_tree(one) for one in held]
+
+
+def _make_info(plain: Mapping[str, Any]) -> graphs.TraceInfo:
+    def one_input(value: Any) -> Any:
+        if not (isinstance(value, dict) and "tensor" in value):
+            return _read(value, {})
+        held = value["tensor"]
+        return graphs.TensorSpec(tuple(held["shape"]), _read(held["dtype"], {}), "cpu", held["high"])
+
+    return graphs.TraceInfo(
+        tuple(one_input(value) for value in plain["inputs"]),
+        _structure(plain["in_spec"]),
+        plain["model_class"],
+        plain["front_end"],
+        plain["dynamic"],
+        tuple(Note(**note) for note in plain["notes"]),
+        tuple(plain["train_only"]),
+        tuple(plain["untouched"]),
+        dict(plain["aliases"]),
+    )
+
+
+def _identifier(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ExportError(f"the stored program has an unusable name: {name!r}.")
+    return name
+
+
+def _checked_path(path: Any) -> str:
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise ExportError(f"the stored program has an unusable layer path: {path!r}.")
+    return path
+
+
+def example(plain: Mapping[str, Any], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Random `(args, kwargs)` in the shapes that the stored graph was traced with, on `device`."""
+    info = _make_info(plain["info"])
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        one.random(generator, device=device) if isinstance(one, graphs.TensorSpec) else one
+        for one in info.inputs
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
+    return tuple(args), dict(kwargs)

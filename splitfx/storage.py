@@ -1,0 +1,352 @@
+"""`save` and `load`: a split as a folder, and back.
+
+Does: writes plan.toml, weights.safetensors (every state_dict key once, tied weights noted), program.json
+(the graph, see `splitfx.program`) and splitfx.json (what the folder is); reads them back with or without
+the user's model.
+Refuses: a folder already there, files that are missing, cut short, of a newer format or of another model.
+Promises: nothing is pickled or unpickled and nothing in a folder is executed; a failed save leaves the
+place as it was.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from splitfx import graph as graphs
+from splitfx import program, rebuild
+from splitfx.errors import ExportError, PlanError
+from splitfx.plan import Plan
+from splitfx.protocol import Note
+
+FORMAT = 1
+ABOUT, PLAN, PROGRAM = "splitfx.json", "plan.toml", "program.json"
+WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
+SHOWN = 5  # names listed in a message
+_ABOUT = {"keys": list, "tied": dict, "kinds": dict, "bytes": dict, "program_missing": str}
+
+
+def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write `split`, the result of `transform` or `trace`, to `folder` and return the path.
+
+    overwrite: replace an existing folder that `save` wrote; any other folder with files in it is refused.
+
+    The weights are those of now, training included. What has no plain form (a custom operator) is left out
+    of the folder with a warning, and such a folder loads only with the model. Raises `ExportError`.
+    """
+    if not (isinstance(split, nn.Module) and graphs.is_canonical(split)):
+        raise ExportError(f"save takes the result of transform or trace, not a {type(split).__name__}.")
+    target = Path(os.path.abspath(folder))
+    _check_target(target, overwrite)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            draft = Path(scratch) / target.name
+            draft.mkdir()
+            _write(split, draft)
+            _move(draft, target)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
+    return target
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
+    """Read a folder that `save` wrote.
+
+    model: a fresh instance of the user's model; the plan is replayed on it and the weights are put in.
+        Without it the stored graph is built, which needs no class of the user's. Both can be trained,
+        exported and saved again; the second is in eval mode and on the CPU.
+
+    Raises `ExportError` for missing, truncated or newer files and for weights that do not fit; `PlanError`
+    for the plan.
+    """
+    place = Path(folder)
+    about = _about(place)
+    stored = _tensors(place / WEIGHTS)
+    names = {key: about["tied"].get(key, key) for key in about["keys"]}
+    lost = [f"{name} is missing" for name in dict.fromkeys(names.values()) if name not in stored]
+    if lost:
+        raise ExportError(f"{place / WEIGHTS} does not belong to this folder: {_listed(lost)}.")
+    weights = {key: stored[name] for key, name in names.items()}
+    if model is not None:
+        return _replayed(place, model, weights)
+    if about["program_missing"]:
+        raise ExportError(f"{place} holds no program ({about['program_missing']}); use load(folder, model).")
+    split = _rebuilt(place, about, stored)
+    _check_weights(place, split, weights)
+    if (place / PLAN).exists():
+        _attach_plan(split, place / PLAN)
+    return split
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise ExportError(f"the folder {target.parent} does not exist; create it first.")
+    if target.exists() and not overwrite:
+        raise ExportError(f"{target} already exists; choose another name or pass overwrite=True.")
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file; save writes a folder.")
+    if target.exists() and any(target.iterdir()) and not (target / ABOUT).is_file():
+        raise ExportError(
+            f"{target} holds other files than splitfx's; it is not replaced. Choose another name."
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise ExportError(f"the folder {target.parent} is not writable.")
+
+
+def _write(split: fx.GraphModule, draft: Path) -> None:
+    info = graphs.info(split)
+    state = split.state_dict(keep_vars=True)
+    wrong = [key for key, one in state.items() if not isinstance(one, torch.Tensor)]
+    if wrong:
+        raise ExportError(f"the state_dict holds values that are no tensors: {_listed(wrong)}.")
+    tied = _tied(state)
+    _save_tensors({key: one for key, one in state.items() if key not in tied}, draft / WEIGHTS)
+    kinds, constants = _kinds(split, state)
+    if constants:
+        _save_tensors(constants, draft / CONSTANTS)
+    missing = ""
+    try:
+        plain = program.to_plain(split)
+        (draft / PROGRAM).write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+    except program.NoPlainForm as reason:
+        missing = str(reason)
+        warnings.warn(f"saved without a program: {missing}; load it with load(folder, model).", stacklevel=3)
+    if info.plan is not None:
+        info.plan.save(draft / PLAN)
+    about = {
+        "format": FORMAT,
+        "splitfx": _version("splitfx"),
+        "torch": torch.__version__,
+        "model": info.model_class,
+        "keys": list(state),
+        "tied": tied,
+        "kinds": kinds,
+        "program_missing": missing,
+        "bytes": {one.name: one.stat().st_size for one in draft.iterdir()},
+    }
+    (draft / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Key -> the first key with the very same memory."""
+    first: dict[Any, str] = {}
+    tied = {}
+    for key, one in state.items():
+        layout = (one.dtype, tuple(one.shape), one.stride())
+        place = (one.device, one.data_ptr(), *layout) if one.numel() else id(one)
+        if first.setdefault(place, key) != key:
+            tied[key] = first[place]
+    return tied
+
+
+def _kinds(split: fx.GraphModule, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Path -> parameter, frozen, buffer or constant for what the graph reads; and the constants, no
+    state_dict keys.
+    """
+    aliases = tuple(graphs.info(split).aliases)
+    paths = [
+        *dict(split.named_parameters(remove_duplicate=False)),
+        *dict(split.named_buffers(remove_duplicate=False)),
+    ]
+    paths += [str(node.target) for node in split.graph.nodes if node.op == "get_attr"]
+    kinds: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    for path in dict.fromkeys(paths):
+        one = graphs.resolve(split, path)
+        if path in aliases or path.startswith(tuple(alias + "." for alias in aliases)):
+            continue
+        if not isinstance(one, torch.Tensor):
+            continue  # a subgraph; program.to_plain refuses it with its reason
+        if path not in state:
+            kinds[path], constants[path] = "constant", one
+        elif isinstance(one, nn.Parameter):
+            kinds[path] = "parameter" if one.requires_grad else "frozen"
+        else:
+            kinds[path] = "buffer"
+    return kinds, constants
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # A clone: tensors that share memory without being equal (a view of another) are refused otherwise.
+    save_file(
+        {
+            key: one.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, one in tensors.items()
+        },
+        path,
+    )
+
+
+def _move(draft: Path, target: Path) -> None:
+    """Into place by renaming; an old folder is moved aside first and back again if that fails."""
+    if not target.exists():
+        os.rename(draft, target)
+        return
+    old = draft.parent / "replaced"
+    os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _about(place: Path) -> dict[str, Any]:
+    if not place.is_dir():
+        raise ExportError(f"there is no folder {place}.")
+    about = _json(place / ABOUT)
+    found = about.get("format") if isinstance(about, dict) else None
+    if not isinstance(found, int):
+        raise ExportError(f"{place / ABOUT} is not the description of a splitfx folder.")
+    if found > FORMAT:
+        raise ExportError(
+            f"{place} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx."
+        )
+    wrong = [key for key, kind in _ABOUT.items() if not isinstance(about.get(key), kind)]
+    if wrong:
+        raise ExportError(f"{place / ABOUT} is damaged: see {_listed(wrong)}.")
+    for name, size in about["bytes"].items():
+        one = place / Path(name).name
+        if not one.is_file():
+            raise ExportError(f"{one} is missing.")
+        if one.stat().st_size < size:
+            raise ExportError(f"{one} is truncated: {one.stat().st_size} of {size} bytes.")
+    return about
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(
+            f"{path} is missing; {path.parent} is not a folder that splitfx.save wrote."
+        ) from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not readable JSON: {error}.") from None
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ExportError(f"{path} is missing.") from None
+    except SafetensorError as error:
+        raise ExportError(f"{path} is empty, truncated or no safetensors file ({error}).") from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _rebuilt(place: Path, about: Mapping[str, Any], stored: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    plain = _json(place / PROGRAM)
+    kinds: dict[str, str] = about["kinds"]
+    constants = _tensors(place / CONSTANTS) if "constant" in kinds.values() else {}
+    held: dict[str, torch.Tensor] = {}
+    values = {}
+    for path, kind in kinds.items():
+        name = about["tied"].get(path, path)
+        source = constants if kind == "constant" else stored
+        if name not in source:
+            raise ExportError(f"{place} holds no weights for {path}.")
+        values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", _installed(kind, source[name])))
+    return rebuild.from_plain(plain, values)
+
+
+def _installed(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    if kind not in ("parameter", "frozen"):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=kind == "parameter")
+
+
+def _replayed(place: Path, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    inputs = _example(place, model)
+    if (place / PLAN).exists():
+        from splitfx.api import transform
+
+        split = transform(model, Plan.load(place / PLAN), inputs)
+    else:
+        from splitfx.trace import trace
+
+        split = graphs.copy_graph(
+            trace(model, inputs)
+        )  # the graph holds the model's own weights, which stay as they are
+    advice = (
+        ' A plan that decides by timing (lowering = "auto") may decide otherwise here: fix it in the plan.'
+    )
+    _check_weights(place, split, weights, advice if (place / PLAN).exists() else "")
+    split.load_state_dict(dict(weights))
+    return split
+
+
+def _example(place: Path, model: nn.Module) -> Any:
+    """Random inputs in the stored shapes where the model is, or None: the plan then has its own shape."""
+    if not (place / PROGRAM).exists():
+        return None
+    device = next((str(one.device) for one in model.parameters()), "cpu")
+    try:
+        return rebuild.example(_json(place / PROGRAM), device)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ExportError(f"{place / PROGRAM} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _check_weights(
+    place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = ""
+) -> None:
+    """`ExportError` naming the first differences between the folder's weights and the graph's state_dict."""
+    problems = list(_differences(split.state_dict(), weights))
+    if problems:
+        raise ExportError(f"the weights in {place} do not fit: {_listed(problems)}.{advice}")
+
+
+def _differences(state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    yield from (f"{key} is missing" for key in state if key not in weights)
+    yield from (f"{key} is not in the model" for key in weights if key not in state)
+    for key, one in state.items():
+        if key in weights and tuple(one.shape) != tuple(weights[key].shape):
+            yield f"{key} is {list(weights[key].shape)} in the folder, {list(one.shape)} in the model"
+        elif one.device.type == "meta":
+            yield f"{key} has no values"
+
+
+def _attach_plan(split: fx.GraphModule, path: Path) -> None:
+    """The record of how the graph came about; the graph runs without it, so an unreadable one is a note."""
+    info = graphs.info(split)
+    try:
+        info.plan = Plan.load(path)
+    except PlanError as error:
+        info.notes = (*info.notes, Note("plan", f"{PLAN} was not read: {error}", "info"))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return "; ".join(names[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,151 @@
+"""The oracle of each promise, run by the pipeline on every step: exact, in float64, on random inputs.
+
+EQUAL: the rewritten graph computes what the graph before it did. RETRAIN: it computes what the pass's own dense
+reference, the removed weights set to zero, computes. Both graphs are interpreted node by node in float64 (weights
+are converted as they are used, so no second copy of a large model exists) with the same inputs, in eval mode, at a
+reduced image size where the graph allows it, else at the traced one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from splitfx.errors import VerificationError
+from splitfx.graph import TensorSpec, attribute, info, layer, module_of
+
+TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
+SMALL = 64  # a square image of this size shows every fault of a rewrite that a larger one does
+
+
+class Exact(fx.Interpreter):
+    """Interprets a graph in float64 and eval mode without touching it."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self.graph_module = graph
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except Exception as error:
+            raise Misfit(f"{layer(n)}: {str(error).splitlines()[0]}") from error
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _double(attribute(self.graph_module, str(target)))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.graph_module.get_submodule(str(target))
+        held = {name: _double(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        modes = {m: m.training for m in module.modules()}
+        try:
+            module.eval()
+            return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+
+
+class Misfit(Exception):
+    """The graph does not run on these sizes."""
+
+
+def _double(value: Any) -> Any:
+    floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return value.detach().double() if floats else value
+
+
+def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
+    """The output tensors of a graph in float64, on flat inputs."""
+    with torch.no_grad():
+        found = Exact(graph).run(*[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs],
+                                 enable_io_processing=False)
+    return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
+
+
+def random_flat(graph: fx.GraphModule, seed: int, small: bool) -> list[Any]:
+    """One random value per placeholder, floats in float64; ``small`` shrinks images."""
+    generator = torch.Generator().manual_seed(seed)
+    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
+
+    def one(spec: Any) -> Any:
+        if not isinstance(spec, TensorSpec):
+            return spec
+        if small:
+            spec = TensorSpec(_shrunk(spec.shape), spec.dtype, spec.device, spec.high)
+        return spec.random(generator, torch.float64, device)
+
+    return [one(s) for s in info(graph).inputs]
+
+
+def _shrunk(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 4:
+        return shape
+    return (*shape[:2], *(s if s <= SMALL else SMALL + s % 2 for s in shape[2:]))
+
+
+def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> float:
+    """The largest relative difference of two graphs' outputs in float64 on the same random inputs.
+
+    Relative to the largest magnitude of each output. Raises `VerificationError` when shapes differ.
+    """
+    worst = 0.0
+    for a, b in zip(*_both(before, after, seed), strict=True):
+        if a.shape != b.shape:
+            raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
+        if a.numel() == 0:
+            continue
+        a, b = a.double(), b.double()
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        finite = a.isfinite()
+        scale = a[finite].abs().max().clamp_min(1e-30) if finite.any() else torch.tensor(1.0)
+        worst = max(worst, float((a - b)[finite].abs().max() / scale) if finite.any() else 0.0)
+    return worst
+
+
+def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    sizes = [s.shape for s in info(before).inputs if isinstance(s, TensorSpec)]
+    for small in (True, False) if any(_shrunk(s) != s for s in sizes) else (False,):
+        inputs = random_flat(before, seed, small)
+        try:
+            first = run_exact(before, inputs)
+        except Misfit as error:
+            if small:
+                continue  # sizes are part of this model: use the traced ones
+            raise VerificationError(f"the graph before the pass does not run: {error}") from error
+        try:
+            return first, run_exact(after, inputs)
+        except Misfit as error:
+            raise VerificationError(f"the rewritten graph does not run: {error}") from error
+    raise AssertionError("unreachable: the traced sizes are always tried")
+
+
+def require_equal(name: str, before: fx.GraphModule, after: fx.GraphModule) -> float:
+    """The measured difference; `VerificationError` where it is beyond rounding."""
+    found = difference(before, after)
+    if not found <= TOLERANCE:
+        raise VerificationError(f"pass '{name}' broke its promise: outputs differ by {found:.1e} of their largest value "
+                                f"in float64 (limit {TOLERANCE:.0e}). This is a fault in the pass; please report it "
+                                "with the model and the plan")
+    return found
+
+
+def in_eval(model: nn.Module) -> bool:
+    return not any(m.training for m in model.modules() if module_has_mode(m))
+
+
+def module_has_mode(module: nn.Module) -> bool:
+    """Modules that act on train() and eval()."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return isinstance(module, kinds) or type(module).__name__ in ("StochasticDepth", "DropPath")
+
+
+def placeholders_fit(graph: fx.GraphModule) -> bool:
+    return len(info(graph).inputs) == sum(n.op == "placeholder" for n in graph.graph.nodes)
+
+
+__all__ = ["TOLERANCE", "difference", "in_eval", "module_of", "require_equal", "run_exact"]

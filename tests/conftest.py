@@ -1,0 +1,31 @@
+"""One thread, one seed and a registry that each test may add to."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share two cores
+
+import pytest
+import torch
+from hypothesis import settings
+
+from splitfx import registry
+
+# The machine is shared: a slow example is no failure, and a failure must come back on the next run.
+settings.register_profile("splitfx", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("splitfx")
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A registry with no pass in it; what a test registers is gone afterwards."""
+    known: dict = {}
+    monkeypatch.setattr(registry, "_known", known)
+    monkeypatch.setattr(registry, "_discover", lambda: None)
+    return known

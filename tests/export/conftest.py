@@ -1,0 +1,34 @@
+"""One small network for the export tests: two inputs, a dict with a nested list out, batch norm and
+dropout.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from splitfx.graph import resolve
+from splitfx.trace import trace
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.drop = nn.Dropout()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, image: torch.Tensor, bias: torch.Tensor) -> dict[str, object]:
+        pooled = self.features(image).mean((2, 3))
+        return {"logits": self.head(self.drop(pooled)), "extra": [pooled + bias]}
+
+
+@pytest.fixture
+def two_inputs() -> fx.GraphModule:
+    torch.manual_seed(0)
+    model = TwoInputs()
+    resolve(model, "features.1.running_var").uniform_(0.5, 2)  # a batch norm that is not the identity
+    return trace(model, ((torch.randn(1, 3, 8, 8),), {"bias": torch.randn(1, 8)}))
