@@ -1,8 +1,9 @@
 """Checks that need a GPU: parity, memory, latency and onnxruntime on CUDA; `benchmarks/gpu.sh` runs them.
 
-Each check yields rows with ``ok`` (None where the figure is only reported). Traced and split graphs on the GPU
-must equal the CPU in float64; what lives on the GPU must be what the timeline predicts. After the time limit no
-further figure starts, and the table says so. Writes ``benchmarks/results/gpu.json``; a dry run writes nothing.
+Each check yields rows with ``ok`` (None where the figure is only reported). Traced and split graphs on the
+GPU must equal the CPU in float64; what lives on the GPU must be what the timeline predicts. After the time
+limit no further figure starts, and the table says so. Writes ``benchmarks/results/gpu.json``; a dry run
+writes nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The passes: one rewrite per file, found by the registry, imported here for users."""
 
+from splitfx.passes.drop_identity import DropIdentity
+from splitfx.passes.fold_batchnorm import FoldBatchNorm
 from splitfx.passes.group import Group
 
-__all__ = ["Group"]
+__all__ = ["DropIdentity", "FoldBatchNorm", "Group"]

@@ -32,6 +32,7 @@ from splitfx.editing import free_path, insert_after
 from splitfx.errors import PassError, PlanError
 from splitfx.graph import copy_graph, layer, module_of
 from splitfx.lowering import lowering_seconds
+from splitfx.narrow import transposed
 from splitfx.ops import Channel, op, op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
 
@@ -68,12 +69,18 @@ class Group(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.factors:
-            raise PlanError("pass 'group': factors is empty; give one factor per block, for example (2, 2, 4)")
+            raise PlanError(
+                "pass 'group': factors is empty; give one factor per block, for example (2, 2, 4)"
+            )
         for factor in self.factors:
             if factor < 1:
-                raise PlanError(f"pass 'group': a factor is the number of branches of a block, 1 or more; got {factor}")
+                raise PlanError(
+                    f"pass 'group': a factor is the number of branches of a block, 1 or more; got {factor}"
+                )
         if isinstance(self.lowering, tuple) and len(self.lowering) != len(self.factors):
-            raise PlanError(f"pass 'group': lowering has {len(self.lowering)} entries for {len(self.factors)} factors")
+            raise PlanError(
+                f"pass 'group': lowering has {len(self.lowering)} entries for {len(self.factors)} factors"
+            )
         if self.share < 0:
             raise PlanError(f"pass 'group': share counts convs, 0 or more; got {self.share}")
 
@@ -131,15 +138,19 @@ class _Job:
         given = self.options.factors
         if self.blocks and len(given) != len(self.blocks):
             listed = "; ".join(f"{b.index}: {b}" for b in self.blocks)
-            raise PlanError(f"pass 'group': factors has {len(given)} entries, the model has {len(self.blocks)} blocks "
-                            f"({listed}). Give one factor per block, 1 to leave it as it is")
+            raise PlanError(
+                f"pass 'group': factors has {len(given)} entries, the model has {len(self.blocks)} blocks "
+                f"({listed}). Give one factor per block, 1 to leave it as it is"
+            )
         return {b.index: f for b, f in zip(self.blocks, given, strict=False)}
 
     def unmatched_globs(self) -> None:
         names = [layer(e.node) for e in self.axes.edges]
         for glob in (*self.options.select, *self.options.exclude):
             if not any(fnmatchcase(n, glob) for n in names):
-                raise PlanError(f"pass 'group': no layer matches {glob!r}; weighted layers are {', '.join(names[:6])} ...")
+                raise PlanError(
+                    f"pass 'group': no layer matches {glob!r}; weighted layers are {', '.join(names[:6])} ..."
+                )
 
     def asked(self, edge: Edge) -> bool:
         name = layer(edge.node)
@@ -155,9 +166,16 @@ class _Job:
             self.notes.append(Note(str(block), f"block {block.index}: factor 1, left as it is", "info"))
             return None
         shared = self.shared()
-        edges = [e for e in self.inside[block.index] if self.asked(e) and e.node not in shared and not e.computed]
+        edges = [
+            e for e in self.inside[block.index] if self.asked(e) and e.node not in shared and not e.computed
+        ]
+        for edge in block.edges:
+            if edge.computed:
+                self.notes.append(
+                    Note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
+                )
         if not edges:
-            self.notes.append(Note(str(block), f"block {block.index}: no layer selected", "declined"))
+            self.notes.append(Note(str(block), f"block {block.index}: no layer to divide", "declined"))
             return None
         found = partition(self.axes, edges, factor, self.whole_axes(block, shared))
         if self.options.order == "mass":
@@ -168,9 +186,6 @@ class _Job:
                 self.notes.append(Note(layer(edge.node), f"left undivided: {division}", "declined"))
             else:
                 self.divisions[edge.node] = division
-        for edge in block.edges:
-            if edge.computed:
-                self.notes.append(Note(layer(edge.node), "left undivided: its weight is computed by the model", "declined"))
         self.drop_conflicts()
         return found
 
@@ -216,20 +231,30 @@ class _Job:
         before = kept_mass(weighed, found.branch)
         best = most_mass(self.axes, weighed, found)
         after = kept_mass(weighed, best.branch)
-        self.notes.append(Note(str(block), f"block {block.index}: channel order keeps {after:.1%} of the squared weight, "
-                               f"the given order {before:.1%}", "info"))
+        self.notes.append(
+            Note(
+                str(block),
+                f"block {block.index}: channel order keeps {after:.1%} of the squared weight, "
+                f"the given order {before:.1%}",
+                "info",
+            )
+        )
         return best
 
     def division(self, edge: Edge, found: Partition) -> Division | str:
         ins, outs = found.branch[edge.ins], found.branch[edge.outs]
         for names, labels in ((edge.ins, ins), (edge.outs, outs)):
             if (labels == WHOLE).all() or (labels is outs and (labels == WHOLE).any()):
-                return found.whole.get(int(self.axes.axis[names[labels == WHOLE][0]]), "its channels are undivided")
+                return found.whole.get(
+                    int(self.axes.axis[names[labels == WHOLE][0]]), "its channels are undivided"
+                )
         if edge.groups > 1 and (ins == WHOLE).any():
             return "its groups read undivided channels"
         branches = range(found.factor)
-        division = Division(tuple(np.flatnonzero((ins == g) | (ins == WHOLE)) for g in branches),
-                            tuple(np.flatnonzero(outs == g) for g in branches))
+        division = Division(
+            tuple(np.flatnonzero((ins == g) | (ins == WHOLE)) for g in branches),
+            tuple(np.flatnonzero(outs == g) for g in branches),
+        )
         empty = [g for g in branches if not len(division.ins[g]) or not len(division.outs[g])]
         return f"branch {empty[0] + 1} of {found.factor} would have no channels" if empty else division
 
@@ -241,11 +266,20 @@ class _Job:
                 calls.setdefault(str(node.target), []).append(node)
         for path, nodes in calls.items():
             held = [self.divisions.get(n) for n in nodes]
-            if len(nodes) > 1 and any(h is not None for h in held) and not all(_alike(held[0], h) for h in held):
+            if (
+                len(nodes) > 1
+                and any(h is not None for h in held)
+                and not all(_alike(held[0], h) for h in held)
+            ):
                 for n in nodes:
                     self.divisions.pop(n, None)
-                self.notes.append(Note(path, "left undivided: the model calls it in places that split differently",
-                                       "declined"))
+                self.notes.append(
+                    Note(
+                        path,
+                        "left undivided: the model calls it in places that split differently",
+                        "declined",
+                    )
+                )
 
     # ------------------------------------------------------------ fusion
 
@@ -253,8 +287,12 @@ class _Job:
         return [e.node for e in block.edges if e.node in self.divisions]
 
     def fuses(self, block: Block) -> bool:
-        return (self.options.fusion != "none" and block.end is not None and bool(self.divided(block))
-                and not self.is_output(block.end))
+        return (
+            self.options.fusion != "none"
+            and block.end is not None
+            and bool(self.divided(block))
+            and not self.is_output(block.end)
+        )
 
     def is_output(self, end: fx.Node) -> bool:
         """A map whose channels are the model's output is left to the model."""
@@ -263,13 +301,24 @@ class _Job:
 
     def fuse(self, block: Block, parts: Mapping[int, Partition | None]) -> None:
         if self.factor[block.index] > 1 and not self.divided(block):
-            self.notes.append(Note(str(block), f"block {block.index}: none of its convs can be divided, so it has no "
-                                   "branches and needs no fusion", "declined"))
+            self.notes.append(
+                Note(
+                    str(block),
+                    f"block {block.index}: none of its convs can be divided, so it has no "
+                    "branches and needs no fusion",
+                    "declined",
+                )
+            )
             return
         if not self.fuses(block):
             if self.divided(block) and block.end is not None and self.options.fusion != "none":
-                self.notes.append(Note(str(block), f"block {block.index}: no fusion, {layer(block.end)} is the model's "
-                                       "output", "info"))
+                self.notes.append(
+                    Note(
+                        str(block),
+                        f"block {block.index}: no fusion, {layer(block.end)} is the model's output",
+                        "info",
+                    )
+                )
             return
         end = block.end
         assert end is not None
@@ -282,19 +331,27 @@ class _Job:
         like = next(self.graph.parameters())
         kind: Any = nn.Conv2d if len(wide) == 4 else nn.Linear if len(wide) == 2 else None
         if kind is None:
-            raise PassError(f"block {block.index} ends at {layer(end)} with {len(wide)} dimensions; a fusion needs "
-                            "a 2d feature map: use fusion='none'")
+            raise PassError(
+                f"block {block.index} ends at {layer(end)} with {len(wide)} dimensions; a fusion needs "
+                "a 2d feature map: use fusion='none'"
+            )
         options: dict[str, Any] = {"kernel_size": 1} if kind is nn.Conv2d else {}
         fusion = kind(wide[1], len(chosen), bias=True, device=like.device, dtype=like.dtype, **options)
         fusion.training = self.graph.training
-        target = torch.eye(wide[1], dtype=torch.float64, device=like.device)[torch.as_tensor(chosen, device=like.device)]
+        target = torch.eye(wide[1], dtype=torch.float64, device=like.device)[
+            torch.as_tensor(chosen, device=like.device)
+        ]
         with torch.no_grad():
             fusion.weight.copy_(target.reshape(fusion.weight.shape))
             fusion.bias.zero_()
         path = free_path(self.graph, f"fusion{block.index}")
         node = insert_after(self.graph, end, path, fusion)
         self.fusions[node] = target
-        what = f"widens {wide[1]} channels to {len(chosen)}" if width is not None else f"keeps {wide[1]} channels{why}"
+        what = (
+            f"widens {wide[1]} channels to {len(chosen)}"
+            if width is not None
+            else f"keeps {wide[1]} channels{why}"
+        )
         self.notes.append(Note(path, f"fusion behind block {block.index}, after {layer(end)}: {what}"))
 
     def widened(self, block: Block, follower: Block | None, width: int) -> tuple[int | None, str]:
@@ -313,14 +370,15 @@ class _Job:
         end = block.end
         assert end is not None
         for reader in end.users:
-            convolves = reader in self.divisions and getattr(module_of(reader), "groups", 0) == 1
+            convolves = reader in self.divisions and type(module_of(reader)) is nn.Conv2d and _groups(reader) == 1
             calls = sum(n.target == reader.target for n in self.graph.graph.nodes if n.op == "call_module")
             if not convolves or calls > 1:
                 return None, f" ({layer(reader)} reads it and cannot be widened)"
         return wanted, ""
 
-    def widen_readers(self, end: fx.Node, follower: Block, width: int,
-                      parts: Mapping[int, Partition | None]) -> np.ndarray:
+    def widen_readers(
+        self, end: fx.Node, follower: Block, width: int, parts: Mapping[int, Partition | None]
+    ) -> np.ndarray:
         """Widen the convs that read ``end``: each branch gets the channels that its own rows weigh most.
 
         Returns the source channel of each widened channel. A branch with room for all channels keeps the dense
@@ -359,8 +417,13 @@ class _Job:
         self.graph.recompile()
         errors = solve_fusions(self.graph, self.fusions, dense, self.options.calibration)
         for node, (before, after) in errors.items():
-            self.notes.append(Note(str(node.target), f"least squares on {shape_words(dense[0])}: relative error against "
-                                   f"the dense activations {before:.3f} before, {after:.3f} after"))
+            self.notes.append(
+                Note(
+                    str(node.target),
+                    f"least squares on {shape_words(dense[0])}: relative error against "
+                    f"the dense activations {before:.3f} before, {after:.3f} after",
+                )
+            )
 
     # ------------------------------------------------------------ lowering
 
@@ -372,8 +435,13 @@ class _Job:
         factor = self.factor[block.index]
         how, why = self.how(block, nodes)
         self.settled[block.index] = how
-        self.notes.append(Note(str(block), f"block {block.index}: {len(nodes)} layers in {factor} branches as "
-                               f"{'grouped convs' if how == 'grouped' else 'narrow branches'} ({why})"))
+        self.notes.append(
+            Note(
+                str(block),
+                f"block {block.index}: {len(nodes)} layers in {factor} branches as "
+                f"{'grouped convs' if how == 'grouped' else 'narrow branches'} ({why})",
+            )
+        )
         return dict.fromkeys(nodes, how)
 
     def how(self, block: Block, nodes: list[fx.Node]) -> tuple[Literal["grouped", "branches"], str]:
@@ -387,10 +455,15 @@ class _Job:
         relaid = self.relays_channels(block)
         if relaid:
             return "branches", f"{relaid} lays channels anew, which grouped convs would have to undo"
-        seconds = [lowering_seconds(module_of(n), self.divisions[n], self.input_sizes(n))  # type: ignore[arg-type]
-                   for n in nodes if isinstance(module_of(n), nn.Conv1d | nn.Conv2d | nn.Conv3d) and _groups(n) == 1]
+        seconds = [
+            lowering_seconds(module_of(n), self.divisions[n], self.input_sizes(n))  # type: ignore[arg-type]
+            for n in nodes
+            if isinstance(module_of(n), nn.Conv1d | nn.Conv2d | nn.Conv3d) and _groups(n) == 1
+        ]
         grouped, separate = (1000 * sum(s[i] for s in seconds) for i in (0, 1))
-        return ("grouped" if grouped <= separate else "branches"), f"measured: grouped {grouped:.2f} ms, branches {separate:.2f} ms"
+        return (
+            "grouped" if grouped <= separate else "branches"
+        ), f"measured: grouped {grouped:.2f} ms, branches {separate:.2f} ms"
 
     def input_sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes that the conv reads, at its width after widening."""
@@ -405,7 +478,15 @@ class _Job:
         inside = False
         for node in self.graph.graph.nodes:
             inside = inside or node is block.edges[0].node
-            if inside and op_name(node) in ("cat", "chunk", "split", "view", "reshape", "transpose", "channel_shuffle"):
+            if inside and op_name(node) in (
+                "cat",
+                "chunk",
+                "split",
+                "view",
+                "reshape",
+                "transpose",
+                "channel_shuffle",
+            ):
                 return f"{op_name(node)} at {layer(node)}"
             if node is block.edges[-1].node:
                 break
@@ -420,8 +501,12 @@ def _mass(edge: Edge) -> np.ndarray:
 def _squares(module: nn.Module | None) -> np.ndarray:
     assert module is not None
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.detach().double().square().flatten(2).sum(2).cpu().numpy() if weight.dim() > 2 else (
-        weight.detach().double().square().cpu().numpy())
+    weight = weight.transpose(0, 1) if transposed(module) else weight
+    return (
+        weight.detach().double().square().flatten(2).sum(2).cpu().numpy()
+        if weight.dim() > 2
+        else (weight.detach().double().square().cpu().numpy())
+    )
 
 
 def _groups(node: fx.Node) -> int:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
         UnsupportedError,
         VerificationError,
     )
-    from splitfx.export import RuntimeReport, check_onnx, export_onnx, session_options
+    from splitfx.export.onnx import export_onnx
+    from splitfx.export.report import RuntimeReport
+    from splitfx.export.runtime import check_onnx
+    from splitfx.export.sessions import session_options
     from splitfx.measure import Measurement, measure
     from splitfx.plan import Plan
     from splitfx.profile import Profile, profile
@@ -37,9 +40,20 @@ __version__ = "0.1.0"
 _HOME = {
     "splitfx.api": ["transform", "explain", "compare", "Explanation", "Comparison"],
     "splitfx.doctor": ["diagnose"],
-    "splitfx.errors": ["SplitfxError", "TraceError", "PlanError", "UnsupportedError", "PassError",
-                       "VerificationError", "ExportError", "MissingExtraError"],
-    "splitfx.export": ["export_onnx", "check_onnx", "session_options", "RuntimeReport"],
+    "splitfx.errors": [
+        "SplitfxError",
+        "TraceError",
+        "PlanError",
+        "UnsupportedError",
+        "PassError",
+        "VerificationError",
+        "ExportError",
+        "MissingExtraError",
+    ],
+    "splitfx.export.onnx": ["export_onnx"],
+    "splitfx.export.report": ["RuntimeReport"],
+    "splitfx.export.runtime": ["check_onnx"],
+    "splitfx.export.sessions": ["session_options"],
     "splitfx.measure": ["measure", "Measurement"],
     "splitfx.plan": ["Plan"],
     "splitfx.profile": ["profile", "Profile"],
@@ -50,10 +64,33 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Comparison", "ExportError", "Explanation", "Measurement", "MissingExtraError", "PassError", "Plan", "PlanError",
-    "Profile", "RuntimeReport", "SplitfxError", "TraceError", "UnsupportedError", "VerificationError", "check_onnx",
-    "compare", "diagnose", "explain", "export_onnx", "inspect_html", "load", "measure", "profile", "save",
-    "session_options", "trace", "transform",
+    "Comparison",
+    "ExportError",
+    "Explanation",
+    "Measurement",
+    "MissingExtraError",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "RuntimeReport",
+    "SplitfxError",
+    "TraceError",
+    "UnsupportedError",
+    "VerificationError",
+    "check_onnx",
+    "compare",
+    "diagnose",
+    "explain",
+    "export_onnx",
+    "inspect_html",
+    "load",
+    "measure",
+    "profile",
+    "save",
+    "session_options",
+    "trace",
+    "transform",
 ]
 
 

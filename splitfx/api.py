@@ -20,8 +20,14 @@ from splitfx.protocol import Note, Pass
 from splitfx.trace import split_inputs, trace
 
 
-def transform(model: nn.Module, plan: Plan | Pass, example_inputs: Any = None, *, verify: bool = True,
-              progress: Callable[[str], None] = lambda text: None) -> fx.GraphModule:
+def transform(
+    model: nn.Module,
+    plan: Plan | Pass,
+    example_inputs: Any = None,
+    *,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> fx.GraphModule:
     """Rewrite ``model`` by ``plan``; returns a new ``torch.fx.GraphModule`` and never changes ``model``.
 
     ``example_inputs`` (see `trace`) or the plan's ``input_shape`` say the sizes; a graph from `trace` or `transform`
@@ -32,7 +38,9 @@ def transform(model: nn.Module, plan: Plan | Pass, example_inputs: Any = None, *
     if isinstance(plan, Pass):
         plan = Plan([plan])
     if not isinstance(plan, Plan):
-        raise PlanError(f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)")
+        raise PlanError(
+            f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)"
+        )
     if not is_canonical(model) or example_inputs is not None:
         progress("tracing")
         model = trace(model, inputs_for(model, plan) if example_inputs is None else example_inputs)
@@ -84,8 +92,14 @@ class Comparison:
     max_rel: float
 
     def to_json(self) -> str:
-        return json.dumps({"max_abs": self.max_abs, "max_rel": self.max_rel,
-                           "before": json.loads(self.before.to_json()), "after": json.loads(self.after.to_json())})
+        return json.dumps(
+            {
+                "max_abs": self.max_abs,
+                "max_rel": self.max_rel,
+                "before": json.loads(self.before.to_json()),
+                "after": json.loads(self.after.to_json()),
+            }
+        )
 
     def __str__(self) -> str:
         from splitfx.report.explanation import comparison_text
@@ -102,11 +116,21 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparis
     """
     first, second = outputs(model, example_inputs), outputs(split, example_inputs)
     if [t.shape for t in first] != [t.shape for t in second]:
-        raise UnsupportedError(f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and "
-                               f"{[tuple(t.shape) for t in second]}")
-    far = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in zip(first, second, strict=True) if a.numel()]
-    return Comparison(profile(model, example_inputs), profile(split, example_inputs),
-                      max((d for d, _ in far), default=0.0), max((d / max(s, 1e-30) for d, s in far), default=0.0))
+        raise UnsupportedError(
+            f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and "
+            f"{[tuple(t.shape) for t in second]}"
+        )
+    far = [
+        (float((a - b).abs().max()), float(a.abs().max()))
+        for a, b in zip(first, second, strict=True)
+        if a.numel()
+    ]
+    return Comparison(
+        profile(model, example_inputs),
+        profile(split, example_inputs),
+        max((d for d, _ in far), default=0.0),
+        max((d / max(s, 1e-30) for d, s in far), default=0.0),
+    )
 
 
 def outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
-"""What a model does, call by call, observed on fake tensors: nothing is computed, no tensor of the user changes.
+"""What a model does, call by call, observed on fake tensors: nothing is computed, and nothing of it changes.
 
-A trace shows one path through the user's Python, for one mode and one batch size. Comparing what the model calls in
-eval and in train mode, and for a batch of one and of two, shows where that path is not the only one, so that such
-differences are reported or refused and never lost in silence.
+A trace shows one path through the user's Python, for one mode and one batch size. Comparing what the model
+calls in eval and in train mode, and for a batch of one and of two, shows where that path is not the only one,
+so that such differences are reported or refused and never lost in silence.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 @dataclass
 class Behaviour:
-    """One forward pass: ``calls`` counts (layer path, function); ``norms`` says for the id of each running mean
-    whether batch statistics were used; ``resized`` are the watched layers that returned another size or type."""
+    """One forward pass.
+
+    ``calls`` counts (layer path, function). ``norms`` says for the id of each running mean whether batch
+    statistics were used. ``resized`` are the watched layers that returned another size or type.
+    """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     norms: dict[int, bool] = field(default_factory=dict)
@@ -129,7 +132,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _active_dropout(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> str:
-    """ " with dropout" for attention and recurrent functions whose dropout is on, which no module carries."""
+    """``" with dropout"`` for attention and recurrent functions whose dropout is on: no module carries it."""
     if name == "scaled_dot_product_attention":
         rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     elif name == "multi_head_attention_forward":
@@ -146,7 +149,7 @@ def _active_dropout(func: Callable[..., Any], name: str, args: Any, kwargs: Any)
 
 @contextmanager
 def _watched(model: nn.Module, stack: list[Any], seen: Behaviour, leaves: set[str]) -> Iterator[None]:
-    """Keep the path of the running layer on ``stack`` (None inside a leaf), by hooks that are removed again."""
+    """Keep the running layer's path on ``stack`` (None inside a leaf), by hooks that are removed again."""
     handles = []
     for path, module in model.named_modules():
         inside = None if path in leaves else path

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from splitfx.errors import PlanError
 from splitfx.graph import info, layer
 from splitfx.trace import split_inputs
 
 SAMPLES = 65_536  # positions per solve: enough for thousands of channels, small enough to hold
-RIDGE = 1e-6  # of the mean square, so that dead channels do no harm
 
 
 class _Watch(fx.Interpreter):
@@ -39,7 +39,7 @@ def activations(graph: fx.GraphModule, nodes: list[fx.Node], inputs: Any) -> lis
     """The values of ``nodes`` on ``inputs``, in eval mode, gradients off; the graph's mode is restored."""
     args, kwargs = split_inputs(inputs)
     modes = {m: m.training for m in graph.modules()}
-    flat = torch.utils._pytree.tree_leaves((args, kwargs))
+    flat = pytree.tree_leaves((args, kwargs))
     if len(flat) != len(info(graph).inputs):
         raise PlanError(f"calibration has {len(flat)} inputs, the model takes {len(info(graph).inputs)}")
     watch = _Watch(graph, nodes)
@@ -55,8 +55,9 @@ def activations(graph: fx.GraphModule, nodes: list[fx.Node], inputs: Any) -> lis
     return [watch.kept[n] for n in nodes]
 
 
-def solve_fusions(split: fx.GraphModule, fusions: Mapping[fx.Node, torch.Tensor], dense: list[torch.Tensor],
-                  inputs: Any) -> dict[fx.Node, tuple[float, float]]:
+def solve_fusions(
+    split: fx.GraphModule, fusions: Mapping[fx.Node, torch.Tensor], dense: list[torch.Tensor], inputs: Any
+) -> dict[fx.Node, tuple[float, float]]:
     """Set each fusion's weight and bias, in order; returns the relative error before and after per fusion.
 
     ``fusions`` maps a fusion node of ``split`` to its weight [out, in] on dense activations (the identity, or the
@@ -69,9 +70,8 @@ def solve_fusions(split: fx.GraphModule, fusions: Mapping[fx.Node, torch.Tensor]
         module = split.get_submodule(str(node.target))
         given = activations(split, [operand], inputs)[0]
         x, y = _rows(given), _rows(wanted)
-        if len(x) < x.shape[1]:
-            raise PlanError(f"{layer(node)}: calibration gives {len(x)} positions for {x.shape[1]} channels; "
-                            "give more inputs")
+        if len(x) < 2:
+            raise PlanError(f"{layer(node)}: calibration gives {len(x)} position; give a batch of inputs")
         best = _affine(x, y)
         errors[node] = (_error(x, y), _error(x @ best[0] + best[1], y))
         _install(module, target @ best[0].T, target @ best[1])
@@ -85,12 +85,19 @@ def _rows(value: torch.Tensor) -> torch.Tensor:
 
 
 def _affine(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The map ``x @ a + b`` nearest to ``y``: ridge least squares around the means."""
+    """The map ``x @ a + b`` nearest to ``y`` in the mean square, drawn towards the identity.
+
+    The pull weighs channels / positions of a channel's mean square: nothing where data abounds, and with fewer
+    positions than channels (behind a global pool) directions that the data does not show stay as they are.
+    """
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny))
-    a = torch.linalg.solve(gram, x.T @ y)
+    pull = gram.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny) * (x.shape[1] / len(x))
+    wanted = x.T @ y
+    gram.diagonal().add_(pull)
+    wanted.diagonal().add_(pull)
+    a = torch.linalg.solve(gram, wanted)
     return a, mean_y - mean_x @ a
 
 

@@ -1,9 +1,10 @@
 """From an exported program to the canonical graph: signature, names, modes and what left no trace.
 
-The walk over the operators is `splitfx.raising`. Parameterless leaves that act on ``self.training`` (DropPath,
-StochasticDepth) pass through torch.export as one opaque operator and come back as calls of the user's module. The
-private pieces of torch that this project leans on (``ExportedProgram.module(check_guards=...)``, ``nn_module_stack``,
-``fx.Graph._codegen``, ``wrap_with_set_grad_enabled``) are all in these two files.
+The walk over the operators is `splitfx.raising`. Parameterless leaves that act on ``self.training``
+(DropPath, StochasticDepth) pass through torch.export as one opaque operator and come back as calls of the
+user's module. The private pieces of torch that this project leans on
+(``ExportedProgram.module(check_guards=...)``, ``nn_module_stack``, ``fx.Graph._codegen``,
+``wrap_with_set_grad_enabled``) are all in these two files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def _reads_training(module: nn.Module) -> bool:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """A parameterless leaf that acts on ``self.training`` (DropPath, StochasticDepth): one tensor in, one out."""
+    """A parameterless leaf that acts on ``self.training`` (DropPath, StochasticDepth): one tensor in, one
+    out.
+    """
     if isinstance(module, nn.RReLU):
         return True
     if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None:
@@ -90,8 +93,11 @@ def canonicalise(
     for path in sorted(raiser.modules, key=lambda p: p.count(".")):
         set_path(root, path, raiser.modules[path])
     persistent = set(private.state_dict(keep_vars=True))
-    for path in sorted({str(n.target) for n in graph.nodes if n.op == "get_attr"}):
-        set_path(root, path, raiser.values[path], path in persistent)
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        path, value = str(node.target), raiser.values[str(node.target)]
+        buffer = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+        node.meta["transient"] = buffer and path not in persistent
+        set_path(root, path, value, path in persistent)
     _signature(graph, exported, program)
     result = fx.GraphModule(root, graph, type(model).__name__)
     _drop_dead(result)
@@ -116,6 +122,7 @@ def input_specs(inputs: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
 def _signature(graph: fx.Graph, exported: fx.GraphModule, program: torch.export.ExportedProgram) -> None:
     """Plain positional tensors in and a tensor or tuple out need no pytree code around the graph."""
     codegen = exported.graph._codegen
+    assert program.call_spec.in_spec is not None
     args_spec, kwargs_spec = program.call_spec.in_spec.children()
     out_spec = program.call_spec.out_spec
     plain_in = not kwargs_spec.children() and all(c.is_leaf() for c in args_spec.children())
@@ -128,7 +135,8 @@ def _signature(graph: fx.Graph, exported: fx.GraphModule, program: torch.export.
     graph.set_codegen(CodeGen())
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     values = output.args[0]
-    assert isinstance(values, tuple | list) and out_spec is not None
+    assert isinstance(values, tuple | list)
+    assert out_spec is not None
     output.args = (values[0],) if out_spec.is_leaf() else (tuple(values),)
 
 
@@ -215,7 +223,9 @@ def _report(found: TraceInfo, model: nn.Module, graph: fx.GraphModule) -> None:
 
 
 def _carry_over(found: TraceInfo, model: fx.GraphModule, graph: fx.GraphModule) -> None:
-    """Tracing a canonical graph again keeps its record, and the layer and source of nodes that are still there."""
+    """Tracing a canonical graph again keeps its record, and the layer and source of nodes that are still
+    there.
+    """
     before = info(model)
     for name in ("model_class", "front_end", "notes", "train_only", "untouched", "plan"):
         setattr(found, name, getattr(before, name))

@@ -73,6 +73,8 @@ def mask_weights(graph: fx.GraphModule, divisions: Divisions) -> None:
             assert module is not None
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             if getattr(module, "groups", 1) == 1 and str(node.target) not in done:
+                turned = narrow.transposed(module)  # its weight is [in, out, ...]
+                weight = weight.transpose(0, 1) if turned else weight
                 weight.mul_(division.mask(weight))
             done.add(str(node.target))
 
@@ -109,8 +111,9 @@ def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node
 
 
 class _Carver:
-    def __init__(self, graph: fx.GraphModule, known: Facts, divisions: Divisions,
-                 lowering: Mapping[fx.Node, str]) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, known: Facts, divisions: Divisions, lowering: Mapping[fx.Node, str]
+    ) -> None:
         self.graph, self.values, self.axes = graph, known.shapes, known.axes
         self.divisions, self.lowering = divisions, lowering
         self.new = fx.Graph()
@@ -213,8 +216,9 @@ class _Carver:
         place[held] = np.arange(len(held))
         return self.select(source, place[wanted], len(held), value.dim, branch)
 
-    def trim(self, value: Value, piece: tuple[fx.Node, np.ndarray], wanted: np.ndarray,
-             branch: int | None) -> tuple[fx.Node, np.ndarray]:
+    def trim(
+        self, value: Value, piece: tuple[fx.Node, np.ndarray], wanted: np.ndarray, branch: int | None
+    ) -> tuple[fx.Node, np.ndarray]:
         node, positions = piece
         kept = np.isin(positions, wanted)
         if kept.all():
@@ -226,7 +230,9 @@ class _Carver:
         if len(index) == size and np.array_equal(index, np.arange(size)):
             return node
         if np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-            return self.make(aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch)
+            return self.make(
+                aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch
+            )
         path = f"channel_order.{len(self.modules)}"
         holder = nn.Module()
         holder.register_buffer("index", torch.from_numpy(np.ascontiguousarray(index)))
@@ -234,8 +240,15 @@ class _Carver:
         read = self.note(self.new.get_attr(f"{path}.index"), branch)
         return self.make(aten.index_select.default, node, dim, read, branch=branch)
 
-    def call(self, node: fx.Node, name: str, positions: tuple[np.ndarray, ...], make: Callable[[], nn.Module],
-             operand: fx.Node, branch: int | None) -> fx.Node:
+    def call(
+        self,
+        node: fx.Node,
+        name: str,
+        positions: tuple[np.ndarray, ...],
+        make: Callable[[], nn.Module],
+        operand: fx.Node,
+        branch: int | None,
+    ) -> fx.Node:
         """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
         key = (str(node.target), name, *(p.tobytes() for p in positions))
         if key not in self.made:
@@ -281,8 +294,14 @@ class _Carver:
         existing = getattr(module, "groups", 1)
         if self.lowering.get(node) == "grouped" and division.even and existing == 1:
             source = self.assemble(value, np.concatenate(division.ins))
-            new = self.call(node, "", (*division.ins, *division.outs),
-                            lambda: narrow.grouped(module, division.ins, division.outs), source, None)
+            new = self.call(
+                node,
+                "",
+                (*division.ins, *division.outs),
+                lambda: narrow.grouped(module, division.ins, division.outs),
+                source,
+                None,
+            )
             return Value([(new, np.concatenate(division.outs))], dim, size)
         pieces = []
         for g, (ins, outs) in enumerate(zip(division.ins, division.outs, strict=True)):
@@ -333,7 +352,9 @@ class _Carver:
             return None
         size = shape(self.values[node])[dim]
         rank = len(shape(self.values[node]))
-        operands = {n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)}
+        operands = {
+            n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)
+        }
         along = {n: v for n, v in operands.items() if v is not None and v.size == size}
         if not along or any(n in self.split and n not in along for n in operands):
             return None
@@ -341,13 +362,21 @@ class _Carver:
         if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in along.items()):
             return None
         lead = max(along.values(), key=lambda v: len(v.pieces))
-        made = [(self.piecewise(node, along, positions, g), positions)
-                for g, (_, positions) in enumerate(lead.pieces)]
+        made = [
+            (self.piecewise(node, along, positions, g), positions)
+            for g, (_, positions) in enumerate(lead.pieces)
+        ]
         return None if any(n is None for n, _ in made) else Value(made, dim, size)  # type: ignore[arg-type]
 
-    def piecewise(self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int) -> fx.Node | None:
+    def piecewise(
+        self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int
+    ) -> fx.Node | None:
         source = {n: self.assemble(v, positions, g) for n, v in along.items()}
-        branch = g if len(next(iter(along.values())).pieces) > 1 or any(n in self.branch for n in source.values()) else None
+        branch = (
+            g
+            if len(next(iter(along.values())).pieces) > 1 or any(n in self.branch for n in source.values())
+            else None
+        )
         if branch is not None:
             branch = next((self.branch[n] for n in source.values() if n in self.branch), g)
         module = module_of(node)
@@ -356,9 +385,13 @@ class _Carver:
                 return None
             whole = len(positions) == next(iter(along.values())).size
             make = partial(narrow.channelwise, module, positions)
-            return self.call(node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch)
+            return self.call(
+                node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch
+            )
         owned = in_place(node) and self.owns(source[node.args[0]], node, g)  # type: ignore[index]
-        new = self.note(self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch)
+        new = self.note(
+            self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch
+        )
         if node.op == "call_function" and not owned:
             new.target = out_of_place(new.target)
         return new
@@ -380,13 +413,18 @@ class _Carver:
         if name == "cat":
             return self.concat(node)
         operand = node.args[0]
-        if not isinstance(operand, fx.Node) or any(n in self.split for n in node.all_input_nodes if n is not operand):
+        if not isinstance(operand, fx.Node) or any(
+            n in self.split for n in node.all_input_nodes if n is not operand
+        ):
             return None
         held = self.split.get(operand)
         if isinstance(held, Value):
             sizes = shape(self.values[operand])
-            held = Deferred(held, torch.arange(held.size).view(
-                [-1 if d == held.dim else 1 for d in range(len(sizes))]), sizes)
+            held = Deferred(
+                held,
+                torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))]),
+                sizes,
+            )
         return self.follow(node, held) if isinstance(held, Deferred) else None
 
     def follow(self, node: fx.Node, held: Deferred) -> Any:
@@ -400,8 +438,11 @@ class _Carver:
         if op_name(node) == "flatten":
             return self.flattened(node, held, ids, after)
         if op_name(node) in ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d") or (
-                after != held.sizes and channel_dim(ids) == held.base.dim and len(after) == len(held.sizes)
-                and ids.numel() == held.base.size):
+            after != held.sizes
+            and channel_dim(ids) == held.base.dim
+            and len(after) == len(held.sizes)
+            and ids.numel() == held.base.size
+        ):
             return self.same(node)  # it moves rows and columns, not channels
         return self.settle(held, ids, after)
 
@@ -425,7 +466,9 @@ class _Carver:
                 pieces.append((new, position[positions[kept]]))
         return Value(pieces, base.dim, len(source))
 
-    def flattened(self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Value | None:
+    def flattened(
+        self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]
+    ) -> Value | None:
         """flatten(1) of a piece holds its channels' positions one after the other."""
         if held.base.dim != 1 or len(after) != 2 or held.ids.numel() != held.base.size:
             return None
@@ -440,8 +483,16 @@ class _Carver:
         """A concat of values in pieces: piece by piece, or simply all pieces side by side."""
         operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         values = [self.value(n) for n in operands]
-        dim = channel_dim(self.axes.labels.get(node)) if isinstance(self.axes.labels.get(node), torch.Tensor) else None
-        if dim is None or any(v is None or v.dim != dim for v in values) or _cat_dim(node, self.values) != dim:
+        dim = (
+            channel_dim(self.axes.labels.get(node))
+            if isinstance(self.axes.labels.get(node), torch.Tensor)
+            else None
+        )
+        if (
+            dim is None
+            or any(v is None or v.dim != dim for v in values)
+            or _cat_dim(node, self.values) != dim
+        ):
             return None
         parts: list[Value] = values  # type: ignore[assignment]
         offsets = np.cumsum([0] + [v.size for v in parts])

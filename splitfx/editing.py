@@ -97,7 +97,9 @@ def _prune(module: nn.Module, path: str, kept: set[str]) -> bool:
         for name in [n for n in table if (f"{path}.{n}" if path else n) not in kept]:
             del table[name]
         alive = alive or bool(table)
-    for name in [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and n not in module._buffers]:
+    for name in [
+        n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and n not in module._buffers
+    ]:
         if (f"{path}.{name}" if path else name) not in kept:
             delattr(module, name)
     return alive
@@ -115,7 +117,18 @@ def check(graph: fx.GraphModule) -> None:
         assert not late, f"{node.name} overwrites {node.args[0].name}, which {late[0].name} reads later"
 
 
-_VIEWS = ("slice", "chunk", "split", "select", "view", "transpose", "permute", "getitem", "unsqueeze", "squeeze")
+_VIEWS = (
+    "slice",
+    "chunk",
+    "split",
+    "select",
+    "view",
+    "transpose",
+    "permute",
+    "getitem",
+    "unsqueeze",
+    "squeeze",
+)
 
 
 def readers_through_views(node: fx.Node) -> set[fx.Node]:

@@ -37,8 +37,12 @@ class TensorSpec:
         high = int(tensor.max()) + 1 if readable else None
         return TensorSpec(tuple(int(s) for s in tensor.shape), tensor.dtype, str(tensor.device), high)
 
-    def random(self, generator: torch.Generator, dtype: torch.dtype | None = None,
-               device: str | torch.device | None = None) -> torch.Tensor:
+    def random(
+        self,
+        generator: torch.Generator,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor:
         """A tensor of this shape: normal values for floats, uniform ones below ``high`` for integers."""
         device = self.device if device is None else device
         if self.dtype == torch.bool:
@@ -56,8 +60,8 @@ class TraceInfo:
     """What is known of a graph beyond its nodes.
 
     ``inputs`` holds one entry per placeholder, in order: a `TensorSpec` or the constant that was given;
-    ``in_spec`` is the pytree structure of ``(args, kwargs)``. ``train_only`` lists submodules and ``untouched``
-    state_dict keys of the user's model that left no trace. ``steps`` is what the pipeline did, pass by pass.
+    ``in_spec`` is the pytree structure of ``(args, kwargs)``. ``train_only`` lists submodules, ``untouched``
+    state_dict keys, of the user's model that left no trace. ``steps`` is what the pipeline did, pass by pass.
     ``aliases`` maps a second path of a shared module or tensor to the path that the graph uses.
     """
 
@@ -78,8 +82,10 @@ def info(graph: fx.GraphModule) -> TraceInfo:
     """The `TraceInfo` of a canonical graph; `UnsupportedError` for any other module."""
     found = getattr(graph, "meta", {}).get(INFO)
     if not isinstance(found, TraceInfo):
-        raise UnsupportedError(f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or "
-                               "splitfx.transform on the model first")
+        raise UnsupportedError(
+            f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or "
+            "splitfx.transform on the model first"
+        )
     return found
 
 
@@ -122,10 +128,14 @@ def output_node(graph: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(graph.graph.nodes) if n.op == "output")
 
 
-def random_inputs(graph: fx.GraphModule, seed: int = 0, dtype: torch.dtype | None = None,
-                  device: str | torch.device | None = None, batch: int | None = None,
-                  ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` of random tensors in the traced shapes, floats in ``dtype``; ``batch`` replaces dim 0."""
+def random_inputs(
+    graph: fx.GraphModule,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch: int | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of random tensors in the traced shapes: floats in ``dtype``, dim 0 is ``batch``."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(spec: Any) -> Any:
@@ -141,9 +151,17 @@ def random_inputs(graph: fx.GraphModule, seed: int = 0, dtype: torch.dtype | Non
 
 
 def restore_aliases(graph: fx.GraphModule) -> None:
-    """Put a shared module's or tensor's second name back, which fx drops because no node refers to it."""
+    """Put back what fx loses when it copies a graph.
+
+    These are second names of shared modules and tensors, to which no node refers, and before torch 2.12 that
+    a buffer is no part of the state_dict.
+    """
     for alias, path in info(graph).aliases.items():
         set_path(graph, alias, resolve(graph, path))
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.meta.get("transient"):
+            parent, _, name = str(node.target).rpartition(".")
+            graph.get_submodule(parent)._non_persistent_buffers_set.add(name)
 
 
 def resolve(graph: nn.Module, path: str) -> Any:
@@ -182,4 +200,6 @@ def text(graph: fx.GraphModule) -> str:
     """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
     from splitfx.ops import describe
 
-    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"
+    return (
+        "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,23 +22,48 @@ REPEATS, ENOUGH_SECONDS = 3, 0.05
 def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ...]) -> tuple[float, float]:
     """Seconds of one forward as (grouped conv, narrow branches) on an input of ``sizes``; the division is even."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-    options = (tuple(module.stride), tuple(module.padding) if not isinstance(module.padding, str) else module.padding,  # type: ignore[arg-type]
-               tuple(module.dilation))  # type: ignore[arg-type]
+    last = (
+        weight.dim() == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    options = tuple(getattr(module, name) for name in ("stride", "padding", "dilation"))
     block = (len(division.outs[0]), len(division.ins[0]), *weight.shape[2:])
-    return _seconds(block, len(division.ins), sizes, options, last, weight.dtype, str(weight.device),
-                    torch.get_num_threads())
+    return _seconds(
+        block,
+        len(division.ins),
+        sizes,
+        options,
+        last,
+        weight.dtype,
+        str(weight.device),
+        torch.get_num_threads(),
+    )
 
 
-@lru_cache(maxsize=None)
-def _seconds(block: tuple[int, ...], branches: int, sizes: tuple[int, ...], options: tuple, last: bool,
-             dtype: torch.dtype, device: str, threads: int) -> tuple[float, float]:
+@cache
+def _seconds(
+    block: tuple[int, ...],
+    branches: int,
+    sizes: tuple[int, ...],
+    options: tuple,
+    last: bool,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+) -> tuple[float, float]:
     convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[len(block)]
     layout = torch.channels_last if last else torch.contiguous_format
     stride, padding, dilation = options
     narrow = (sizes[0], block[1], *sizes[2:])
-    parts = [torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
-    weights = [torch.randn(block, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
+    parts = [
+        torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout)
+        for _ in range(branches)
+    ]
+    weights = [
+        torch.randn(block, dtype=dtype, device=device).contiguous(memory_format=layout)
+        for _ in range(branches)
+    ]
     whole = torch.cat(parts, 1).contiguous(memory_format=layout)
     together = torch.cat(weights).contiguous(memory_format=layout)
 
@@ -56,7 +81,8 @@ def alternate(first: Callable[[], None], second: Callable[[], None], device: str
     """The least seconds of each, taken in turn so that a busy machine treats both alike."""
     best = [float("inf")] * 2
     with torch.inference_mode():
-        first(), second()  # the first call of a shape picks kernels
+        for run in (first, second):
+            run()  # the first call of a shape picks kernels
         started = time.perf_counter()
         for _ in range(REPEATS):
             for i, run in enumerate((first, second)):

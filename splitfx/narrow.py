@@ -47,6 +47,16 @@ def _block(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Ten
     return rows.index_select(1, torch.as_tensor(ins, device=device))
 
 
+def transposed(module: nn.Module | None) -> bool:
+    """A transposed conv, whose weight is [in, out, ...] instead of [out, in, ...]."""
+    return isinstance(module, Transposed)
+
+
+def _blocks(module: nn.Module, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return _block(weight, ins, outs) if transposed(module) else _block(weight, outs, ins)
+
+
 def weighted(module: nn.Module, ins: np.ndarray, outs: np.ndarray) -> nn.Module:
     """A conv or linear layer from input channels ``ins`` to output channels ``outs``.
 
@@ -57,7 +67,7 @@ def weighted(module: nn.Module, ins: np.ndarray, outs: np.ndarray) -> nn.Module:
     if existing > 1:
         per = module.in_channels // existing  # type: ignore[operator]
         return groups_of(module, ins.reshape(-1, per)[:, 0] // per, outs)
-    kept = nn.Parameter(_block(weight, outs, ins), weight.requires_grad)
+    kept = nn.Parameter(_blocks(module, outs, ins), weight.requires_grad)
     bias = _pick(module.bias, outs)  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         return _new(module, weight=kept, bias=bias, in_features=len(ins), out_features=len(outs))
@@ -67,18 +77,30 @@ def weighted(module: nn.Module, ins: np.ndarray, outs: np.ndarray) -> nn.Module:
 def grouped(module: nn.Module, ins: tuple[np.ndarray, ...], outs: tuple[np.ndarray, ...]) -> nn.Module:
     """One conv with ``groups=len(ins)`` for equal blocks; its channels come branch after branch."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    blocks = [_block(weight, o, i) for i, o in zip(ins, outs, strict=True)]
+    blocks = [_blocks(module, o, i) for i, o in zip(ins, outs, strict=True)]
     order = np.concatenate(outs)
-    return _new(module, weight=nn.Parameter(torch.cat(blocks), weight.requires_grad),
-                bias=_pick(module.bias, order),  # type: ignore[arg-type]
-                in_channels=sum(map(len, ins)), out_channels=len(order), groups=len(ins))
+    return _new(
+        module,
+        weight=nn.Parameter(torch.cat(blocks), weight.requires_grad),
+        bias=_pick(module.bias, order),  # type: ignore[arg-type]
+        in_channels=sum(map(len, ins)),
+        out_channels=len(order),
+        groups=len(ins),
+    )
 
 
 def groups_of(module: nn.Module, groups: np.ndarray, outs: np.ndarray) -> nn.Module:
     """A conv that keeps some of its groups: ``groups`` are their numbers, ``outs`` their output channels."""
     per = module.in_channels // module.groups  # type: ignore[operator]
-    return _new(module, weight=_pick(module.weight, outs), bias=_pick(module.bias, outs),  # type: ignore[arg-type]
-                in_channels=len(groups) * per, out_channels=len(outs), groups=len(groups))
+    rows = (groups[:, None] * per + np.arange(per)).flatten() if transposed(module) else outs
+    return _new(
+        module,
+        weight=_pick(module.weight, rows),
+        bias=_pick(module.bias, outs),  # type: ignore[arg-type]
+        in_channels=len(groups) * per,
+        out_channels=len(outs),
+        groups=len(groups),
+    )
 
 
 def has_channels(module: nn.Module) -> bool:
@@ -105,10 +127,17 @@ def channelwise(module: nn.Module, positions: np.ndarray) -> nn.Module:
         return _new(module, weight=_pick(module.weight, positions), num_parameters=len(positions))
     if isinstance(module, nn.GroupNorm):
         per = module.num_channels // module.num_groups
-        return _new(module, weight=_pick(module.weight, positions), bias=_pick(module.bias, positions),
-                    num_groups=len(positions) // per, num_channels=len(positions))
-    tensors = {name: _pick(getattr(module, name), positions)
-               for name in ("weight", "bias", "running_mean", "running_var")}
+        return _new(
+            module,
+            weight=_pick(module.weight, positions),
+            bias=_pick(module.bias, positions),
+            num_groups=len(positions) // per,
+            num_channels=len(positions),
+        )
+    tensors = {
+        name: _pick(getattr(module, name), positions)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
     counted = module._buffers.get("num_batches_tracked")
     if counted is not None:
         tensors["num_batches_tracked"] = counted.clone()

@@ -2,20 +2,21 @@
 
 Operators whose weights are plain parameters become the matching ``torch.nn`` module, which **holds the same
 Parameter objects** and sits under the user's own path; raising goes by operator and by identity of the
-parameters, never by the Python class that called it. Operators with computed weights, or with parameters under
-other names than ``weight`` and ``bias``, stay functions.
+parameters, never by the Python class that called it. Operators with computed weights, or with parameters
+under other names than ``weight`` and ``bias``, stay functions.
 
-In-place operators stay in place, and every later use of what they overwrite reads their result instead, so that
-the graph shows all dependencies: an in-place node is the last reader of its operand. Where the overwritten storage
-is also seen by another value that is read later (a view), no edge shows it: such a node has
-``meta["writes_view"] = True`` and keeps its place among its neighbours.
+In-place operators stay in place, and every later use of what they overwrite reads their result instead, so
+that the graph shows all dependencies: an in-place node is the last reader of its operand. Where the
+overwritten storage is also seen by another value that is read later (a view), no edge shows it: such a node
+has ``meta["writes_view"] = True`` and keeps its place among its neighbours.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from splitfx.behaviour import Behaviour
 from splitfx.schema import arguments, aten_name, may_share, mutates, written
@@ -43,7 +45,7 @@ Recipe = tuple[type[nn.Module], dict[str, Any]]
 
 
 class FunctionalBatchNorm(nn.Module):
-    """``F.batch_norm`` on tensors that the user keeps under names of their own; follows train() and eval()."""
+    """``F.batch_norm`` on tensors that the user keeps under other names; follows train() and eval()."""
 
     def __init__(self, momentum: float, eps: float) -> None:
         super().__init__()
@@ -104,10 +106,11 @@ def _recipe(name: str, a: dict[str, Any], w: torch.Tensor) -> Recipe | None:
 
 
 class Raiser:
-    """Writes ``graph``, and collects the ``modules`` and ``values`` (parameters, buffers, constants) it reads.
+    """Writes ``graph``, and collects the ``modules`` and ``values`` (parameters, buffers, constants) it
+    reads.
 
-    ``private`` is the copy of the user's ``model`` that was exported; ``seen`` is how the model behaves in train
-    mode, None where that is unknown.
+    ``private`` is the copy of the user's ``model`` that was exported; ``seen`` is how the model behaves in
+    train mode, None where that is unknown.
     """
 
     def __init__(
@@ -140,11 +143,11 @@ class Raiser:
                 self.write(node)
 
     def write(self, node: fx.Node) -> None:
-        if getattr(node.target, "__name__", "") == "getitem" and isinstance(
-            self.env.get(node.args[0]), tuple
-        ):
-            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-            return
+        if node.target is operator.getitem:
+            inlined = self.env.get(node.args[0])  # type: ignore[arg-type]
+            if isinstance(inlined, tuple):
+                self.env[node] = inlined[node.args[1]]  # type: ignore[index]
+                return
         new = self.raised(node) or self.copied(node)
         new.meta = {"layer": self.where(node), "source": source_line(node.meta.get("stack_trace") or "")}
         self.env[node] = new
@@ -153,7 +156,7 @@ class Raiser:
     def copied(self, node: fx.Node) -> fx.Node:
         if node.op in ("placeholder", "output"):
             return self.graph.node_copy(node, self.value_of)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value_of)
+        args, kwargs = map_arg((node.args, node.kwargs), self.value_of)
         # Numbered anew, so that tracing a canonical graph again gives the same names.
         return self.graph.create_node(node.op, node.target, args, kwargs, re.sub(r"_\d+$", "", node.name))
 
@@ -174,7 +177,7 @@ class Raiser:
             hole.meta["outer"] = operand
         self.walk(body.graph, f"{inner.meta['path']}.")  # type: ignore[union-attr]
         results = next(n for n in reversed(body.graph.nodes) if n.op == "output").args[0]
-        self.env[node] = tuple(fx.node.map_arg(results, self.value_of))
+        self.env[node] = tuple(map_arg(results, self.value_of))
         self.call_plain(torch._C._set_grad_enabled, before)  # the caller may run the graph under no_grad
 
     def call_plain(self, function: Any, *args: Any) -> fx.Node:
@@ -204,7 +207,7 @@ class Raiser:
         path = stack[-1][0].split("@")[0] if stack else ""
         return path if path in self.owners else ""
 
-    def owner(self, node: fx.Node, held: dict[str, torch.Tensor | None]) -> str | None:
+    def owner(self, node: fx.Node, held: Mapping[str, torch.Tensor | None]) -> str | None:
         """Path of the module that holds exactly these tensors under these names."""
 
         def holds(path: str) -> bool:
@@ -223,6 +226,8 @@ class Raiser:
         found = self.tensor(node)
         assert found is not None
         self.values[found[0]] = found[1]
+        if isinstance(found[1], fx.GraphModule):  # the body of an operator such as torch.cond or autocast
+            drop_assertions(found[1])
 
     def value_of(self, node: fx.Node) -> Any:
         """The new node for an old one; get_attr nodes appear where they are first read."""
@@ -318,7 +323,7 @@ class Raiser:
         self.modules[path] = FunctionalBatchNorm(a["momentum"], a["eps"])
         self.modules[path].training = self.mode(self.where(node))
         operands = [a[k] for k in ("input", "weight", "bias", "running_mean", "running_var")]
-        return self.graph.call_module(path, fx.node.map_arg(tuple(operands), self.value_of))
+        return self.graph.call_module(path, map_arg(tuple(operands), self.value_of))
 
     def instance_norm(self, node: fx.Node) -> fx.Node | None:
         a = arguments(node)
@@ -413,6 +418,17 @@ def _follow(root: Any, path: str) -> Any:
 
 def _rank(node: Any) -> int:
     return node.meta["val"].dim()
+
+
+def drop_assertions(body: nn.Module) -> None:
+    """Remove checks of types and sizes that torch.export adds: a graph may be moved to another type later."""
+    for module in body.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in [n for n in module.graph.nodes if n.op == "call_function" and not n.users]:
+            if _is_assertion(node.target):
+                module.graph.erase_node(node)
+        module.recompile()
 
 
 def _is_assertion(target: Any) -> bool:

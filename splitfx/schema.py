@@ -1,4 +1,4 @@
-"""What the schema of an aten operator says: its name, its arguments, what it overwrites and what it returns a view of.
+"""What an aten operator's schema says: its name and arguments, what it overwrites, what it returns a view of.
 
 Promises: everything is read from the operator's own schema; no table of operators is kept here.
 """
@@ -54,7 +54,7 @@ def written(node: fx.Node) -> list[tuple[fx.Node, bool]]:
 
 
 def may_share(node: fx.Node) -> Iterator[fx.Node]:
-    """The operands whose storage the result of a function may share: views, in-place results, parts of a tuple."""
+    """The operands whose storage a function's result may share: views, in-place results, parts of tuples."""
     if node.target is operator.getitem:
         yield from node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):

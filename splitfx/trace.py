@@ -1,18 +1,19 @@
 """`trace`: any model and example inputs in, the canonical graph out.
 
 Front ends are tried in order: ``torch.export`` on the model, then ``torch.fx.symbolic_trace`` followed by
-``torch.export`` of what it found. Both end in one canonical graph (`splitfx.canonical`), so no later code knows which
-one worked. The model is never changed: a private copy of its module tree, which shares the parameters, is put in eval
-mode and traced. What cannot be traced is a `TraceError` (`splitfx.trace_errors`).
+``torch.export`` of what it found. Both end in one canonical graph (`splitfx.canonical`), so no later code
+knows which one worked. The model is never changed: a private copy of its module tree, which shares the
+parameters, is put in eval mode and traced. What cannot be traced is a `TraceError` (`splitfx.trace_errors`).
 
-Promises: where the trace is not the whole truth (a part of the model that acts differently in train mode, a size that
-is fixed, a Python value that is baked in), `TraceInfo.notes` says so.
+Promises: where the trace is not the whole truth (a part of the model that acts differently in train mode, a
+size that is fixed, a Python value that is baked in), `TraceInfo.notes` says so.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +41,12 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch") -> f
     """Trace ``model`` to its canonical graph.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, a dict of keyword inputs, or
-    ``((positional, ...), {keyword: ...})``; the graph is traced for their shapes. ``dynamic`` says which sizes may
-    differ later: ``"batch"`` (dim 0 of every tensor, where the model allows it), ``"all"`` or ``"none"``; what the
-    model allowed is in ``TraceInfo.dynamic``.
+    ``((positional, ...), {keyword: ...})``; the graph is traced for their shapes. ``dynamic`` says which
+    sizes may differ later: ``"batch"`` (dim 0 of every tensor, where the model allows it), ``"all"`` or
+    ``"none"``; what the model allowed is in ``TraceInfo.dynamic``.
 
-    The result is a ``torch.fx.GraphModule`` that holds the model's own Parameter objects under their own names, and
-    follows ``train()`` and ``eval()`` as the model does. Raises `TraceError`.
+    The result is a ``torch.fx.GraphModule`` that holds the model's own Parameter objects under their own
+    names, and follows ``train()`` and ``eval()`` as the model does. Raises `TraceError`.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
@@ -56,14 +57,30 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch") -> f
     check_inputs(model, *inputs)
     register_dataclasses(inputs)
     problems: list[tuple[str, nn.Module | None, Exception]] = []
-    for front_end, prepare in (("torch.export", private_copy), ("torch.fx.symbolic_trace", symbolic_copy)):
-        private = None
-        try:
-            private = prepare(model)
-            return _Attempt(model, private, inputs, front_end).graph(dynamic)
-        except Exception as error:
-            problems.append((front_end, private, error))
+    with _no_collection():
+        for front_end, prepare in (
+            ("torch.export", private_copy),
+            ("torch.fx.symbolic_trace", symbolic_copy),
+        ):
+            private = None
+            try:
+                private = prepare(model)
+                return _Attempt(model, private, inputs, front_end).graph(dynamic)
+            except Exception as error:
+                problems.append((front_end, private, error))
     raise TraceError(failure(model, inputs, problems)) from problems[0][2]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """torch.export allocates many small objects that stay: looking for garbage among them costs a quarter."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def split_inputs(example_inputs: Any) -> Inputs:
@@ -112,6 +129,7 @@ class _Attempt:
         self.model, self.private, self.inputs, self.front_end = model, private, inputs, front_end
         self.notes: list[Note] = []
         self.leaves = leaf_paths(private)
+        self.batch_matters: dict[str, list[str]] = {}
 
     def graph(self, dynamic: str) -> fx.GraphModule:
         wide = widen_batch(self.inputs)
@@ -128,27 +146,22 @@ class _Attempt:
         self.notes.append(Note(where, what, "info"))
 
     def behaviour(self, wide: Inputs) -> Behaviour | None:
-        """How the model acts in train mode; notes on what the graph will not follow."""
-        once = observe(self.private, *self.inputs, self.leaves)
-        self.leaves -= once.resized
-        in_eval = observe(self.private, *wide, self.leaves) if wide is not self.inputs else once
-        other = in_eval if wide is not self.inputs else self.narrow(once)
-        self.batch_matters = differences(once, other)
-        modes = {module: module.training for module in self.private.modules()}
+        """How the model acts in train mode; notes on what the graph will not follow.
+
+        One run in eval mode with a batch of one and one in train mode with the full batch: when they call the
+        same functions, neither mode nor batch matters. Only when they do not, a third run says which it is.
+        """
+        small, in_train = self.alone(), self.in_train(wide)
+        if in_train is not None and not differences(small, in_train):
+            return in_train
         try:
-            self.private.train()
-            in_train = observe(self.private, *wide, self.leaves)
-        except Exception as error:
-            self.note(
-                "model",
-                f"cannot be run in train mode on these inputs ({reason(error)}): the graph's train mode "
-                "is that of its dropout, batch norm and stochastic depth layers",
-            )
-            return None
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        for path, names in differences(in_eval, in_train).items():
+            in_eval = observe(self.private, *wide, self.leaves)
+        except Exception:
+            if wide is self.inputs:
+                raise
+            in_eval, self.batch_matters = small, {"": ["a batch of two fails"]}
+        self.batch_matters = self.batch_matters or differences(small, in_eval)
+        for path, names in differences(in_eval, in_train or in_eval).items():
             owner = type(self.private.get_submodule(path)).__name__
             self.note(
                 path or "model",
@@ -157,15 +170,36 @@ class _Attempt:
             )
         return in_train
 
-    def narrow(self, once: Behaviour) -> Behaviour:
-        """The eval-mode behaviour at a batch of one, which torch.export takes for a case of its own."""
-        args, kwargs = pytree.tree_map(
-            lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs
-        )
+    def alone(self) -> Behaviour:
+        """In eval mode and, where the model takes it, for a batch of one: a case of its own for torch.export."""
+        one = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs)
         try:
-            return observe(self.private, args, kwargs, self.leaves)
+            seen = observe(self.private, *one, self.leaves)
         except Exception:
-            return once  # the model refuses a batch of one, so nothing is lost there
+            seen = observe(self.private, *self.inputs, self.leaves)
+        self.leaves -= seen.resized
+        return seen
+
+    def in_train(self, wide: Inputs) -> Behaviour | None:
+        modes = {module: module.training for module in self.private.modules()}
+        problem: Exception | None = None
+        try:
+            self.private.train()
+            for inputs in (wide, self.inputs):  # two of a batch, because a norm may need more than one value
+                try:
+                    return observe(self.private, *inputs, self.leaves)
+                except Exception as error:
+                    problem = problem or error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        assert problem is not None
+        self.note(
+            "model",
+            f"cannot be run in train mode on these inputs ({reason(problem)}): the graph's train mode "
+            "is that of its dropout, batch norm and stochastic depth layers",
+        )
+        return None
 
     def export(self, dynamic: str, wide: Inputs) -> tuple[torch.export.ExportedProgram, str]:
         """Export with as many free sizes as were asked for and the model allows; says which it was."""
@@ -201,7 +235,7 @@ def export_once(
         if how == "none"
         else by_name(private, *pytree.tree_map(lambda leaf: free_sizes(leaf, how), inputs))
     )
-    # Gradients on, and no fused fast path of nn.MultiheadAttention: the graph must train wherever the model does.
+    # Gradients on and no fused path of nn.MultiheadAttention: the graph must train wherever the model does.
     with (
         opaque_leaves(private, leaves),
         registered_outputs(private),

@@ -1,7 +1,8 @@
-"""Why a model cannot be traced, in the user's words: their module, their source line, every front end's reason.
+"""Why a model cannot be traced, in the user's words: their module, their source line, every front end's
+reason.
 
-`check_inputs` refuses what no front end would report well (count, names, device and type of the inputs) before any
-tracing; `failure` writes the message after all front ends have given up.
+`check_inputs` refuses what no front end would report well (count, names, device and type of the inputs)
+before any tracing; `failure` writes the message after all front ends have given up.
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ _TRACING = (
     "pytree",
 )
 
+# Words of torch that show an input or output of a type that it does not know.
+_FOREIGN = ("pytree", "type of output", "unsupported input", "input type")
+
 
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """`TraceError` when forward does not take these inputs, or none of them fits the parameters' device or type."""
+    """`TraceError` when forward does not take these inputs, or none of them fits the parameters' device or
+    type.
+    """
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -71,9 +77,10 @@ def failure(model: nn.Module, inputs: Any, problems: list[tuple[str, nn.Module |
     name, reasons = type(model).__name__, "; ".join(f"{who}: {reason(e)}" for who, _, e in problems)
     if not _is_tracing(error):
         sizes = [tuple(t.shape) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+        shapes = ", ".join(map(str, sizes)) or "none"
         return (
-            f"{name} does not run on the example inputs of shape {', '.join(map(str, sizes)) or 'none'}: it fails"
-            f"{where}. {reasons}. What to do: give inputs that model(...) accepts, or correct the model there."
+            f"{name} does not run on the example inputs of shape {shapes}: it fails{where}. {reasons}. "
+            "What to do: give inputs that model(...) accepts, or correct the model there."
         )
     return f"{name} cannot be traced{where}. {reasons}. What to do: {_advice(error)}."
 
@@ -82,16 +89,11 @@ def _advice(error: BaseException) -> str:
     words = f"{type(error).__name__} {error}".lower()
     if "numpy" in words:
         return "compute with torch instead of numpy there, or trace a part of the model that does"
-    if (
-        "pytree" in words
-        or "type of output" in words
-        or "unsupported input" in words
-        or "input type" in words
-    ):
+    if any(word in words for word in _FOREIGN):
         return "pass and return tensors, numbers, and tuples, lists, dicts or dataclasses of them"
     return (
-        "make that code free of Python branches, loops and numbers that depend on tensor values (torch.where, "
-        "torch.cond), or trace a part of the model that has none"
+        "make that code free of Python branches, loops and numbers that depend on tensor values "
+        "(torch.where, torch.cond), or trace a part of the model that has none"
     )
 
 

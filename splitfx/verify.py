@@ -8,6 +8,7 @@ reduced image size where the graph allows it, else at the traced one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
-from splitfx.graph import TensorSpec, attribute, info, layer, module_of
+from splitfx.graph import TensorSpec, attribute, copy_graph, info, layer, module_of
 
 TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
+ROUNDING = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 1e-1,
+    torch.float16: 1e-2,
+}  # of weights, through a deep network
 SMALL = 64  # a square image of this size shows every fault of a rewrite that a larger one does
 
 
@@ -61,8 +67,9 @@ def _double(value: Any) -> Any:
 def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The output tensors of a graph in float64, on flat inputs."""
     with torch.no_grad():
-        found = Exact(graph).run(*[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs],
-                                 enable_io_processing=False)
+        found = Exact(graph).run(
+            *[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs], enable_io_processing=False
+        )
     return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
 
 
@@ -95,7 +102,9 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> 
     worst = 0.0
     for a, b in zip(*_both(before, after, seed), strict=True):
         if a.shape != b.shape:
-            raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
+            raise VerificationError(
+                f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised"
+            )
         if a.numel() == 0:
             continue
         a, b = a.double(), b.double()
@@ -107,7 +116,9 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> 
     return worst
 
 
-def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _both(
+    before: fx.GraphModule, after: fx.GraphModule, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     sizes = [s.shape for s in info(before).inputs if isinstance(s, TensorSpec)]
     for small in (True, False) if any(_shrunk(s) != s for s in sizes) else (False,):
         inputs = random_flat(before, seed, small)
@@ -124,14 +135,34 @@ def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[lis
     raise AssertionError("unreachable: the traced sizes are always tried")
 
 
-def require_equal(name: str, before: fx.GraphModule, after: fx.GraphModule) -> float:
-    """The measured difference; `VerificationError` where it is beyond rounding."""
+def require_equal(
+    name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE
+) -> float:
+    """The measured difference; `VerificationError` where it is beyond ``limit``."""
     found = difference(before, after)
-    if not found <= TOLERANCE:
-        raise VerificationError(f"pass '{name}' broke its promise: outputs differ by {found:.1e} of their largest value "
-                                f"in float64 (limit {TOLERANCE:.0e}). This is a fault in the pass; please report it "
-                                "with the model and the plan")
+    if not found <= limit:
+        raise VerificationError(
+            f"pass '{name}' broke its promise: outputs differ by {found:.1e} of their largest value "
+            f"in float64 (limit {limit:.0e}). This is a fault in the pass; please report it "
+            "with the model and the plan"
+        )
     return found
+
+
+def in_double(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose parameters, buffers and float inputs are float64."""
+    copied = copy_graph(graph).double()
+    known = info(copied)
+    known.inputs = tuple(
+        replace(s, dtype=torch.float64) if isinstance(s, TensorSpec) and s.dtype.is_floating_point else s
+        for s in known.inputs
+    )
+    return copied
+
+
+def rounding(graph: fx.GraphModule) -> float:
+    """How far weights that a pass computes may move the outputs by being rounded to the graph's types."""
+    return max((ROUNDING[p.dtype] for p in graph.parameters() if p.dtype in ROUNDING), default=TOLERANCE)
 
 
 def in_eval(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Odd tiny models: each is odd in one way that a compiler of other people's models must survive.
 
-`ZOO` holds all that trace, by name: a function that makes the model and its example inputs (batch 2, float32), the
-same every time. Sizes are small and channel counts differ, so that a swapped axis or channel shows.
+`ZOO` holds all that trace, by name: a function that makes the model and its example inputs (batch 2,
+float32), the same every time. Sizes are small and channel counts differ, so that a swapped axis or channel
+shows.
 """
 
 from __future__ import annotations

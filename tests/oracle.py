@@ -1,7 +1,7 @@
 """What "equal" means in the tests: one tolerance table, no tolerance at any call site.
 
-Exactness is claimed in float64. Errors are relative to the largest value of the expected tensor, so that a wrong
-scale, a swapped channel or a lost row shows, and rounding in small values does not.
+Exactness is claimed in float64. Errors are relative to the largest value of the expected tensor, so that a
+wrong scale, a swapped channel or a lost row shows, and rounding in small values does not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference relative to the largest expected value; infinite where sizes, types or nans differ."""
+    """Largest difference relative to the largest expected value; infinite if sizes, types or nans differ."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
     if not expected.numel() or torch.equal(got, expected):
@@ -88,7 +88,8 @@ def assert_equal_outputs(got: nn.Module, expected: nn.Module, inputs: Any) -> No
 
 
 def training_difference(graph: nn.Module, model: nn.Module, inputs: Any) -> str:
-    """One training step each, from the same seed, in the modes the modules are in: output, gradients, buffers.
+    """One training step each, from the same seed, in the modes the modules are in: output, gradients,
+    buffers.
 
     Works on copies; empty when all are equal. Gradients of parameters that ``graph`` lacks are not compared.
     """

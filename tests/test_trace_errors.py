@@ -1,4 +1,6 @@
-"""What cannot be traced is refused in the user's words: their module, their file and line, every reason, what to do."""
+"""What cannot be traced is refused in the user's words: their module, their file and line, every reason, what
+to do.
+"""
 
 from __future__ import annotations
 

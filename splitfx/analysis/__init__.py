@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from splitfx.analysis.axes import Axes
     from splitfx.analysis.cost import Cost
     from splitfx.analysis.memory import Memory
+    from splitfx.analysis.regions import Regions
 
 __all__ = ["Facts", "facts"]
 
@@ -59,6 +60,12 @@ class Facts:
 
         return axes(self.graph, self.shapes)
 
+    @cached_property
+    def regions(self) -> Regions:
+        from splitfx.analysis.regions import Regions
+
+        return Regions(self.shapes)
+
 
 _cache: weakref.WeakKeyDictionary[fx.GraphModule, Facts] = weakref.WeakKeyDictionary()
 
@@ -79,6 +86,15 @@ def version(graph: fx.GraphModule) -> int:
     for node in graph.graph.nodes:
         module = module_of(node)
         sizes = tuple(tuple(p.shape) for p in module.parameters()) if module is not None else ()
-        parts.append((node.name, node.op, str(node.target), str(node.args), str(node.kwargs), sizes,
-                      module.extra_repr() if module is not None else ""))
+        parts.append(
+            (
+                node.name,
+                node.op,
+                str(node.target),
+                str(node.args),
+                str(node.kwargs),
+                sizes,
+                module.extra_repr() if module is not None else "",
+            )
+        )
     return hash(tuple(parts))

@@ -108,7 +108,9 @@ class _Builder:
             return None
         # The channels most likely stay where the operand has them; else tokens have them last, feature maps second.
         before = next((self.labels.get(n) for n in self.operands(node)), None)
-        dim = channel_dim(before) if isinstance(before, torch.Tensor) and before.dim() == value.dim() else None
+        dim = (
+            channel_dim(before) if isinstance(before, torch.Tensor) and before.dim() == value.dim() else None
+        )
         return self.fresh(node, dim if dim is not None else 1 if value.dim() != 3 else -1, reason)
 
     # -- rules
@@ -142,7 +144,10 @@ class _Builder:
         known = [n for n in operands if isinstance(self.labels.get(n), torch.Tensor)]
         if not known:
             return None
-        if any(shape(self.values[n])[-len(out):] != out and len(shape(self.values[n])) != len(out) for n in known[:1]):
+        if any(
+            shape(self.values[n])[-len(out) :] != out and len(shape(self.values[n])) != len(out)
+            for n in known[:1]
+        ):
             return self.reduced(node, known[0])
         reduces = op(node).spatial.value == "global" and op_name(node) not in ("instance_norm",)
         if reduces and len(operands) == 1:
@@ -176,7 +181,11 @@ class _Builder:
             held = held.reshape((1,) * (rank - held.dim()) + tuple(held.shape))
             full.append((n, held))
             if result is None or (channel_dim(held) is not None and channel_dim(result) is None):
-                result = held if all(s == o or h == 1 for s, o, h in zip(sizes, out, held.shape, strict=True)) else result
+                result = (
+                    held
+                    if all(s == o or h == 1 for s, o, h in zip(sizes, out, held.shape, strict=True))
+                    else result
+                )
         if result is None:
             return None
         for n, held in full:
@@ -214,7 +223,9 @@ class _Builder:
             return _along_dim(ins.repeat_interleave(outs_count // groups), dim, rank)  # depthwise
         out = self.fresh(node, dim)
         assert out is not None
-        edge = Edge(node, ins.numpy(), out.flatten().numpy(), groups, not isinstance(a["weight"], torch.Tensor))
+        edge = Edge(
+            node, ins.numpy(), out.flatten().numpy(), groups, not isinstance(a["weight"], torch.Tensor)
+        )
         self.edges.append(edge)
         if groups > 1:
             both = np.concatenate([edge.ins.reshape(groups, -1), edge.outs.reshape(groups, -1)], axis=1)
@@ -282,7 +293,9 @@ class _Builder:
         result = Axes(self.labels, self.edges, channel, axis, unit, frozen)
         for n in output_node(self.graph).all_input_nodes:
             held = self.labels.get(n)
-            result.outputs |= {int(a) for a in axis[held.flatten().numpy()]} if isinstance(held, torch.Tensor) else set()
+            result.outputs |= (
+                {int(a) for a in axis[held.flatten().numpy()]} if isinstance(held, torch.Tensor) else set()
+            )
         return result
 
 

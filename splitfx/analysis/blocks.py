@@ -55,7 +55,11 @@ def boundaries(known: Facts) -> list[fx.Node]:
     for before, after in zip(chain, chain[1:], strict=False):
         if _area(known, after) >= _area(known, before):
             continue
-        end = after if _is_pool(after) and after.all_input_nodes[0] is before else _stage_start(known, before, chain)
+        end = (
+            after
+            if _is_pool(after) and after.all_input_nodes[0] is before
+            else _stage_start(known, before, chain)
+        )
         if end not in ends:
             ends.append(end)
     return ends

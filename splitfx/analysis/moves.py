@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from splitfx.analysis.shapes import shape
 from splitfx.ops import op_name
@@ -19,7 +20,9 @@ from splitfx.ops import op_name
 Labels = torch.Tensor  # int64, see above
 
 # Operations that only regroup positions in order: the sizes before and after say all.
-RESHAPES = frozenset("view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as contiguous clone".split())
+RESHAPES = frozenset(
+    "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as contiguous clone".split()
+)
 
 
 def compress(labels: Labels) -> Labels:
@@ -66,8 +69,10 @@ def concat(parts: list[Labels], sizes: list[tuple[int, ...]], dim: int) -> Label
     rank = parts[0].dim()
     dim %= rank
     common = [max(p.shape[d] for p in parts) for d in range(rank)]
-    spread = [p.expand([size[dim] if d == dim else common[d] for d in range(rank)])
-              for p, size in zip(parts, sizes, strict=True)]
+    spread = [
+        p.expand([size[dim] if d == dim else common[d] for d in range(rank)])
+        for p, size in zip(parts, sizes, strict=True)
+    ]
     return compress(torch.cat(spread, dim))
 
 
@@ -123,7 +128,7 @@ def _run(node: fx.Node, labels: Labels, before: tuple[int, ...], values: dict[fx
         value = values[n]
         return None if isinstance(value, torch.Tensor) else value
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+    args, kwargs = map_arg((node.args, node.kwargs), given)
     if any(a is None and b is not None for a, b in zip(args, node.args, strict=True)):
         return None  # reads another tensor (an index): its values are not known
     result = node.target(*args, **kwargs)  # type: ignore[operator]

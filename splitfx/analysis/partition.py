@@ -101,8 +101,14 @@ def kept_mass(edges: Iterable[tuple[Edge, np.ndarray]], branch: np.ndarray) -> f
     return kept / total if total else 1.0
 
 
-def most_mass(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], start: Partition, sweeps: int = 10,
-              restarts: int = 4, seed: int = 0) -> Partition:
+def most_mass(
+    axes: Axes,
+    edges: Sequence[tuple[Edge, np.ndarray]],
+    start: Partition,
+    sweeps: int = 10,
+    restarts: int = 4,
+    seed: int = 0,
+) -> Partition:
     """Re-assign channels, branch sizes as they are, so that the blocks keep the most squared weight.
 
     Block-coordinate ascent: each axis in turn is assigned exactly (linear sum assignment with one slot per place in
@@ -111,7 +117,9 @@ def most_mass(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], start: Parti
     """
     rng = np.random.default_rng(seed)
     divided = np.flatnonzero(start.branch != WHOLE)
-    families = [divided[np.isin(axes.axis[divided], f)] for f in _families(axes, divided)] if len(divided) else []
+    families = (
+        [divided[np.isin(axes.axis[divided], f)] for f in _families(axes, divided)] if len(divided) else []
+    )
     best, value = start.branch, kept_mass(edges, start.branch)
     for trial in range(restarts):
         branch = start.branch.copy()
@@ -126,8 +134,14 @@ def most_mass(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], start: Parti
     return Partition(start.factor, best, start.whole)
 
 
-def _ascend(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], families: list[np.ndarray], branch: np.ndarray,
-            factor: int, sweeps: int) -> np.ndarray:
+def _ascend(
+    axes: Axes,
+    edges: Sequence[tuple[Edge, np.ndarray]],
+    families: list[np.ndarray],
+    branch: np.ndarray,
+    factor: int,
+    sweeps: int,
+) -> np.ndarray:
     value = kept_mass(edges, branch)
     for _ in range(sweeps):
         for names in families:
@@ -140,8 +154,9 @@ def _ascend(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], families: list
     return branch
 
 
-def _assign(axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], names: np.ndarray, branch: np.ndarray,
-            factor: int) -> np.ndarray:
+def _assign(
+    axes: Axes, edges: Sequence[tuple[Edge, np.ndarray]], names: np.ndarray, branch: np.ndarray, factor: int
+) -> np.ndarray:
     units, where = np.unique(axes.unit[names], return_inverse=True)
     index = np.full(len(branch), -1)
     index[names] = where

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
 
 from splitfx.errors import UnsupportedError
 from splitfx.graph import TensorSpec, attribute, info, layer, module_of
@@ -23,14 +24,19 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
     Raises `UnsupportedError` with the layer's path when the sizes do not fit the model.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    known: dict[int, FakeTensor] = {}
+    known: dict[Any, torch.Tensor] = {}
     given = iter(info(graph).inputs if inputs is None else inputs)
     found: dict[fx.Node, Any] = {}
 
-    def fake(tensor: torch.Tensor) -> FakeTensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = mode.from_tensor(tensor.detach(), static_shapes=True)
-        return known[id(tensor)]
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+    def weight(tensor: torch.Tensor) -> torch.Tensor:
+        """Weights of one size share a fake: nobody outside their module sees them."""
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in known:
+            known[key] = fake(tensor)
+        return known[key]
 
     def place(spec: Any) -> Any:
         if not isinstance(spec, TensorSpec):
@@ -38,7 +44,7 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
         return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 
     def run(node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n])
         if node.op == "placeholder":
             return place(next(given))
         if node.op == "get_attr":
@@ -49,7 +55,7 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
         module = module_of(node)
         if module is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        held = {name: fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        held = {name: weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 
     with mode, torch.no_grad():
@@ -57,8 +63,9 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
             try:
                 found[node] = run(node)
             except Exception as error:
-                raise UnsupportedError(f"layer {layer(node)}: the input sizes do not fit: "
-                                       f"{str(error).splitlines()[0][:200]}") from error
+                raise UnsupportedError(
+                    f"layer {layer(node)}: the input sizes do not fit: {str(error).splitlines()[0][:200]}"
+                ) from error
     return found
 
 

@@ -108,7 +108,7 @@ def test_resnet18_peaks_at_bn1() -> None:
     assert f"{found.peak_bytes / 2**20:.2f}" == "6.70"
 
 
-@pytest.mark.parametrize("name", ["vgg11", "shufflenet_v2_x0_5", "convnext_tiny", "regnet_y_400mf"])
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "convnext_tiny", "regnet_y_400mf"])
 def test_the_prediction_is_what_lives(name: str) -> None:
     image = torch.randn(IMAGE)
     graph = trace(torchvision.models.get_model(name, weights=None).eval(), image)
@@ -125,8 +125,10 @@ def forget_in_place(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> dict[f
 
 def test_sabotage_forgetting_in_place_sharing_shows() -> None:
     image = torch.randn(IMAGE)
-    graph = trace(torchvision.models.vgg11(weights=None).eval(), image)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)).eval()
+    graph = trace(model, image)
     shapes = facts(graph).shapes
+    assert memory(graph, shapes).peak_bytes == real_peak(graph, image)
     with next(iter(shapes.values())).fake_mode:
         wrong = memory(graph, forget_in_place(graph, shapes))
     assert abs(wrong.peak_bytes / real_peak(graph, image) - 1) > 0.02
@@ -139,11 +141,15 @@ def test_sabotage_forgetting_temporaries_shows(monkeypatch: pytest.MonkeyPatch) 
     assert memory(graph, facts(graph).shapes).peak_bytes < 0.98 * real_peak(graph, image)
 
 
-def test_the_analysis_is_linear_in_the_graph() -> None:
-    """Work per node does not grow: ten times the layers, ten times the operator calls inside."""
-    calls: list[int] = []
-    for layers in (10, 100):
-        graph = trace(nn.Sequential(*(nn.ReLU() for _ in range(layers))), torch.zeros(8))
-        found = memory(graph, facts(graph).shapes)
-        calls.append(len(found.live_bytes))
-    assert calls[1] - calls[0] == 90
+def test_equal_layers_are_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the layers, the same number of fake runs: the analysis stays linear, and cheap."""
+    runs: list[fx.Node] = []
+    real = memory_module._Temporaries._run
+    monkeypatch.setattr(memory_module._Temporaries, "_run", lambda self, n: runs.append(n) or real(self, n))
+    counts = []
+    for layers in (5, 50):
+        graph = trace(nn.Sequential(*(nn.LayerNorm(8) for _ in range(layers))).eval(), torch.zeros(4, 8))
+        runs.clear()
+        memory(graph, facts(graph).shapes)
+        counts.append(len(runs))
+    assert counts == [1, 1]

@@ -1,0 +1,256 @@
+"""The commands of the command line, one function each: they load, call the public face and print.
+
+Everything that can be refused is refused before work starts: files that are there already, plans, passes. Each
+function gets the parsed arguments and a `Progress`, prints to stdout and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import splitfx
+from splitfx.errors import ExportError, PlanError, SplitfxError, UnsupportedError
+from splitfx.files import check_target
+from splitfx.graph import random_inputs
+from splitfx.inline import parse_pass, parse_sizes
+from splitfx.models import load_model
+from splitfx.plan import Plan
+from splitfx.progress import Progress
+from splitfx.record import read_record, write_record
+from splitfx.report.table import size
+
+
+def run(given: Namespace) -> int:
+    """Run the command that ``given`` names."""
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    with Progress(given.quiet) as progress, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _only_ours(progress)
+        return COMMANDS[given.command](given, progress)
+
+
+def profile(given: Namespace, progress: Progress) -> int:
+    for path in filter(None, (given.html, given.plot)):
+        _free_file(path, given.overwrite)
+    graph = _graph(given, progress)
+    progress("counting")
+    found = splitfx.profile(graph)
+    if given.html:
+        progress("drawing")
+        splitfx.inspect_html(graph, given.html, overwrite=given.overwrite)
+    if given.plot:
+        progress("drawing")
+        found.plot(given.plot, overwrite=given.overwrite)
+    return _print(given, found.to_json(), found.table(rows=None) if given.all else str(found))
+
+
+def transform(given: Namespace, progress: Progress) -> int:
+    folder = _free_folder(given.out, given.overwrite)
+    plan = _plan(given)
+    model = _model(given, progress)
+    split = splitfx.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
+    progress("saving")
+    splitfx.save(split, folder, overwrite=given.overwrite)
+    write_record(split, folder)
+    told = splitfx.explain(split)
+    total = sum(one.stat().st_size for one in folder.iterdir())
+    made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
+    return _print(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
+
+
+def export(given: Namespace, progress: Progress) -> int:
+    from splitfx.export.onnx import export_onnx
+
+    target = _free_file(given.onnx, given.overwrite)
+    split = _saved(given.split, progress)
+    progress("exporting")
+    export_onnx(split, target, opset=given.opset, dynamic_batch=False if given.fixed_batch else None,
+                overwrite=given.overwrite)
+    parts = [one for one in (target, target.with_name(target.name + ".data")) if one.exists()]
+    total = sum(one.stat().st_size for one in parts)
+    made = {"onnx": str(target), "files": [str(one) for one in parts], "bytes": total}
+    return _print(given, json.dumps(made, indent=2), f"wrote {' and '.join(map(str, parts))} ({size(total)})")
+
+
+def check(given: Namespace, progress: Progress) -> int:
+    from splitfx.export.runtime import check_onnx
+
+    split = _saved(given.split, progress)
+    found = check_onnx(given.onnx, split, providers=given.provider, require=given.require, runs=given.runs,
+                       progress=progress)
+    _print(given, found.to_json(), str(found))
+    return 0 if found.ok else 1
+
+
+def compare(given: Namespace, progress: Progress) -> int:
+    split = _saved(given.split, progress)
+    model = _model(given, progress)
+    inputs = _inputs(given) or random_inputs(split, given.seed)
+    progress("comparing")
+    found = splitfx.compare(model, split, inputs)
+    return _print(given, found.to_json(), str(found))
+
+
+def measure(given: Namespace, progress: Progress) -> int:
+    if _is_folder(given.model):
+        model: nn.Module = _saved(given.model, progress)
+        inputs = _inputs(given) or random_inputs(model, given.seed)  # type: ignore[arg-type]
+    else:
+        model, inputs = _model(given, progress), _needed_inputs(given)
+    progress(f"measuring {given.runs} runs")
+    found = splitfx.measure(model, inputs, given.device, given.runs)
+    return _print(given, json.dumps(found.to_dict(), indent=2), str(found))
+
+
+def explain(given: Namespace, progress: Progress) -> int:
+    found = splitfx.explain(_saved(given.split, progress))
+    return _print(given, found.to_json(), str(found))
+
+
+def inspect(given: Namespace, progress: Progress) -> int:
+    target = _free_file(given.html, given.overwrite)
+    split = _saved(given.split, progress)
+    progress("drawing")
+    splitfx.inspect_html(split, target, overwrite=given.overwrite)
+    return _print(given, json.dumps({"html": str(target), "bytes": target.stat().st_size}), f"wrote {target}")
+
+
+def passes(given: Namespace, progress: Progress) -> int:
+    from splitfx import registry
+    from splitfx.report.passes import passes_text
+
+    known = registry.all()
+    plain = [{"name": name, "promise": cls.promise.value, **cls.schema()} for name, cls in known.items()]
+    return _print(given, json.dumps(plain, indent=2), passes_text(known))
+
+
+def doctor(given: Namespace, progress: Progress) -> int:
+    progress("starting each provider once")
+    found = splitfx.diagnose()
+    _print(given, found.to_json(), str(found))
+    return 0 if found.ok else 1
+
+
+COMMANDS = {one.__name__: one for one in (profile, transform, export, check, compare, measure, explain, inspect,
+                                          passes, doctor)}
+
+
+# ---------------------------------------------------------------- what the commands share
+
+
+def _print(given: Namespace, machine: str, people: str) -> int:
+    print(machine if given.json else people)
+    sys.stdout.flush()
+    return 0
+
+
+def _plan(given: Namespace) -> Plan:
+    if given.plan and given.passes:
+        raise PlanError("give --plan or --pass, not both")
+    if not given.plan and not given.passes:
+        raise PlanError("no plan: give --plan FILE, or --pass such as --pass 'group factors=8,2,2,4,4'")
+    plan = Plan.load(given.plan) if given.plan else Plan([parse_pass(text) for text in given.passes])
+    if given.input:
+        shapes = tuple(shape for shape, _ in map(parse_sizes, given.input))
+        plan = Plan(plan.passes, shapes[0] if len(shapes) == 1 else shapes)
+    if plan.input_shape is None:
+        raise PlanError("no input sizes: give --input 1x3x224x224, or input_shape in the plan")
+    return plan
+
+
+def _inputs(given: Namespace) -> tuple[torch.Tensor, ...] | None:
+    if not given.input:
+        return None
+    generator = torch.Generator().manual_seed(given.seed)
+    sizes = [parse_sizes(text) for text in given.input]
+    return tuple(torch.randn(s, generator=generator).to(getattr(torch, d)) if d.startswith(("float", "bfloat"))
+                 else torch.zeros(s, dtype=getattr(torch, d)) for s, d in sizes)
+
+
+def _needed_inputs(given: Namespace) -> tuple[torch.Tensor, ...]:
+    found = _inputs(given)
+    if found is None:
+        raise UnsupportedError(f"no input sizes for {given.model}: give --input 1x3x224x224")
+    return found
+
+
+def _is_folder(word: str) -> bool:
+    return Path(word).is_dir()
+
+
+def _model(given: Namespace, progress: Progress) -> nn.Module:
+    progress(f"loading {given.model}")
+    model = load_model(given.model, given.weights, given.seed)
+    if given.weights is None and given.model.startswith(("torchvision:", "timm:")):
+        progress.remark(f"the weights are random (seed {given.seed}); --weights FILE takes trained ones")
+    return model
+
+
+def _saved(folder: str, progress: Progress) -> fx.GraphModule:
+    if not _is_folder(folder):
+        raise ExportError(f"there is no folder {folder}; `splitfx transform` writes one")
+    progress(f"loading {folder}")
+    split = splitfx.load(folder)
+    read_record(split, Path(folder))
+    return split
+
+
+def _graph(given: Namespace, progress: Progress) -> fx.GraphModule:
+    if _is_folder(given.model):
+        split = _saved(given.model, progress)
+        return split if not given.input else splitfx.trace(split, _inputs(given))
+    inputs = _needed_inputs(given)
+    model = _model(given, progress)
+    progress("tracing")
+    return splitfx.trace(model, inputs)
+
+
+def _free_file(path: str, overwrite: bool) -> Path:
+    target = Path(path)
+    if os.path.lexists(target) and not target.is_dir() and not overwrite:
+        raise SplitfxError(f"{target}: already exists; choose another name or add --overwrite")
+    check_target(target, overwrite=overwrite, error=SplitfxError)
+    if not os.access(target.parent, os.W_OK):
+        raise SplitfxError(f"{target}: its folder {target.parent} is not writable")
+    return target
+
+
+def _free_folder(path: str, overwrite: bool) -> Path:
+    from splitfx.storage import ABOUT
+
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise SplitfxError(f"{target} already exists; choose another name or add --overwrite")
+    if target.exists() and not target.is_dir():
+        raise SplitfxError(f"{target} is a file; a split is saved as a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / ABOUT).is_file():
+        raise SplitfxError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise SplitfxError(f"{target}: its folder {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise SplitfxError(f"{target}: its folder {parent} is not writable")
+    return target
+
+
+def _only_ours(progress: Progress) -> Any:
+    """Warnings of splitfx become remarks; those of the packages below say nothing that a user could act on."""
+    home = str(Path(__file__).parent)
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if filename.startswith(home) and category is UserWarning:
+            progress.remark(str(message))
+
+    return show
+
+

@@ -1,0 +1,175 @@
+"""What the compiler did, as text for people: `str(explain(split))` and `str(compare(model, split, inputs))`.
+
+Every line fits 100 columns. Figures stand before and after with their units and their ratio; notes stand by kind, and
+notes that say the same of many layers are one line that counts the layers. Nothing else is left out; `to_json()` has
+every note on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from splitfx.report.table import WIDTH, number, seconds, size, table, wrap
+
+if TYPE_CHECKING:
+    from splitfx.api import Comparison, Explanation
+    from splitfx.pipeline import Figures, Step
+    from splitfx.protocol import Note
+
+PROMISES = {
+    "equal": "the same function",
+    "retrain": "the same shapes, fewer connections; fine-tune it",
+    "reshape": "another signature",
+}
+_AGAINST = {"equal": "the graph before the pass", "retrain": "the masked dense model", "reshape": "its reference"}
+_KINDS = (("did", "done"), ("declined", "declined"), ("info", "also"))
+_NAME = 26  # columns for the layer's name before a note; longer names get a line of their own
+_NAMED = 3  # layers named where many share a note
+
+
+def explanation_text(explanation: Explanation) -> str:
+    """The text of an `Explanation`."""
+    lines = [f"{explanation.model}, traced with {explanation.front_end}"]
+    lines += _notes(explanation.notes)
+    if not explanation.steps:
+        return "\n".join([*lines, "", "no pass has run on it"])
+    for position, step in enumerate(explanation.steps, 1):
+        lines += ["", *_step(position, step)]
+    if len(explanation.steps) > 1:
+        first, last = explanation.steps[0].before, explanation.steps[-1].after
+        lines += ["", f"all {len(explanation.steps)} passes together", "", *_figures(first, last)]
+    return "\n".join(lines)
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The text of a `Comparison`."""
+    before, after = comparison.before, comparison.after
+    rows = [
+        _row("parameters", before.params, after.params, number),
+        _row("MACs", before.macs, after.macs, number),
+        _row("operations", before.ops, after.ops, number),
+        _row("peak memory", before.peak_bytes, after.peak_bytes, size),
+    ]
+    return "\n".join([
+        wrap(f"{before.model} on {', '.join(before.inputs)}"),
+        "",
+        table(("", "before", "after", "change"), rows),
+        "",
+        *_peaks(before.peak_node, after.peak_node),
+        wrap(f"the outputs differ by at most {comparison.max_abs:.2e}, {comparison.max_rel:.2e} of the largest value"),
+    ])
+
+
+def title(step: Step) -> str:
+    """A pass as it is written in a plan: ``group(factors=[8, 2, 2, 4, 4])``."""
+    return f"{step.name}({', '.join(f'{key}={_value(one)}' for key, one in step.options.items())})"
+
+
+def promise(step: Step) -> str:
+    """What the step promised, and what its oracle found."""
+    if not step.changed:
+        return "changed nothing"
+    words = f"promise {step.promise}: {PROMISES[step.promise]}. "
+    if step.difference is None:
+        return words + "Not verified: verify was off"
+    found = "equal to" if step.difference == 0 else f"within {step.difference:.1e} of"
+    return words + f"Verified in float64: outputs {found} {_AGAINST[step.promise]}"
+
+
+def ratio(before: float, after: float) -> str:
+    """The change as people say it: ``÷2.16``, ``×1.30``, ``same``."""
+    if before == after:
+        return "same"
+    if not before or not after:
+        return "-"
+    found = max(before, after) / min(before, after)
+    if found < 1.005:
+        return f"{100 * (after / before - 1):+.2g} %"
+    return f"{'÷' if after < before else '×'}{found:.3g}" if found >= 10 else f"{'÷' if after < before else '×'}{found:.2f}"
+
+
+def folded(notes: Iterable[Note]) -> list[tuple[str, str]]:
+    """(where, what) with one entry per text; ``where`` names the first layers and counts the others."""
+    same: dict[str, list[str]] = {}
+    for note in notes:
+        same.setdefault(note.what, []).append(note.where)
+    return [(_where(list(dict.fromkeys(places))), what) for what, places in same.items()]
+
+
+def by_kind(notes: Sequence[Note]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(heading, folded notes) of each kind that occurs."""
+    for kind, heading in _KINDS:
+        if chosen := [note for note in notes if note.kind == kind]:
+            yield heading, folded(chosen)
+
+
+def _step(position: int, step: Step) -> Iterator[str]:
+    took = seconds(step.seconds)
+    name = f"{position}. {title(step)}"
+    lines = wrap(name, "   ", WIDTH - len(took) - 2).splitlines()
+    yield f"{lines[0].ljust(WIDTH - len(took))}{took}"
+    yield from lines[1:]
+    yield from _indent(wrap(promise(step), "", WIDTH - 3).splitlines())
+    if step.changed:
+        yield ""
+        yield from _figures(step.before, step.after)
+    for heading, notes in by_kind(step.notes):
+        yield ""
+        yield f"   {heading}"
+        yield from _listed(notes, "     ")
+
+
+def _figures(before: Figures, after: Figures) -> list[str]:
+    rows = [
+        _row("parameters", before.params, after.params, number),
+        _row("MACs", before.macs, after.macs, number),
+        _row("peak memory", before.peak_bytes, after.peak_bytes, size),
+    ]
+    drawn = table(("", "before", "after", "change"), rows).splitlines()
+    return _indent([*drawn, *_peaks(before.peak_layer, after.peak_layer)])
+
+
+def _row(name: str, before: float, after: float, words: object) -> tuple[str, str, str, str]:
+    assert callable(words)
+    return name, words(before), words(after), ratio(before, after)
+
+
+def _peaks(before: str, after: str) -> list[str]:
+    text = f"memory peaks in {after}" + (f"; before, it peaked in {before}" if before != after else "")
+    return wrap(text, "  ", WIDTH - 3).splitlines()
+
+
+def _notes(notes: Sequence[Note]) -> list[str]:
+    return _listed([(where, what) for _, found in by_kind(notes) for where, what in found], "   ")
+
+
+def _listed(notes: Sequence[tuple[str, str]], indent: str) -> list[str]:
+    room = max((len(where) for where, _ in notes if len(where) <= _NAME), default=4)
+    hang = indent + " " * (room + 2)
+    lines = []
+    for where, what in notes:
+        if len(where) > room:
+            lines += wrap(f"{indent}{where}", f"{indent}  ").splitlines()
+            lines += wrap(f"{indent}      {what}", f"{indent}      ").splitlines()
+            continue
+        lines += wrap(f"{indent}{where.ljust(room)}  {what}", hang).splitlines()
+    return lines
+
+
+def _where(places: list[str]) -> str:
+    if len(places) == 1:
+        return places[0]
+    named = ", ".join(places[:_NAMED])
+    rest = len(places) - _NAMED
+    return f"{len(places)} layers: {named}" + (f" and {rest} more" if rest > 0 else "")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return str(value)
+
+
+def _indent(lines: Iterable[str], by: str = "   ") -> list[str]:
+    return [by + line if line else line for line in lines]

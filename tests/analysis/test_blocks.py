@@ -1,0 +1,92 @@
+"""Where blocks end: at pools, and at the value that feeds both paths of a strided stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from splitfx.analysis import facts
+from splitfx.analysis.blocks import Block, blocks
+from splitfx.graph import layer
+from splitfx.trace import trace
+from tests.models import ZOO, Head, conv_bn, image
+
+
+def blocks_of(model: nn.Module, x: torch.Tensor) -> list[Block]:
+    return blocks(facts(trace(model.eval(), x)))
+
+
+def ends(found: list[Block]) -> list[str]:
+    return [layer(b.end) if b.end is not None else "" for b in found]
+
+
+def real(name: str) -> list[Block]:
+    import torchvision
+
+    return blocks_of(torchvision.models.get_model(name), torch.zeros(1, 3, 64, 64))
+
+
+def test_vgg_has_five_blocks_that_end_at_its_pools() -> None:
+    import torchvision
+
+    found = blocks_of(torchvision.models.vgg11().features, torch.zeros(1, 3, 64, 64))
+    assert ends(found) == ["features.2", "features.5", "features.10", "features.15", "features.20"] or ends(found) == [
+        "2", "5", "10", "15", "20"]  # fmt: skip
+    assert [len(b.edges) for b in found] == [1, 1, 2, 2, 2]
+
+
+def test_resnet_has_a_stem_and_four_stages() -> None:
+    found = real("resnet18")
+    assert [len(b.edges) for b in found] == [1, 4, 5, 5, 5]
+    assert ends(found)[1:4] == ["layer1.1.relu", "layer2.1.relu", "layer3.1.relu"]
+    assert str(found[2]) == "layer2.0.conv1 to layer2.1.conv2"
+
+
+def test_an_inverted_residual_ends_at_its_narrow_value() -> None:
+    """Not behind the widening 1x1 that only the strided depthwise conv reads."""
+    found = real("mobilenet_v2")
+    for block in found[1:]:
+        assert not layer(block.edges[0].node).endswith("conv.1.0"), str(block)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_blocks_hold_every_conv_once(name: str) -> None:
+    model, inputs = ZOO[name]()
+    known = facts(trace(model.eval(), inputs))
+    found = blocks(known)
+    inside = [e.node for b in found for e in b.edges]
+    assert inside == [e.node for e in known.axes.edges if "conv" in str(type(known.graph.get_submodule(str(
+        e.node.target))) if e.node.op == "call_module" else e.node.target).lower()]  # fmt: skip
+    assert [b.index for b in found] == list(range(1, len(found) + 1))
+    assert all(b.end is None or b.end in known.cuts for b in found)
+
+
+def test_the_end_feeds_both_paths() -> None:
+    model, inputs = ZOO["residual"]()
+    first = blocks_of(model, inputs)[0]
+    assert first.end is not None
+    assert {layer(n) for n in first.end.users} == {"body.2.main.0", "body.2.short"}
+
+
+def test_a_pool_inside_a_residual_is_no_end() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.up, self.conv = nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.up(self.conv(self.pool(x)))
+
+    found = blocks_of(Head(nn.Sequential(conv_bn(3, 8), Inner()), 8), image())
+    assert len(found) == 1
+
+
+def test_pools_in_a_row_are_one_end() -> None:
+    layers = [conv_bn(3, 8), nn.MaxPool2d(2), nn.AvgPool2d(2), conv_bn(8, 8)]
+    found = blocks_of(Head(nn.Sequential(*layers), 8), image())
+    assert len(found) == 2
+
+
+def test_no_convs_no_blocks() -> None:
+    assert blocks_of(nn.Linear(3, 2), torch.zeros(1, 3)) == []

@@ -1,0 +1,70 @@
+"""Cuts, against their definition: without the node, no path leads from an input to the output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import fx, nn
+
+from splitfx.analysis import facts
+from splitfx.graph import layer, output_node, placeholders
+from splitfx.ops import is_size
+from splitfx.trace import trace
+from tests.models import ZOO
+from tests.strategies import networks
+
+
+def by_definition(graph: fx.GraphModule) -> list[fx.Node]:
+    end = output_node(graph)
+
+    def reaches(without: fx.Node | None) -> bool:
+        waiting, seen = [n for n in placeholders(graph) if n is not without], set()
+        while waiting:
+            node = waiting.pop()
+            if node is end:
+                return True
+            fresh = [r for r in node.users if r is not without and r not in seen and not is_size(r)]
+            seen.update(fresh)
+            waiting.extend(fresh)
+        return False
+
+    if not reaches(None):
+        return []
+    return [n for n in graph.graph.nodes if n is not end and n.op != "get_attr" and not reaches(n)]
+
+
+@settings(max_examples=25)
+@given(networks())
+def test_random_networks(network: tuple[nn.Module, torch.Tensor]) -> None:
+    graph = trace(*network)
+    assert facts(graph).cuts == by_definition(graph)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_odd_models(name: str) -> None:
+    model, inputs = ZOO[name]()
+    graph = trace(model.eval(), inputs)
+    assert facts(graph).cuts == by_definition(graph)
+
+
+def test_a_residual_block_is_crossed() -> None:
+    model, inputs = ZOO["residual"]()
+    names = [layer(n) for n in facts(trace(model.eval(), inputs)).cuts]
+    assert "body.0.2" in names
+    assert not any("main" in n or "short" in n for n in names)
+
+
+class TwoIn(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x.sin() + y).relu().cos()
+
+
+def test_two_inputs_have_no_cut_before_they_meet() -> None:
+    found = facts(trace(TwoIn(), (torch.zeros(2, 3), torch.zeros(2, 3)))).cuts
+    assert [n.name for n in found] == ["add", "relu", "cos"]
+
+
+def test_two_outputs_have_none_behind_the_last_common_one() -> None:
+    model, inputs = ZOO["keyword_inputs"]()
+    assert facts(trace(model.eval(), inputs)).cuts == []

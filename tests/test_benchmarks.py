@@ -1,0 +1,56 @@
+"""The benchmark runner: what it finds, what it refuses, what a result file holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results_format, run
+
+
+def test_every_benchmark_is_found_and_can_be_printed() -> None:
+    known = run.discover()
+    assert {"dense_vs_split", "compile_time", "memory_prediction"} <= set(known)
+    for name, module in known.items():
+        assert name == module.NAME
+        assert max(map(len, run.render(module, []).splitlines())) <= 100
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["compile_tme"]) == 2
+    assert "Did you mean 'compile_time'?" in capsys.readouterr().err
+
+
+def test_a_result_file_names_versions_and_no_place(tmp_path: Path) -> None:
+    found = results_format.record("demo", [{"model": "a", "seconds": 1.0}])
+    results_format.write(found, tmp_path / "demo.json")
+    kept = json.loads((tmp_path / "demo.json").read_text())
+    assert (kept["format"], kept["name"], kept["rows"]) == (1, "demo", [{"model": "a", "seconds": 1.0}])
+    assert "torch" in kept["versions"]
+    assert kept["host"]["cpu"]
+    assert os.getcwd() not in json.dumps(kept)
+
+
+def test_the_committed_results_have_the_format() -> None:
+    for path in results_format.RESULTS.glob("*.json"):
+        kept = json.loads(path.read_text())
+        assert kept["format"] == results_format.FORMAT, path.name
+        assert kept["rows"], path.name
+
+
+@pytest.mark.slow
+def test_the_gpu_checks_run_dry_on_a_cpu() -> None:
+    script = Path(results_format.__file__).parent / "gpu.sh"
+    done = subprocess.run(
+        [str(script), "--cpu-dry-run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "FAILED" not in done.stdout

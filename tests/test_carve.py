@@ -1,0 +1,187 @@
+"""Carving any blocks, not only balanced or contiguous ones, equals the dense network with the rest set to zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from splitfx import carve as carving
+from splitfx import narrow
+from splitfx.analysis import facts
+from splitfx.analysis.partition import WHOLE
+from splitfx.carve import Division, carve, mask_weights
+from splitfx.graph import copy_graph, text
+from splitfx.trace import trace
+from tests import oracle
+from tests.models import ZOO, conv_bn
+from tests.strategies import networks
+
+
+def random_divisions(graph: fx.GraphModule, factor: int, rng: np.random.Generator) -> dict[fx.Node, Division]:
+    """Every channel that may be divided thrown to a random branch; some axes left whole."""
+    axes = facts(graph).axes
+    labels = rng.integers(0, factor, len(axes.unit))[axes.unit]
+    whole = set(axes.frozen) | axes.outputs
+    families: dict[int, set[int]] = {}
+    for axis, unit in zip(axes.axis, axes.unit, strict=True):
+        families.setdefault(int(unit), set()).add(int(axis))
+    for axis in np.unique(axes.axis):
+        if rng.random() < 0.15:
+            whole.add(int(axis))
+    for _ in families:  # axes that share a unit are whole together
+        grown = {a for f in families.values() if f & whole for a in f}
+        if grown <= whole:
+            break
+        whole |= grown
+    labels[np.isin(axes.axis, list(whole))] = WHOLE
+    found: dict[fx.Node, Division] = {}
+    for edge in axes.edges:
+        ins, outs = labels[edge.ins], labels[edge.outs]
+        if edge.computed or (outs == WHOLE).any() or (edge.groups > 1 and (ins == WHOLE).any()):
+            continue
+        division = Division(
+            tuple(np.flatnonzero((ins == g) | (ins == WHOLE)) for g in range(factor)),
+            tuple(np.flatnonzero(outs == g) for g in range(factor)),
+        )
+        if all(map(len, division.ins)) and all(map(len, division.outs)) and not (ins == WHOLE).all():
+            found[edge.node] = division
+    return found
+
+
+def check(graph: fx.GraphModule, x: torch.Tensor, divisions: dict[fx.Node, Division], how: str) -> None:
+    mask_weights(graph, divisions)
+    reference = copy_graph(graph)
+    carve(graph, divisions, dict.fromkeys(divisions, how))
+    oracle.assert_equal_outputs(graph, reference, x)
+
+
+def law(network: tuple[nn.Module, torch.Tensor], factor: int, seed: int, how: str) -> None:
+    model, x = network
+    graph = trace(model, x)
+    check(graph, x, random_divisions(graph, factor, np.random.default_rng(seed)), how)
+
+
+@settings(max_examples=25)
+@given(networks(), st.integers(2, 4), st.integers(0, 999), st.sampled_from(("grouped", "branches")))
+def test_any_blocks(network: tuple[nn.Module, torch.Tensor], factor: int, seed: int, how: str) -> None:
+    law(network, factor, seed, how)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=400)
+@given(networks(10), st.integers(2, 5), st.integers(0, 999), st.sampled_from(("grouped", "branches")))
+def test_any_blocks_of_larger_networks(
+    network: tuple[nn.Module, torch.Tensor], factor: int, seed: int, how: str
+) -> None:
+    law(network, factor, seed, how)
+
+
+@pytest.mark.parametrize("name", ["residual", "concats", "squeeze_excite", "depthwise", "grouped", "channel_shuffle"])
+@pytest.mark.parametrize("how", ["grouped", "branches"])
+def test_odd_models(name: str, how: str) -> None:
+    model, inputs = ZOO[name]()
+    graph = trace(model.double().eval(), inputs.double())
+    for seed in range(3):
+        work = copy_graph(graph)
+        check(work, inputs.double(), random_divisions(work, 2, np.random.default_rng(seed)), how)
+
+
+# ---------------------------------------------------------------- what the graph looks like
+
+
+def pair() -> tuple[fx.GraphModule, torch.Tensor]:
+    model = nn.Sequential(conv_bn(3, 6), conv_bn(6, 4), conv_bn(4, 6), nn.Conv2d(6, 2, 1)).double().eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    return trace(model, x), x
+
+
+def halves(graph: fx.GraphModule, *paths: str) -> dict[fx.Node, Division]:
+    found = {}
+    for node in graph.graph.nodes:
+        if str(node.target) in paths:
+            module = graph.get_submodule(str(node.target))
+            assert isinstance(module, nn.Conv2d)
+            split = [tuple(np.array_split(np.arange(n), 2)) for n in (module.in_channels, module.out_channels)]
+            found[node] = Division(split[0], split[1])
+    return found
+
+
+def test_grouped_lowering_costs_nothing_else() -> None:
+    """Contiguous equal blocks in a chain become ``groups=2`` and no other node."""
+    graph, x = pair()
+    before = len(graph.graph.nodes)
+    check(graph, x, halves(graph, "1.0", "2.0"), "grouped")
+    assert len(graph.graph.nodes) == before
+    assert "groups 2" in text(graph)
+
+
+def test_an_order_is_folded_into_the_weights() -> None:
+    """Interleaved blocks: the convs around take the order up, and no channel is moved at run time."""
+    graph, x = pair()
+    even, odd = (lambda n: np.arange(0, n, 2)), (lambda n: np.arange(1, n, 2))
+    nodes = {str(n.target): n for n in graph.graph.nodes}
+    divisions = {nodes["2.0"]: Division((even(4), odd(4)), (even(6), odd(6)))}
+    divisions[nodes["1.0"]] = Division((np.arange(3), np.arange(3, 6)), (even(4), odd(4)))
+    check(graph, x, divisions, "grouped")
+    assert "index_select" not in text(graph)
+
+
+def test_branches_of_one_branch_come_together() -> None:
+    """Branch after branch: a branch's feature maps can die before the next branch's are made."""
+    graph, x = pair()
+    check(graph, x, halves(graph, "1.0", "2.0"), "branches")
+    called = [str(n.target) for n in graph.graph.nodes if n.op == "call_module" and "branch" in str(n.target)]
+    numbers = [int(path.partition(".branch")[2][0]) for path in called]
+    assert numbers == sorted(numbers)
+    assert len(called) == 8  # two convs and two norms in two branches
+
+
+def test_division_is_even_only_without_shared_inputs() -> None:
+    a, b, both = np.array([0]), np.array([1]), np.array([0, 1])
+    assert Division((a, b), (a, b)).even
+    assert not Division((both, both), (a, b)).even
+    assert not Division((a, b), (a, np.array([1, 2]))).even
+
+
+def test_mask_keeps_the_blocks_only() -> None:
+    division = Division((np.array([0, 2]), np.array([1])), (np.array([1]), np.array([0])))
+    assert division.mask(torch.ones(2, 3, 1, 1))[..., 0, 0].tolist() == [[0, 1, 0], [1, 0, 1]]
+
+
+# ---------------------------------------------------------------- sabotage
+
+
+@pytest.mark.parametrize("how", ["grouped", "branches"])
+@pytest.mark.parametrize("fault", ["swapped", "shifted", "scaled"])
+def test_a_wrong_carve_is_seen(monkeypatch: pytest.MonkeyPatch, fault: str, how: str) -> None:
+    right = narrow._block
+
+    def wrong(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:
+        if fault == "swapped":  # the other branch's inputs
+            ins = np.setdiff1d(np.arange(weight.shape[1]), ins)
+        if fault == "shifted":  # one position off
+            outs = (outs + 1) % weight.shape[0]
+        return right(weight, outs, ins) * (1.01 if fault == "scaled" else 1)
+
+    monkeypatch.setattr(narrow, "_block", wrong)
+    graph, x = pair()
+    with pytest.raises(AssertionError, match="off by"):
+        check(graph, x, halves(graph, "1.0", "2.0"), how)
+
+
+def test_a_wrong_position_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = carving._Carver.divided
+
+    def wrong(self: carving._Carver, node: fx.Node, division: Division) -> carving.Value:
+        value = right(self, node, division)
+        return carving.Value([(n, np.roll(p, 1)) for n, p in value.pieces], value.dim, value.size)
+
+    monkeypatch.setattr(carving._Carver, "divided", wrong)
+    graph, x = pair()
+    with pytest.raises(AssertionError, match="off by"):
+        check(graph, x, halves(graph, "1.0", "2.0"), "branches")

@@ -1,0 +1,182 @@
+"""The pipeline: every pass on a private copy, held to its promise, recorded; it looks and does not trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import fx
+
+import splitfx
+from splitfx.analysis import Facts
+from splitfx.editing import bypass
+from splitfx.errors import PassError, PlanError, UnsupportedError, VerificationError
+from splitfx.graph import copy_graph, info, text
+from splitfx.passes import DropIdentity, FoldBatchNorm, Group
+from splitfx.pipeline import run_pass, run_plan
+from splitfx.plan import Plan
+from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
+from splitfx.trace import trace
+from tests import oracle
+from tests.models import ZOO
+
+
+def graph() -> fx.GraphModule:
+    model, inputs = ZOO["residual"]()
+    return trace(model.eval(), inputs)
+
+
+@dataclass(frozen=True)
+class Acts(Pass):
+    """Does what it is told."""
+
+    name: ClassVar[str] = "acts"
+    promise: ClassVar[Promise] = Promise.EQUAL
+
+    act: Callable[[fx.GraphModule], Outcome | None] = not_in_plan()
+
+    def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        return self.act(graph) or Outcome((Note("model", "acted"),))
+
+
+class Retrains(Acts):
+    name: ClassVar[str] = "retrains"
+    promise: ClassVar[Promise] = Promise.RETRAIN
+
+
+def drop_relu(graph: fx.GraphModule) -> None:
+    bypass(graph, next(n for n in graph.graph.nodes if "relu" in str(n.target)))
+
+
+def double_weights(graph: fx.GraphModule) -> None:
+    with torch.no_grad():
+        graph.get_submodule("fc").weight.mul_(2)  # type: ignore[union-attr, operator]
+
+
+def test_nothing_done_needs_no_oracle() -> None:
+    before = graph()
+    after, _ = run_pass(before, Acts(act=lambda g: None))
+    record = info(after).steps[-1]
+    assert not record.changed
+    assert record.difference is None
+    assert record.before == record.after
+    assert info(before).steps == []
+
+
+def test_a_broken_promise_is_an_error() -> None:
+    before = graph()
+    wanted = text(before)
+    with pytest.raises(VerificationError, match="pass 'acts' broke its promise"):
+        run_pass(before, Acts(act=drop_relu))
+    assert text(before) == wanted
+
+
+def test_a_pass_that_changes_weights_alone_is_seen() -> None:
+    """No node is another: only the values differ."""
+    with pytest.raises(VerificationError, match="pass 'acts' broke its promise"):
+        run_pass(graph(), Acts(act=double_weights))
+
+
+def test_without_verify_it_is_taken_as_it_is() -> None:
+    after, _ = run_pass(graph(), Acts(act=drop_relu), verify=False)
+    record = info(after).steps[-1]
+    assert record.changed
+    assert record.difference is None
+
+
+def test_retrain_without_a_reference_is_an_error() -> None:
+    with pytest.raises(PassError, match="promises retrain and changed the graph, but gave no reference"):
+        run_pass(graph(), Retrains(act=drop_relu))
+
+
+def test_retrain_is_held_to_its_reference() -> None:
+    def honest(graph: fx.GraphModule) -> Outcome:
+        drop_relu(graph)
+        graph.recompile()
+        return Outcome((), reference=copy_graph(graph))
+
+    def wrong(graph: fx.GraphModule) -> Outcome:
+        outcome = honest(graph)
+        double_weights(graph)
+        return outcome
+
+    run_pass(graph(), Retrains(act=honest))
+    with pytest.raises(VerificationError, match="'retrains' broke its promise"):
+        run_pass(graph(), Retrains(act=wrong))
+
+
+def test_an_illegal_graph_does_not_leave() -> None:
+    def cut_off(graph: fx.GraphModule) -> None:
+        """An in-place node whose operand is read later."""
+        node = next(n for n in graph.graph.nodes if "relu_" in str(n.target))
+        operand = node.args[0]
+        end = list(graph.graph.nodes)[-1]
+        with graph.graph.inserting_before(end):
+            late = graph.graph.call_function(torch.ops.aten.add.Tensor, (operand, 1))
+        end.args = ((end.args[0], late),)
+
+    with pytest.raises((AssertionError, PassError), match="reads later"):
+        run_pass(graph(), Acts(act=cut_off))
+
+
+def test_what_is_read_by_nothing_is_dropped() -> None:
+    after, _ = run_pass(graph(), FoldBatchNorm())
+    assert not any("running_mean" in key for key in after.state_dict())
+
+
+def test_passes_in_order_and_recorded() -> None:
+    model, inputs = ZOO["residual"]()
+    plan = Plan([FoldBatchNorm(), DropIdentity(), Group(factors=(2, 3))])
+    said: list[str] = []
+    split = splitfx.transform(model.eval(), plan, inputs, progress=said.append)
+    steps = info(split).steps
+    assert [s.name for s in steps] == ["fold_batchnorm", "drop_identity", "group"]
+    assert said == ["tracing", *(f"pass {i} of 3: {s.name}" for i, s in enumerate(steps, 1))]
+    assert all(s.seconds >= 0 for s in steps)
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert after.before == before.after
+    assert steps[-1].after.macs < steps[-1].before.macs
+    assert steps[-1].difference <= oracle.TOLERANCE[torch.float64]
+
+
+def test_the_recorded_plan_replays() -> None:
+    """What was measured (lowering) is written down, so the replay measures nothing and gives the same graph."""
+    before = graph()
+    split = run_plan(before, Plan([Group(factors=(2, 2))]))
+    settled = info(split).plan.passes[0]
+    assert settled.lowering in (("grouped", "grouped"), ("branches", "branches"), ("grouped", "branches"),
+                                ("branches", "grouped"))  # fmt: skip
+    again = run_plan(before, Plan.from_toml(info(split).plan.to_toml()))
+    assert text(again) == text(split)
+
+
+def test_a_pass_that_needs_eval() -> None:
+    with pytest.raises(UnsupportedError, match="needs the model in eval mode: call model.eval"):
+        run_pass(graph().train(), FoldBatchNorm())
+
+
+def test_unknown_passes_and_plans() -> None:
+    model, inputs = ZOO["residual"]()
+    with pytest.raises(PlanError, match="Did you mean 'group'"):
+        Plan.from_toml('format = 1\n[[pass]]\nname = "grouped"\nfactors = [2]\n')
+    with pytest.raises(PlanError, match="no input sizes"):
+        splitfx.transform(model, Plan([DropIdentity()]))
+    with pytest.raises(PlanError, match="use Plan.load"):
+        splitfx.transform(model, "plan.toml", inputs)  # type: ignore[arg-type]
+
+
+def test_a_transformed_model_is_transformed_again() -> None:
+    model, inputs = ZOO["residual"]()
+    once = splitfx.transform(model.eval(), FoldBatchNorm(), inputs)
+    twice = splitfx.transform(once, Group(factors=(2, 2), lowering="branches"))
+    assert [s.name for s in info(twice).steps] == ["fold_batchnorm", "group"]
+    assert [s.name for s in info(once).steps] == ["fold_batchnorm"]
+
+
+def test_train_mode_is_kept() -> None:
+    model, inputs = ZOO["residual"]()
+    split = splitfx.transform(model.train(), Group(factors=(2, 2)), inputs)
+    assert all(m.training for m in split.modules() if not list(m.children()))
