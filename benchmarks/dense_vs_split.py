@@ -7,6 +7,7 @@ medians.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import fx
+from torch import fx, nn
 
 import splitfx
 from splitfx.export.onnx import export_onnx
@@ -42,6 +43,8 @@ COLUMNS = (
     ("measured_peak_bytes", "measured", size),
     ("eager_seconds", "eager", seconds),
     ("eager_kept", "kept", _ratio),
+    ("channels_last_seconds", "NHWC", seconds),
+    ("channels_last_kept", "kept", _ratio),
     ("onnx_seconds", "onnxruntime", seconds),
     ("onnx_kept", "kept", _ratio),
 )
@@ -57,10 +60,12 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
     model = torchvision.models.get_model(name, weights=None).eval()
     image = torch.randn(SHAPE)
     dense = trace(model, image)
-    split = splitfx.transform(model, splitfx.Plan([Group(factors=factors)], input_shape=SHAPE), verify=False)
+    plan = splitfx.Plan([Group(factors=factors)], input_shape=SHAPE)
+    split = splitfx.transform(model, plan, verify=False)
     graphs = {"dense": dense, "split": split}
     eager = alternate({key: caller(graph, image) for key, graph in graphs.items()}, runs)
     onnx = alternate_onnx(graphs, image, runs)
+    last = alternate_channels_last(model, plan, image, runs)
     found = {key: figures(graph, image) for key, graph in graphs.items()}
     work = found["dense"]["macs"] / found["split"]["macs"]
     label = {"dense": name, "split": f"{name} {','.join(map(str, factors))}"}
@@ -70,6 +75,7 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
             "factors": list(factors) if key == "split" else None,
             **found[key],
             "eager_seconds": eager[key],
+            "channels_last_seconds": last[key],
             "onnx_seconds": onnx[key],
         }
         for key in graphs
@@ -77,6 +83,7 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
     rows[1] |= {
         "macs_ratio": work,
         "eager_kept": eager["dense"] / eager["split"] / work,
+        "channels_last_kept": last["dense"] / last["split"] / work,
         "onnx_kept": onnx["dense"] / onnx["split"] / work,
     }
     return rows
@@ -84,6 +91,16 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
 
 def caller(graph: fx.GraphModule, image: torch.Tensor) -> Callable[[], Any]:
     return lambda: graph(image)
+
+
+def alternate_channels_last(
+    model: nn.Module, plan: splitfx.Plan, image: torch.Tensor, runs: int
+) -> dict[str, float]:
+    """Both in the channels_last memory format, for which the split is lowered anew."""
+    layout: Any = {"memory_format": torch.channels_last}
+    model, image = copy.deepcopy(model).to(**layout), image.to(**layout)
+    graphs = {"dense": trace(model, image), "split": splitfx.transform(model, plan, verify=False)}
+    return alternate({key: caller(graph, image) for key, graph in graphs.items()}, runs)
 
 
 def alternate_onnx(graphs: dict[str, fx.GraphModule], image: torch.Tensor, runs: int) -> dict[str, float]:

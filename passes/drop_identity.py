@@ -1,13 +1,12 @@
 """DropIdentity: removes what does nothing, for every input and in train and eval mode alike.
 
-Case 1: nn.Identity, aten.alias, flatten of one dim, padding by nothing. Case 2: dropout and stochastic depth with
-p = 0; any p with ``eval_only``. Case 3: a slice over a whole dim, whatever the batch. Case 4: a clone in the same
-layout.
+Case 1: nn.Identity, aten.alias, flatten of one dim, padding by nothing. Case 2: dropout and stochastic depth
+with p = 0; any p with ``eval_only``. Case 3: a slice over a whole dim, whatever the batch. Case 4: a clone in
+the same layout.
 
-Stays, with a note: dropout with p > 0 (without ``eval_only``), what an in-place operation would then overwrite, what
-keeps the model from returning its own input. Casts stay: they mean something once the model is converted to another
-type. Pools that keep the traced size stay:
-they do not keep others. Promise EQUAL.
+Stays, with a note: dropout with p > 0 (without ``eval_only``), what an in-place operation would then
+overwrite, what keeps the model from returning its own input. Stays, because it is no identity for other
+inputs: a pool that keeps the traced size, a cast (it acts once the model has another type). Promise EQUAL.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _TO_THE_END = 2**62  # x[:] slices up to the largest integer
 
 @dataclass(frozen=True)
 class DropIdentity(Pass):
-    """Remove operations that are the identity; ``eval_only`` removes dropout and stochastic depth of any p too.
+    """Remove operations that are the identity; with ``eval_only`` dropout and stochastic depth of any p too.
 
     With ``eval_only`` the result no longer drops anything in train mode. Raises `UnsupportedError` for
     ``eval_only`` on a model in train mode.
@@ -109,9 +108,13 @@ def blocked(node: fx.Node, place: dict[fx.Node, int]) -> str:
     """Why removing an identity would change what else is seen of its storage; empty where it would not."""
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
-    if operand.op in ("placeholder", "get_attr") and any(n.op == "output" for n in node.users):
+    shared = _same_storage(node)
+    returned = [n for n in shared if any(r.op == "output" for r in n.users)]
+    if returned and any(n.op in ("placeholder", "get_attr") for n in shared):
         return "the model would return its own input or parameter"
-    later = [n for n in _same_storage(node) if in_place(n) and place[n] > place[node]]
+    if len(returned) > 1:
+        return "the model would return one tensor twice"
+    later = [n for n in shared if in_place(n) and place[n] > place[node]]
     if not later:
         return ""
     writers = sorted(later, key=lambda n: place[n])
@@ -150,7 +153,7 @@ class _Lazy:
 
 
 def _other_batch(graph: fx.GraphModule) -> dict[fx.Node, Any] | None:
-    """Sizes with one more image in the batch, so that sizes which depend on it show; None where any may vary."""
+    """Sizes with one more image in the batch: what depends on it shows. None where any size may vary."""
     known = info(graph)
     if known.dynamic == "all":
         return None

@@ -1,10 +1,10 @@
 """FoldBatchNorm: a batch norm in eval mode becomes part of the conv or linear layer in front of it.
 
-Case 1: the norm alone reads a conv, transposed conv or linear layer that is called once and holds its own weight;
-scale and shift go into weight and bias, computed in float64. Everything else stays, with the reason in a note: a norm
-that uses batch statistics in eval mode too, one that is called again, one behind anything without a weight (a sum, a
-concat, the model's input; folding forward into the next conv is not exact where that conv pads), a layer with other
-readers, other calls, a tied or computed weight.
+The norm alone reads a conv, transposed conv or linear layer that is called once and holds its own weight:
+scale and shift go into weight and bias, in float64. Everything else stays, with the reason in a note:
+a norm that uses batch statistics in eval mode too, one that is called again, one behind anything without a
+weight (a sum, a concat, the model's input; folding forward into the next conv is not exact where that conv
+pads), a layer with other readers, other calls, a tied or computed weight.
 
 Promise EQUAL, for a model in eval mode. The result has no norm left to train where one was folded.
 """
@@ -30,7 +30,7 @@ from splitfx.protocol import Note, Outcome, Pass, Promise
 class FoldBatchNorm(Pass):
     """Fold every batch norm that can be folded exactly into the conv or linear layer before it.
 
-    Raises `UnsupportedError` (from the pipeline) for a model in train mode: there a batch norm is no fixed map.
+    A model in train mode is an `UnsupportedError` of the pipeline: there a batch norm is no fixed map.
     """
 
     name: ClassVar[str] = "fold_batchnorm"
@@ -99,7 +99,7 @@ def _owners(graph: fx.GraphModule) -> Counter[int]:
 
 
 def _fold(module: Any, norm: Any) -> None:
-    """weight, bias <- weight * scale, (bias - mean) * scale + shift; in place, so that a second name follows."""
+    """weight * scale, (bias - mean) * scale + shift; in place, so that a second name follows."""
     weight: torch.Tensor = module.weight
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
@@ -115,7 +115,7 @@ def _fold(module: Any, norm: Any) -> None:
 
 
 def _per_output(module: Any, scale: torch.Tensor) -> torch.Tensor:
-    """``scale`` [out] in a shape that multiplies the weight; transposed convs hold it as [in, out/groups, ...]."""
+    """``scale`` [out] shaped to multiply the weight; transposed convs hold that as [in, out/groups, ...]."""
     tail = [1] * (module.weight.dim() - 2)
     if not getattr(module, "transposed", False):
         return scale.reshape(-1, 1, *tail)

@@ -495,19 +495,49 @@ class _Carver:
         ):
             return None
         parts: list[Value] = values  # type: ignore[assignment]
+        if max(len(v.pieces) for v in parts) != min(len(v.pieces) for v in parts):
+            parts = self.alike(node, parts)
         offsets = np.cumsum([0] + [v.size for v in parts])
-        count = max(len(v.pieces) for v in parts)
         pieces: list[tuple[fx.Node, np.ndarray]] = []
-        if all(len(v.pieces) == count for v in parts):
-            for g in range(count):
-                nodes = [v.pieces[g][0] for v in parts]
+        if len({len(v.pieces) for v in parts}) == 1:
+            for g in range(len(parts[0].pieces)):
+                nodes = [v.pieces[g][0] for v in parts if len(v.pieces[g][1])]
                 held = np.concatenate([v.pieces[g][1] + o for v, o in zip(parts, offsets[:-1], strict=True)])
                 branch = next((self.branch[n] for n in nodes if n in self.branch), None)
-                pieces.append((self.make(aten.cat.default, nodes, dim, branch=branch), held))
-        else:  # a shared part beside a divided one: keep all pieces; readers take what they want
+                joined = nodes[0] if len(nodes) == 1 else self.make(aten.cat.default, nodes, dim, branch=branch)
+                pieces.append((joined, held))
+        else:  # parts that are divided differently: keep all pieces; readers take what they want
             for v, o in zip(parts, offsets[:-1], strict=True):
                 pieces += [(n, p + o) for n, p in v.pieces]
         return Value(pieces, dim, int(offsets[-1]))
+
+    def alike(self, node: fx.Node, parts: list[Value]) -> list[Value]:
+        """The operands of a concat in the pieces that its first divided reader wants: one per branch, and what all
+        branches read. Without such a reader they stay as they are."""
+        reader = self.reader(node)
+        if reader is None:
+            return parts
+        times = np.bincount(np.concatenate(reader.ins), minlength=sum(v.size for v in parts))
+        own = [ins[times[ins] == 1] for ins in reader.ins]
+        groups = [*own, np.flatnonzero(times != 1)]
+        groups = [g for g in groups if len(g)]
+        made, start = [], 0
+        for value in parts:
+            inside = [g[(g >= start) & (g < start + value.size)] - start for g in groups]
+            pieces = [(self.assemble(value, p, g) if len(p) else value.pieces[0][0], p) for g, p in enumerate(inside)]
+            made.append(Value(pieces, value.dim, value.size))
+            start += value.size
+        return made
+
+    def reader(self, node: fx.Node) -> Division | None:
+        """The division of the first weighted node that reads ``node``, if need be through elementwise ones."""
+        waiting = [node]
+        while waiting:
+            for user in waiting.pop(0).users:
+                if user in self.divisions:
+                    return self.divisions[user]
+                waiting += [user] if op(user).channel is Channel.SAME and len(user.all_input_nodes) == 1 else []
+        return None
 
 
 def _cat_dim(node: fx.Node, values: dict[fx.Node, Any]) -> int:

@@ -3,8 +3,8 @@
 ``splitfx --help`` answers at once: torch is imported by `splitfx.commands`, when a command starts.
 
 Output for people, or with ``--json`` one JSON document, goes to stdout; progress and remarks go to stderr.
-Exit codes: 0 done; 1 a check failed (`check`, `doctor`, a broken promise of a pass); 2 wrong usage or input, told in
-one line without a traceback; 130 stopped with Ctrl-C.
+Exit codes: 0 done; 1 a check failed (`check`, `doctor`, a broken promise of a pass); 2 wrong usage or
+input, told in one line without a traceback; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run.run(given)
     except SplitfxError as error:
-        return _told(given, type(error).__name__, str(error), FAILED if isinstance(error, VerificationError) else WRONG)
+        return _told(
+            given, type(error).__name__, str(error), FAILED if isinstance(error, VerificationError) else WRONG
+        )
     except KeyboardInterrupt:
         print("splitfx: stopped", file=sys.stderr)
         return STOPPED
@@ -78,8 +80,11 @@ def _told(given: argparse.Namespace, kind: str, message: str, code: int) -> int:
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     import splitfx
 
-    parser = _Parser(prog="splitfx", description="Split convolutional networks into branches, and prove each rewrite.",
-                     epilog=f"A model is {MODEL}. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 stopped.")
+    parser = _Parser(
+        prog="splitfx",
+        description="Split convolutional networks into branches, and prove each rewrite.",
+        epilog=f"A model is {MODEL}. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 stopped.",
+    )
     parser.add_argument("--version", action="version", version=f"splitfx {splitfx.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     made: dict[str, _Parser] = {}
@@ -88,14 +93,20 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         one.add_argument("--json", action="store_true", help="one JSON document on stdout")
         one.add_argument("--quiet", action="store_true", help="no progress and no remarks on stderr")
-        one.add_argument("--threads", type=_count, metavar="N", help="CPU threads for torch (default: its own choice)")
+        one.add_argument(
+            "--threads", type=_count, metavar="N", help="CPU threads for torch (default: its own choice)"
+        )
         made[name] = one
         return one
 
     def with_model(one: _Parser, what: str = "model", folder: bool = True) -> None:
-        one.add_argument(what, metavar=what.upper(), help=f"{MODEL}{'; or the folder of a saved split' * folder}")
+        one.add_argument(
+            what, metavar=what.upper(), help=f"{MODEL}{'; or the folder of a saved split' * folder}"
+        )
         one.add_argument("--input", action="append", metavar="SIZES", help=INPUT)
-        one.add_argument("--weights", metavar="FILE", help="weights of the model, .safetensors or .pt (default: random)")
+        one.add_argument(
+            "--weights", metavar="FILE", help="weights of the model, .safetensors or .pt (default: random)"
+        )
         one.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
 
     def with_overwrite(one: _Parser) -> None:
@@ -104,15 +115,22 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     one = command("profile", "count parameters, work and memory of every layer, without running it")
     with_model(one)
     one.add_argument("--html", metavar="FILE", help="write a page with the graph and the memory over time")
-    one.add_argument("--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])")
+    one.add_argument(
+        "--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])"
+    )
     one.add_argument("--all", action="store_true", help="every operation on a line of its own")
     with_overwrite(one)
 
     one = command("transform", "rewrite a model by a plan and save the result")
     with_model(one, folder=False)
     one.add_argument("--plan", metavar="FILE", help="a plan file (TOML)")
-    one.add_argument("--pass", dest="passes", action="append", metavar="'NAME OPTION=VALUE ...'",
-                     help="a pass, such as 'group factors=8,2,2,4,4 fusion=keep'; once per pass, in order")
+    one.add_argument(
+        "--pass",
+        dest="passes",
+        action="append",
+        metavar="'NAME OPTION=VALUE ...'",
+        help="a pass, such as 'group factors=8,2,2,4,4 fusion=keep'; once per pass, in order",
+    )
     one.add_argument("--out", required=True, metavar="FOLDER", help="where the split is saved")
     one.add_argument("--no-verify", action="store_true", help="do not hold the passes to their promises")
     with_overwrite(one)
@@ -125,10 +143,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     with_overwrite(one)
 
     one = command("check", "run an ONNX file under onnxruntime and compare it with the split")
-    one.add_argument("split", metavar="FOLDER", help="the folder of the saved split that the file was made from")
+    one.add_argument(
+        "split", metavar="FOLDER", help="the folder of the saved split that the file was made from"
+    )
     one.add_argument("onnx", metavar="ONNX", help="the ONNX file")
     one.add_argument("--provider", action="append", metavar="NAME", help="cpu, cuda, ...; once per provider")
-    one.add_argument("--require", action="append", default=[], metavar="NAME", help="fail where it does not start")
+    one.add_argument(
+        "--require", action="append", default=[], metavar="NAME", help="fail where it does not start"
+    )
     one.add_argument("--runs", type=_count, default=20, help="timed runs per provider (default 20)")
 
     one = command("compare", "set a model and its split side by side")
@@ -145,7 +167,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     one = command("inspect", "write a page about a saved split: graph, figures, notes, layers")
     one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
-    one.add_argument("--html", required=True, metavar="FILE", help="the page to write")
+    one.add_argument("--html", metavar="FILE", help="the page to write")
+    one.add_argument("--svg", metavar="FILE", help="write the drawing of the graph alone")
     with_overwrite(one)
 
     command("passes", "list the passes with their promises and options")

@@ -1,7 +1,7 @@
 """The commands of the command line, one function each: they load, call the public face and print.
 
-Everything that can be refused is refused before work starts: files that are there already, plans, passes. Each
-function gets the parsed arguments and a `Progress`, prints to stdout and returns the exit code.
+Everything that can be refused is refused before work starts: files that are there already, plans, passes.
+Each function gets the parsed arguments and a `Progress`, prints to stdout and returns the exit code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import splitfx
+from splitfx import api, storage
 from splitfx.errors import ExportError, PlanError, SplitfxError, UnsupportedError
 from splitfx.files import check_target
 from splitfx.graph import random_inputs
@@ -27,6 +27,7 @@ from splitfx.plan import Plan
 from splitfx.progress import Progress
 from splitfx.record import read_record, write_record
 from splitfx.report.table import size
+from splitfx.trace import trace
 
 
 def run(given: Namespace) -> int:
@@ -40,14 +41,17 @@ def run(given: Namespace) -> int:
 
 
 def profile(given: Namespace, progress: Progress) -> int:
+    from splitfx.profile import profile as profiled
+    from splitfx.report.html import inspect_html
+
     for path in filter(None, (given.html, given.plot)):
         _free_file(path, given.overwrite)
     graph = _graph(given, progress)
     progress("counting")
-    found = splitfx.profile(graph)
+    found = profiled(graph)
     if given.html:
         progress("drawing")
-        splitfx.inspect_html(graph, given.html, overwrite=given.overwrite)
+        inspect_html(graph, given.html, overwrite=given.overwrite)
     if given.plot:
         progress("drawing")
         found.plot(given.plot, overwrite=given.overwrite)
@@ -58,11 +62,11 @@ def transform(given: Namespace, progress: Progress) -> int:
     folder = _free_folder(given.out, given.overwrite)
     plan = _plan(given)
     model = _model(given, progress)
-    split = splitfx.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
+    split = api.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
     progress("saving")
-    splitfx.save(split, folder, overwrite=given.overwrite)
+    storage.save(split, folder, overwrite=given.overwrite)
     write_record(split, folder)
-    told = splitfx.explain(split)
+    told = api.explain(split)
     total = sum(one.stat().st_size for one in folder.iterdir())
     made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
     return _print(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
@@ -74,8 +78,13 @@ def export(given: Namespace, progress: Progress) -> int:
     target = _free_file(given.onnx, given.overwrite)
     split = _saved(given.split, progress)
     progress("exporting")
-    export_onnx(split, target, opset=given.opset, dynamic_batch=False if given.fixed_batch else None,
-                overwrite=given.overwrite)
+    export_onnx(
+        split,
+        target,
+        opset=given.opset,
+        dynamic_batch=False if given.fixed_batch else None,
+        overwrite=given.overwrite,
+    )
     parts = [one for one in (target, target.with_name(target.name + ".data")) if one.exists()]
     total = sum(one.stat().st_size for one in parts)
     made = {"onnx": str(target), "files": [str(one) for one in parts], "bytes": total}
@@ -86,8 +95,9 @@ def check(given: Namespace, progress: Progress) -> int:
     from splitfx.export.runtime import check_onnx
 
     split = _saved(given.split, progress)
-    found = check_onnx(given.onnx, split, providers=given.provider, require=given.require, runs=given.runs,
-                       progress=progress)
+    found = check_onnx(
+        given.onnx, split, providers=given.provider, require=given.require, runs=given.runs, progress=progress
+    )
     _print(given, found.to_json(), str(found))
     return 0 if found.ok else 1
 
@@ -97,32 +107,41 @@ def compare(given: Namespace, progress: Progress) -> int:
     model = _model(given, progress)
     inputs = _inputs(given) or random_inputs(split, given.seed)
     progress("comparing")
-    found = splitfx.compare(model, split, inputs)
+    found = api.compare(model, split, inputs)
     return _print(given, found.to_json(), str(found))
 
 
 def measure(given: Namespace, progress: Progress) -> int:
+    from splitfx.measure import measure as measured
+
     if _is_folder(given.model):
         model: nn.Module = _saved(given.model, progress)
         inputs = _inputs(given) or random_inputs(model, given.seed)  # type: ignore[arg-type]
     else:
         model, inputs = _model(given, progress), _needed_inputs(given)
     progress(f"measuring {given.runs} runs")
-    found = splitfx.measure(model, inputs, given.device, given.runs)
+    found = measured(model, inputs, given.device, given.runs)
     return _print(given, json.dumps(found.to_dict(), indent=2), str(found))
 
 
 def explain(given: Namespace, progress: Progress) -> int:
-    found = splitfx.explain(_saved(given.split, progress))
+    found = api.explain(_saved(given.split, progress))
     return _print(given, found.to_json(), str(found))
 
 
 def inspect(given: Namespace, progress: Progress) -> int:
-    target = _free_file(given.html, given.overwrite)
+    from splitfx.report.html import inspect_html, inspect_svg
+
+    asked = {kind: path for kind, path in (("html", given.html), ("svg", given.svg)) if path}
+    if not asked:
+        raise SplitfxError("nothing to write: give --html FILE, --svg FILE or both")
+    for path in asked.values():
+        _free_file(path, given.overwrite)
     split = _saved(given.split, progress)
     progress("drawing")
-    splitfx.inspect_html(split, target, overwrite=given.overwrite)
-    return _print(given, json.dumps({"html": str(target), "bytes": target.stat().st_size}), f"wrote {target}")
+    for kind, path in asked.items():
+        (inspect_html if kind == "html" else inspect_svg)(split, path, overwrite=given.overwrite)
+    return _print(given, json.dumps(asked), f"wrote {' and '.join(asked.values())}")
 
 
 def passes(given: Namespace, progress: Progress) -> int:
@@ -135,14 +154,18 @@ def passes(given: Namespace, progress: Progress) -> int:
 
 
 def doctor(given: Namespace, progress: Progress) -> int:
+    from splitfx.doctor import diagnose
+
     progress("starting each provider once")
-    found = splitfx.diagnose()
+    found = diagnose()
     _print(given, found.to_json(), str(found))
     return 0 if found.ok else 1
 
 
-COMMANDS = {one.__name__: one for one in (profile, transform, export, check, compare, measure, explain, inspect,
-                                          passes, doctor)}
+COMMANDS = {
+    one.__name__: one
+    for one in (profile, transform, export, check, compare, measure, explain, inspect, passes, doctor)
+}
 
 
 # ---------------------------------------------------------------- what the commands share
@@ -173,8 +196,12 @@ def _inputs(given: Namespace) -> tuple[torch.Tensor, ...] | None:
         return None
     generator = torch.Generator().manual_seed(given.seed)
     sizes = [parse_sizes(text) for text in given.input]
-    return tuple(torch.randn(s, generator=generator).to(getattr(torch, d)) if d.startswith(("float", "bfloat"))
-                 else torch.zeros(s, dtype=getattr(torch, d)) for s, d in sizes)
+    return tuple(
+        torch.randn(s, generator=generator).to(getattr(torch, d))
+        if d.startswith(("float", "bfloat"))
+        else torch.zeros(s, dtype=getattr(torch, d))
+        for s, d in sizes
+    )
 
 
 def _needed_inputs(given: Namespace) -> tuple[torch.Tensor, ...]:
@@ -200,7 +227,7 @@ def _saved(folder: str, progress: Progress) -> fx.GraphModule:
     if not _is_folder(folder):
         raise ExportError(f"there is no folder {folder}; `splitfx transform` writes one")
     progress(f"loading {folder}")
-    split = splitfx.load(folder)
+    split = storage.load(folder)
     read_record(split, Path(folder))
     return split
 
@@ -208,11 +235,11 @@ def _saved(folder: str, progress: Progress) -> fx.GraphModule:
 def _graph(given: Namespace, progress: Progress) -> fx.GraphModule:
     if _is_folder(given.model):
         split = _saved(given.model, progress)
-        return split if not given.input else splitfx.trace(split, _inputs(given))
+        return split if not given.input else trace(split, _inputs(given))
     inputs = _needed_inputs(given)
     model = _model(given, progress)
     progress("tracing")
-    return splitfx.trace(model, inputs)
+    return trace(model, inputs)
 
 
 def _free_file(path: str, overwrite: bool) -> Path:
@@ -226,15 +253,15 @@ def _free_file(path: str, overwrite: bool) -> Path:
 
 
 def _free_folder(path: str, overwrite: bool) -> Path:
-    from splitfx.storage import ABOUT
-
     target = Path(path)
     if target.exists() and not overwrite:
         raise SplitfxError(f"{target} already exists; choose another name or add --overwrite")
     if target.exists() and not target.is_dir():
         raise SplitfxError(f"{target} is a file; a split is saved as a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / ABOUT).is_file():
-        raise SplitfxError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name")
+    if target.is_dir() and any(target.iterdir()) and not (target / storage.ABOUT).is_file():
+        raise SplitfxError(
+            f"{target} holds other files than splitfx's; it is not replaced. Choose another name"
+        )
     parent = target.absolute().parent
     if not parent.is_dir():
         raise SplitfxError(f"{target}: its folder {parent} does not exist; create it first")
@@ -244,7 +271,8 @@ def _free_folder(path: str, overwrite: bool) -> Path:
 
 
 def _only_ours(progress: Progress) -> Any:
-    """Warnings of splitfx become remarks; those of the packages below say nothing that a user could act on."""
+    """Warnings of splitfx become remarks; those of the packages below say nothing that a user could act
+    on."""
     home = str(Path(__file__).parent)
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
@@ -252,5 +280,3 @@ def _only_ours(progress: Progress) -> Any:
             progress.remark(str(message))
 
     return show
-
-

@@ -45,8 +45,10 @@ def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
     if min(found) < 1:
         raise UnsupportedError(f"--input {text!r}: every size is 1 or more")
     if dtype and dtype not in DTYPES:
-        raise UnsupportedError(f"--input {text!r}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} "
-                               f"Types: {', '.join(DTYPES)}")
+        raise UnsupportedError(
+            f"--input {text!r}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} "
+            f"Types: {', '.join(DTYPES)}"
+        )
     return found, dtype or "float32"
 
 

@@ -1,9 +1,10 @@
 """A model from a word on the command line.
 
-Does: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` and ``file.py:callable`` (a class, a function
-that makes the model, or the model itself), with random weights or those of a file.
-Refuses (`UnsupportedError`, one line): unknown names, with the nearest one; files that are empty, truncated or hold
-another model's weights. Never unpickles: weight files are safetensors, or read by torch with ``weights_only``.
+Does: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` and ``file.py:callable`` (a class, a
+function that makes the model, or the model itself), with random weights or those of a file.
+Refuses (`UnsupportedError`, one line): unknown names, with the nearest one; files that are empty, truncated
+or hold another model's weights. Never unpickles: weight files are safetensors, or read by torch with
+``weights_only``.
 Promises: the same word and seed give the same weights; the model comes in eval mode.
 """
 
@@ -28,10 +29,11 @@ _SHOWN = 4
 
 
 def load_model(word: str, weights: str | os.PathLike[str] | None = None, seed: int = 0) -> nn.Module:
-    """The model that ``word`` names, in eval mode; random weights of ``seed``, or those of the file ``weights``.
+    """The model that ``word`` names, in eval mode; random weights of ``seed``, or those of the file
+    ``weights``.
 
-    Raises `UnsupportedError` for a word that names no model and for weights that do not fit, `MissingExtraError` when
-    timm is not installed.
+    Raises `UnsupportedError` for a word that names no model and for weights that do not fit,
+    `MissingExtraError` when timm is not installed.
     """
     home, colon, name = word.rpartition(":")
     if not (colon and home and name):
@@ -94,7 +96,8 @@ def _file(path: Path) -> Any:
     if not path.is_file():
         raise UnsupportedError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and tracers look their module up there
     sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` has it
@@ -161,8 +164,10 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for one cause: these are not plain tensors
-        raise UnsupportedError(f"{path} is truncated, or holds more than tensors, which splitfx does not unpickle: "
-                               "save a state_dict, or safetensors") from error
+        raise UnsupportedError(
+            f"{path} is truncated, or holds more than tensors, which splitfx does not unpickle: "
+            "save a state_dict, or safetensors"
+        ) from error
     for key in _WRAPPED:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -91,11 +91,11 @@ def grouped(module: nn.Module, ins: tuple[np.ndarray, ...], outs: tuple[np.ndarr
 
 def groups_of(module: nn.Module, groups: np.ndarray, outs: np.ndarray) -> nn.Module:
     """A conv that keeps some of its groups: ``groups`` are their numbers, ``outs`` their output channels."""
-    per = module.in_channels // module.groups  # type: ignore[operator]
+    per: int = module.in_channels // module.groups  # type: ignore[operator, assignment]
     rows = (groups[:, None] * per + np.arange(per)).flatten() if transposed(module) else outs
     return _new(
         module,
-        weight=_pick(module.weight, rows),
+        weight=_pick(module.weight, rows),  # type: ignore[arg-type]
         bias=_pick(module.bias, outs),  # type: ignore[arg-type]
         in_channels=len(groups) * per,
         out_channels=len(outs),

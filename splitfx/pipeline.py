@@ -20,7 +20,7 @@ from splitfx.errors import PassError, UnsupportedError
 from splitfx.graph import copy_graph, info
 from splitfx.plan import Plan
 from splitfx.protocol import Note, Pass, Promise
-from splitfx.verify import TOLERANCE, difference, in_double, in_eval, require_equal, rounding
+from splitfx.verify import TOLERANCE, cuda_devices, difference, in_double, in_eval, require_equal, rounding
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
     started = time.perf_counter()
     work = copy_graph(graph)
     same = version(work)
-    outcome = step.run(work, facts(work))
+    with torch.random.fork_rng(devices=cuda_devices(work)):  # a pass that draws leaves the user's generator alone
+        outcome = step.run(work, facts(work))
     changed = version(work) != same or not _same_values(graph, work)
     difference: float | None = None
     if changed:
-        tidy(work)
+        _tidied(step, work)
         difference = _held_to_promise(step, graph, work, outcome.reference) if verify else None
     done = step if outcome.settled is None else outcome.settled
     record = Step(
@@ -100,6 +101,13 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
     )
     info(work).steps = [*info(work).steps, record]
     return work, done
+
+
+def _tidied(step: Pass, work: fx.GraphModule) -> None:
+    try:
+        tidy(work)
+    except (AssertionError, RuntimeError) as error:
+        raise PassError(f"pass '{step.name}' left an illegal graph: {str(error).splitlines()[0]}") from error
 
 
 def _same_values(graph: fx.GraphModule, work: fx.GraphModule) -> bool:
@@ -128,6 +136,6 @@ def _equal(step: Pass, before: fx.GraphModule, after: fx.GraphModule) -> float:
         return require_equal(step.name, before, after)
     exact = in_double(before)
     step.run(exact, facts(exact))
-    tidy(exact)
+    _tidied(step, exact)
     require_equal(step.name, exact, after, rounding(before))
     return require_equal(step.name, before, exact)

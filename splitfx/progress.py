@@ -1,4 +1,5 @@
-"""Says on stderr what is being done: a moving line on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Says on stderr what is being done: a moving line on a terminal, plain lines elsewhere, nothing when
+quiet."""
 
 from __future__ import annotations
 

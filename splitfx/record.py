@@ -1,7 +1,7 @@
 """The record of what the compiler did, beside a saved split: ``explanation.json``.
 
-A graph that is read back from a folder would not know how it was made; with this file `explain` and the pages tell
-it. The graph runs without it.
+A graph that is read back from a folder would not know how it was made; with this file `explain` and the
+pages tell it. The graph runs without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def write_record(split: fx.GraphModule, folder: Path) -> None:
 
 
 def read_record(split: fx.GraphModule, folder: Path) -> None:
-    """Give ``split`` the steps that made it, where the folder tells them. Raises `ExportError` for a damaged file."""
+    """Give ``split`` the steps that made it, where the folder tells them. Raises `ExportError` for a
+    damaged file."""
     path = folder / NAME
     if info(split).steps or not path.exists():
         return

@@ -171,8 +171,10 @@ class _Attempt:
         return in_train
 
     def alone(self) -> Behaviour:
-        """In eval mode and, where the model takes it, for a batch of one: a case of its own for torch.export."""
-        one = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs)
+        """In eval mode and, where the model takes it, for a batch of one: a case apart for torch.export."""
+        one: Inputs = pytree.tree_map(
+            lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs
+        )
         try:
             seen = observe(self.private, *one, self.leaves)
         except Exception:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
@@ -40,6 +41,9 @@ class Exact(fx.Interpreter):
         except Exception as error:
             raise Misfit(f"{layer(n)}: {str(error).splitlines()[0]}") from error
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, *_wide((args, kwargs)))
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return _double(attribute(self.graph_module, str(target)))
 
@@ -59,6 +63,12 @@ class Misfit(Exception):
     """The graph does not run on these sizes."""
 
 
+def _wide(arguments: Any) -> Any:
+    """Casts to a float type, and tensors made in one, are float64 ones here."""
+    floats = lambda v: isinstance(v, torch.dtype) and v.is_floating_point  # noqa: E731
+    return map_aggregate(arguments, lambda v: torch.float64 if floats(v) else v)
+
+
 def _double(value: Any) -> Any:
     floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
     return value.detach().double() if floats else value
@@ -66,11 +76,17 @@ def _double(value: Any) -> Any:
 
 def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The output tensors of a graph in float64, on flat inputs."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(graph)):
+        torch.manual_seed(0)  # a model that draws in eval mode draws the same
         found = Exact(graph).run(
             *[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs], enable_io_processing=False
         )
     return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
+
+
+def cuda_devices(graph: fx.GraphModule) -> list[torch.device]:
+    """Where a graph draws random numbers besides the CPU."""
+    return sorted({p.device for p in graph.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def random_flat(graph: fx.GraphModule, seed: int, small: bool) -> list[Any]:
@@ -150,8 +166,11 @@ def require_equal(
 
 
 def in_double(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose parameters, buffers and float inputs are float64."""
+    """A copy whose parameters, buffers, float inputs and casts are float64."""
     copied = copy_graph(graph).double()
+    for node in copied.graph.nodes:
+        node.args, node.kwargs = _wide((node.args, node.kwargs))
+    copied.recompile()
     known = info(copied)
     known.inputs = tuple(
         replace(s, dtype=torch.float64) if isinstance(s, TensorSpec) and s.dtype.is_floating_point else s

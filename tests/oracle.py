@@ -106,7 +106,7 @@ def training_difference(graph: nn.Module, model: nn.Module, inputs: Any) -> str:
                 (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in floats
             )
             total.backward()  # type: ignore[union-attr]
-    wanted = dict(theirs.named_parameters())
+    wanted = dict(theirs.named_parameters(remove_duplicate=False))
     for name, parameter in ours.named_parameters():
         a, b = parameter.grad, wanted[name].grad
         if (a is None) != (b is None):
@@ -114,7 +114,7 @@ def training_difference(graph: nn.Module, model: nn.Module, inputs: Any) -> str:
         wrong = difference(a, b)
         if wrong:
             return f"gradient of {name}: {wrong}"
-    buffers = dict(theirs.named_buffers())
+    buffers = dict(theirs.named_buffers(remove_duplicate=False))
     for name, buffer in ours.named_buffers():
         wrong = difference(buffer, buffers[name]) if name in buffers else ""
         if wrong:

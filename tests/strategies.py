@@ -1,7 +1,7 @@
 """Random small convolutional networks for hypothesis: everything that splitting and tiling must survive.
 
-A network is a list of steps that any width can be put through: convolutions of every kind, pools, residual sums,
-concats, squeeze-and-excitation, channel shuffles, sliced halves. Widths and image sizes are small and mostly odd.
+A network is a list of steps that any width can be put through: convolutions of every kind, pools, residual
+sums, concats, squeeze-and-excitation, channel shuffles, sliced halves. Widths and images are small and odd.
 """
 
 from __future__ import annotations
@@ -91,7 +91,20 @@ class Classifier(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.body(x), self.flat), 1))
 
 
-KINDS = ("conv", "conv", "pool", "depthwise", "grouped", "residual", "concat", "dense", "se", "shuffle", "halves", "up")
+KINDS = (
+    "conv",
+    "conv",
+    "pool",
+    "depthwise",
+    "grouped",
+    "residual",
+    "concat",
+    "dense",
+    "se",
+    "shuffle",
+    "halves",
+    "up",
+)
 
 
 @st.composite
@@ -154,7 +167,7 @@ def steps(draw: st.DrawFn, width: int) -> tuple[nn.Module, int]:
 
 @st.composite
 def networks(draw: st.DrawFn, length: int = 6) -> tuple[nn.Module, torch.Tensor]:
-    """A network in eval mode and float64 with example inputs (batch 2); statistics are not left at zero and one."""
+    """A network in eval mode and float64 with example inputs (batch 2); its statistics are not 0 and 1."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     width = draw(st.integers(4, 13))
     layers: list[nn.Module] = [draw(convs(3, width))]

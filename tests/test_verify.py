@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
 from splitfx.graph import TensorSpec, copy_graph, info
@@ -31,9 +32,11 @@ def test_exact_is_the_graph_in_float64(name: str) -> None:
     """Interpreted from float32 weights, and run as a float64 copy."""
     made = graph(name)
     inputs = random_flat(made, 0, small=False)
-    args, kwargs = torch.utils._pytree.tree_unflatten(inputs, info(made).in_spec)
+    args, kwargs = pytree.tree_unflatten(inputs, info(made).in_spec)
     with torch.no_grad():
-        wanted = [t for t in leaves(run(in_double(made), (tuple(args), kwargs))) if isinstance(t, torch.Tensor)]
+        wanted = [
+            t for t in leaves(run(in_double(made), (tuple(args), kwargs))) if isinstance(t, torch.Tensor)
+        ]
     assert_equal(run_exact(made, inputs), wanted)
 
 
@@ -51,7 +54,9 @@ def test_nothing_is_changed() -> None:
     "fault",
     [
         lambda g: g.get_submodule("body.fc").weight.data[0, 0].mul_(1.01),
-        lambda g: g.get_submodule("body.body.0.0").weight.data.copy_(g.get_submodule("body.body.0.0").weight.roll(1, 0)),
+        lambda g: g.get_submodule("body.body.0.0").weight.data.copy_(
+            g.get_submodule("body.body.0.0").weight.roll(1, 0)
+        ),
         lambda g: g.get_submodule("body.fc").weight.data.mul_(2),
         lambda g: g.get_submodule("body.fc").bias.data.add_(1e-7),
         lambda g: g.get_submodule("body.fc").bias.data[0].fill_(float("nan")),
@@ -101,7 +106,9 @@ def test_large_images_are_checked_small_where_the_model_allows() -> None:
     model = nn.Sequential(conv_bn(3, 4), nn.AdaptiveAvgPool2d(1))
     big = trace(model.eval(), torch.zeros(1, 3, 301, 300))
     assert random_flat(big, 0, small=True)[0].shape == (1, 3, 65, 64)
-    flat = trace(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 70 * 70, 2)), torch.zeros(1, 3, 70, 70))
+    flat = trace(
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 70 * 70, 2)), torch.zeros(1, 3, 70, 70)
+    )
     assert difference(flat, copy_graph(flat)) == 0.0  # sizes are part of this model
 
 
@@ -123,9 +130,22 @@ def test_a_model_that_casts_runs_exactly() -> None:
 
 
 def test_integer_inputs_stay_in_range() -> None:
-    made = trace(nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)), torch.tensor([[0, 4], [2, 1]]))
+    made = trace(
+        nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)), torch.tensor([[0, 4], [2, 1]])
+    )
     assert info(made).inputs == (TensorSpec((2, 2), torch.int64, "cpu", 5),)
     assert difference(made, copy_graph(made)) == 0.0
+
+
+def test_a_model_that_draws_is_equal_to_itself() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand(3, 1, 1)
+
+    made = trace(Noisy(), image())
+    state = torch.get_rng_state()
+    assert difference(made, copy_graph(made)) == 0.0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_in_eval() -> None:

@@ -36,6 +36,10 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
     reasons = dict(whole)
     branch = np.full(len(axes.channel), WHOLE)
     by_unit = np.full(len(axes.unit), WHOLE)
+    readers: dict[int, list[int]] = {}
+    for index, edge in enumerate(edges):
+        for unit in np.unique(axes.unit[edge.ins]).tolist():
+            readers.setdefault(unit, []).append(index)
     for family in _families(axes, touched):
         names = touched[np.isin(axes.axis[touched], family)]
         kept = next((reasons[a] for a in family if a in reasons), None)
@@ -45,7 +49,7 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
         if kept is not None:
             reasons.update({int(a): kept for a in family})
             continue
-        _deal(axes, edges, names, factor, by_unit)
+        _deal(axes, readers, names, factor, by_unit)
     branch[touched] = by_unit[axes.unit[touched]]
     return Partition(factor, branch, reasons)
 
@@ -69,19 +73,15 @@ def _families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
     return [np.array(g) for g in groups.values()]
 
 
-def _deal(axes: Axes, edges: Sequence[Edge], names: np.ndarray, factor: int, by_unit: np.ndarray) -> None:
+def _deal(
+    axes: Axes, readers: Mapping[int, list[int]], names: np.ndarray, factor: int, by_unit: np.ndarray
+) -> None:
     """Deal the items of one family out; contiguous where every reader reads them all."""
     first: dict[int, int] = {}
-    for name in names:
-        unit = int(axes.unit[name])
-        first[unit] = min(first.get(unit, int(name)), int(name))
-    readers: dict[int, list[int]] = {unit: [] for unit in first}
-    for index, edge in enumerate(edges):
-        for unit in np.unique(axes.unit[edge.ins]):
-            if int(unit) in readers:
-                readers[int(unit)].append(index)
-    items = sorted(first, key=lambda u: (readers[u], first[u]))
-    if len({tuple(r) for r in readers.values()}) == 1:
+    for name, unit in zip(names.tolist(), axes.unit[names].tolist(), strict=True):
+        first[unit] = min(first.get(unit, name), name)
+    items = sorted(first, key=lambda u: (readers.get(u, []), first[u]))
+    if len({tuple(readers.get(u, ())) for u in first}) == 1:
         for g, part in enumerate(np.array_split(np.array(items), factor)):
             by_unit[part] = g
         return

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from splitfx.errors import UnsupportedError
 from splitfx.graph import TensorSpec, attribute, info, layer, module_of
+from splitfx.ops import op_name
 
 
 def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict[fx.Node, Any]:
@@ -55,6 +56,8 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
         module = module_of(node)
         if module is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
+        if op_name(node) == "batch_norm":
+            return torch.empty_like(args[0])  # as large as what it reads; the kernel's own rule is slow to ask
         held = {name: weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 

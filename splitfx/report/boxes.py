@@ -1,9 +1,10 @@
 """A graph as boxes for a drawing: chains of operations in one box, large graphs by module, laid out in rows.
 
-A box is a layer with what follows it in a straight line (norm, activation, pool), or a concat with its fusion conv.
-Where that makes more boxes than a page can show, neighbouring boxes of one module become one box, at the greatest
-depth of the module tree that is short enough. Boxes never form a cycle: each is a chain, or neighbours in the order
-of execution. Rows go by the longest way from an input, so that branches stand side by side.
+A box is a layer with what follows it in a straight line (norm, activation, pool), or a concat with its
+fusion conv. Where that makes more boxes than a page can show, neighbouring boxes of one module become one
+box, at the greatest depth of the module tree that is short enough. Boxes never form a cycle: each is a
+chain, or neighbours in the order of execution. Rows go by the longest way from an input, so that branches
+stand side by side.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _JOINS = ("cat", "add", "mul", "stack")
 
 @dataclass(eq=False)
 class Box:
-    """Nodes drawn as one. ``branch`` is the branch (from 0) that all its weighted layers belong to, or None."""
+    """Nodes drawn as one. ``branch`` is the branch (from 0) that all its weighted layers belong to, or
+    None."""
 
     nodes: list[fx.Node]
     name: str = ""
@@ -57,7 +59,9 @@ def boxes(graph: fx.GraphModule, limit: int = LIMIT) -> list[Box]:
     found = [Box(part) for part in parts]
     home = {node: box for box in found for node in box.nodes}
     for box in found:
-        sources = dict.fromkeys(home[n] for m in box.nodes for n in _operands(m) if n in home and home[n] is not box)
+        sources = dict.fromkeys(
+            home[n] for m in box.nodes for n in _operands(m) if n in home and home[n] is not box
+        )
         box.before = list(sources)
         box.row = max((one.row + 1 for one in box.before), default=0)
         _describe(box, graph, fusions)
@@ -104,14 +108,22 @@ def _by_module(parts: list[list[fx.Node]], limit: int) -> list[list[fx.Node]]:
 
 
 def _runs(parts: list[list[fx.Node]], depth: int, by_branch: bool) -> list[list[fx.Node]]:
-    """Neighbours of one module and branch together; what has no weights follows its neighbour."""
+    """Neighbours of one module and branch together; what has no weights follows what it reads, or leads the
+    next."""
     found: list[tuple[object, list[fx.Node]]] = []
     for part in parts:
-        path = _path(part)
-        key = ".".join(path.split(".")[:depth]), _branch(part) if by_branch else None
+        key = ".".join(_path(part).split(".")[:depth]), _branch(part) if by_branch else None
         light = part[0].op != "placeholder" and not any(map(_weighted, part))
-        if found and found[-1][1][0].op != "placeholder" and (light or found[-1][0] == key):
-            found[-1][1].extend(part)
+        last = found[-1][1] if found and found[-1][1][0].op != "placeholder" else None
+        if last is None or part[0].op == "placeholder":
+            found.append((key, list(part)))
+        elif light and not set(last).isdisjoint(n for m in part for n in _operands(m)):
+            last.extend(part)
+        elif not light and not any(map(_weighted, last)):
+            last.extend(part)  # slices that open a branch
+            found[-1] = key, last
+        elif found[-1][0] == key:
+            last.extend(part)
         else:
             found.append((key, list(part)))
     return [part for _, part in found]
@@ -143,7 +155,7 @@ def _describe(box: Box, graph: fx.GraphModule, fusions: set[str]) -> None:
         box.kind, box.label = "input", dims(shape(known.shapes[node]))
     elif str(node.target) in fusions and len(weighted) == 1:
         box.kind = "fusion"
-    elif box.branch is not None:
+    elif any(_BRANCH.search(str(n.target)) for n in weighted):
         box.kind = "branch"
     elif groups > 1 and len(weighted) == 1:
         box.kind, box.cells = "grouped", groups
@@ -158,8 +170,10 @@ def _describe(box: Box, graph: fx.GraphModule, fusions: set[str]) -> None:
     params = sum(known.cost.rows[n].params for n in box.nodes)
     out = shape(known.shapes[box.nodes[-1]]) if hasattr(known.shapes[box.nodes[-1]], "shape") else ()
     alive = max((known.memory.live_bytes.get(n, 0) for n in box.nodes), default=0)
-    box.detail = (f"{box.name}{'' if box.branch is None else f', branch {box.branch + 1}'}: {', '.join(names)}; "
-                  f"output {dims(out)}, {number(params)} parameters, {number(macs)} MACs, {size(alive)} alive")
+    box.detail = (
+        f"{box.name}{'' if box.branch is None else f', branch {box.branch + 1}'}: {', '.join(names)}; "
+        f"output {dims(out)}, {number(params)} parameters, {number(macs)} MACs, {size(alive)} alive"
+    )
 
 
 def _words(module: nn.Module | None, names: list[str]) -> str:
@@ -172,8 +186,12 @@ def _words(module: nn.Module | None, names: list[str]) -> str:
     else:
         return names[0]
     first = [n for n in shown if n == "cat"]
-    tail = [n.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool") for n in shown if n != "cat"]
-    return " ".join([*first, head, *tail])
+    tail = [
+        n.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool")
+        for n in shown
+        if n != "cat"
+    ]
+    return " ".join(dict.fromkeys([*first, head, *tail]))
 
 
 def _prefix(paths: list[str]) -> str:

@@ -1,13 +1,13 @@
 """What the compiler did, as text for people: `str(explain(split))` and `str(compare(model, split, inputs))`.
 
-Every line fits 100 columns. Figures stand before and after with their units and their ratio; notes stand by kind, and
-notes that say the same of many layers are one line that counts the layers. Nothing else is left out; `to_json()` has
-every note on its own.
+Every line fits 100 columns. Figures stand before and after with their units and their ratio; notes stand by
+kind, and notes that say the same of many layers are one line that counts the layers. Nothing else is left
+out; `to_json()` has every note on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from splitfx.report.table import WIDTH, number, seconds, size, table, wrap
@@ -22,7 +22,11 @@ PROMISES = {
     "retrain": "the same shapes, fewer connections; fine-tune it",
     "reshape": "another signature",
 }
-_AGAINST = {"equal": "the graph before the pass", "retrain": "the masked dense model", "reshape": "its reference"}
+_AGAINST = {
+    "equal": "the graph before the pass",
+    "retrain": "the masked dense model",
+    "reshape": "its reference",
+}
 _KINDS = (("did", "done"), ("declined", "declined"), ("info", "also"))
 _NAME = 26  # columns for the layer's name before a note; longer names get a line of their own
 _NAMED = 3  # layers named where many share a note
@@ -51,14 +55,19 @@ def comparison_text(comparison: Comparison) -> str:
         _row("operations", before.ops, after.ops, number),
         _row("peak memory", before.peak_bytes, after.peak_bytes, size),
     ]
-    return "\n".join([
-        wrap(f"{before.model} on {', '.join(before.inputs)}"),
-        "",
-        table(("", "before", "after", "change"), rows),
-        "",
-        *_peaks(before.peak_node, after.peak_node),
-        wrap(f"the outputs differ by at most {comparison.max_abs:.2e}, {comparison.max_rel:.2e} of the largest value"),
-    ])
+    return "\n".join(
+        [
+            wrap(f"{before.model} on {', '.join(before.inputs)}"),
+            "",
+            table(("", "before", "after", "change"), rows),
+            "",
+            *_peaks(before.peak_node, after.peak_node),
+            wrap(
+                f"the outputs differ by at most {comparison.max_abs:.2e}, {comparison.max_rel:.2e} of the "
+                f"largest value"
+            ),
+        ]
+    )
 
 
 def title(step: Step) -> str:
@@ -86,7 +95,11 @@ def ratio(before: float, after: float) -> str:
     found = max(before, after) / min(before, after)
     if found < 1.005:
         return f"{100 * (after / before - 1):+.2g} %"
-    return f"{'÷' if after < before else '×'}{found:.3g}" if found >= 10 else f"{'÷' if after < before else '×'}{found:.2f}"
+    return (
+        f"{'÷' if after < before else '×'}{found:.3g}"
+        if found >= 10
+        else f"{'÷' if after < before else '×'}{found:.2f}"
+    )
 
 
 def folded(notes: Iterable[Note]) -> list[tuple[str, str]]:
@@ -130,8 +143,7 @@ def _figures(before: Figures, after: Figures) -> list[str]:
     return _indent([*drawn, *_peaks(before.peak_layer, after.peak_layer)])
 
 
-def _row(name: str, before: float, after: float, words: object) -> tuple[str, str, str, str]:
-    assert callable(words)
+def _row(name: str, before: float, after: float, words: Callable[[float], str]) -> tuple[str, str, str, str]:
     return name, words(before), words(after), ratio(before, after)
 
 

@@ -19,8 +19,11 @@ def passes_text(known: Mapping[str, type[Pass]]) -> str:
 def _one(name: str, cls: type[Pass]) -> list[str]:
     schema = cls.schema()
     options = {key: one for key, one in schema["properties"].items() if key != "name"}
-    lines = [name, wrap(f"  {schema['description']}", "  "),
-             wrap(f"  promise {cls.promise.value}: {PROMISES[cls.promise.value]}", "  ")]
+    lines = [
+        name,
+        wrap(f"  {schema['description']}", "  "),
+        wrap(f"  promise {cls.promise.value}: {PROMISES[cls.promise.value]}", "  "),
+    ]
     if cls.needs_eval:
         lines.append("  needs the model in eval mode")
     width = max(map(len, options), default=0)
@@ -30,8 +33,13 @@ def _one(name: str, cls: type[Pass]) -> list[str]:
     return lines if options else [*lines, "    no options"]
 
 
-_WORDS = {"integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false",
-          "object": "a table"}
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "object": "a table",
+}
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

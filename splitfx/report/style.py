@@ -1,10 +1,30 @@
 """Style and script of the page: both inside it, light and dark, wide and narrow."""
 
-CSS = """
-:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2530;--soft:#66717f;--line:#dfe3e8;--blue:#2f6fb3;
+COLOURS = """
+:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2530;--soft:#66717f;--line:#dfe3e8;
+--blue:#2f6fb3;
 --bluebg:#e6f0fa;--orange:#b85c1e;--orangebg:#fdeee2;--grey:#f1f3f5;--green:#2f7d56;--greenbg:#e6f4ec}
-@media(prefers-color-scheme:dark){:root{--bg:#14181d;--card:#1b2027;--ink:#e4e8ed;--soft:#98a3b0;--line:#323a44;
---blue:#7db4ec;--bluebg:#1c3048;--orange:#f0a263;--orangebg:#3d2817;--grey:#242b33;--green:#79c79d;--greenbg:#1a3527}}
+@media(prefers-color-scheme:dark){:root{--bg:#14181d;--card:#1b2027;--ink:#e4e8ed;--soft:#98a3b0;
+--line:#323a44;
+--blue:#7db4ec;--bluebg:#1c3048;--orange:#f0a263;--orangebg:#3d2817;--grey:#242b33;--green:#79c79d;
+--greenbg:#1a3527}}
+"""
+
+GRAPH = """
+svg{display:block;margin:0 auto}
+svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--soft);
+text-anchor:middle}
+svg text.name{fill:var(--ink);font-weight:600}svg a{cursor:pointer}
+.edge{fill:none;stroke:var(--soft);stroke-width:1.2;opacity:.7}.skip{stroke-dasharray:4 3}
+.box rect{fill:var(--grey);stroke:var(--soft);stroke-width:1}
+.box.branch rect,.box.grouped rect{fill:var(--bluebg);stroke:var(--blue)}
+.box.fusion rect{fill:var(--orangebg);stroke:var(--orange)}.box.input rect{fill:var(--greenbg);
+stroke:var(--green)}
+.box.join rect{fill:var(--card)}.box:hover rect{stroke-width:2.2}.cell{stroke:var(--blue);stroke-width:1.2;
+opacity:.7}
+"""
+
+PAGE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1180px;padding:24px 20px 60px;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -13,7 +33,8 @@ h3{font-size:15px;margin:18px 0 6px;overflow-wrap:anywhere}
 .soft,small{color:var(--soft)}p{margin:4px 0 10px;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:12px;margin:18px 0 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
-.tile b{display:block;font-size:24px;font-weight:600;letter-spacing:-.01em}.tile em{font-style:normal;color:var(--green)}
+.tile b{display:block;font-size:24px;font-weight:600;letter-spacing:-.01em}.tile em{font-style:normal;
+color:var(--green)}
 .tile em.up{color:var(--orange)}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px}
 pre{margin:0;font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -26,40 +47,47 @@ tbody tr:last-child td{border-bottom:0}thead th{color:var(--soft);font-weight:60
 .layers thead{position:sticky;top:0;background:var(--card)}
 .layers{max-height:640px;overflow:auto}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--blue)}
-th[aria-sort=ascending] button::after{content:" \\25B2"}th[aria-sort=descending] button::after{content:" \\25BC"}
+th[aria-sort=ascending] button::after{content:" \\25B2"}
+th[aria-sort=descending] button::after{content:" \\25BC"}
 tr.peakrow td{background:var(--orangebg)}
-svg{display:block;margin:0 auto}svg.memory{width:100%;height:auto}
-svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--soft);text-anchor:middle}
-svg text.name{fill:var(--ink);font-weight:600}svg a{cursor:pointer}
-.edge{fill:none;stroke:var(--soft);stroke-width:1.2;opacity:.7}.skip{stroke-dasharray:4 3}
-.box rect{fill:var(--grey);stroke:var(--soft);stroke-width:1}.box.branch rect,.box.grouped rect{fill:var(--bluebg);stroke:var(--blue)}
-.box.fusion rect{fill:var(--orangebg);stroke:var(--orange)}.box.input rect{fill:var(--greenbg);stroke:var(--green)}
-.box.join rect{fill:var(--card)}.box:hover rect{stroke-width:2.2}.cell{stroke:var(--blue);stroke-width:.8;opacity:.45}
-.live{fill:var(--blue);opacity:.55}.hit{fill:transparent}.hit:hover{fill:var(--ink);opacity:.14}.peak{fill:var(--orange)}
-svg text.mark{fill:var(--ink);font-size:13px;text-anchor:inherit}line.was{stroke:var(--green);stroke-dasharray:6 4}
+svg.memory{width:100%;height:auto;min-width:640px}
+.live{fill:var(--blue);opacity:.55}.hit{fill:transparent}.hit:hover{fill:var(--ink);opacity:.14}
+.peak{fill:var(--orange)}
+svg text.mark{fill:var(--ink);font-size:13px}line.was{stroke:var(--green);stroke-dasharray:6 4}
 svg text.was{fill:var(--green)}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--soft);margin:0 0 8px}
 .key i{display:inline-block;width:14px;height:10px;border-radius:3px;margin-right:6px;border:1px solid}
-.i-b{background:var(--bluebg);border-color:var(--blue)!important}.i-f{background:var(--orangebg);border-color:var(--orange)!important}
+.i-b{background:var(--bluebg);border-color:var(--blue)!important}.i-f{background:var(--orangebg);
+border-color:var(--orange)!important}
 .i-l{background:var(--grey);border-color:var(--soft)!important}
-details{border-top:1px solid var(--line);padding:5px 2px}details:first-of-type{border-top:0}summary{cursor:pointer;overflow-wrap:anywhere}
+details{border-top:1px solid var(--line);padding:5px 2px}details:first-of-type{border-top:0}
+summary{cursor:pointer;overflow-wrap:anywhere}
 details:target,details.found{background:var(--bluebg)}
-@media(max-width:640px){body{padding:14px 12px 40px}h1{font-size:21px}.tiles{grid-template-columns:1fr 1fr;gap:8px}
-.tile{padding:9px 11px}.tile b{font-size:18px}.notes td,.notes th{display:block;width:100%!important;border:0;padding:2px 0}
-.notes td:last-child{border-bottom:1px solid var(--line);padding-bottom:6px}.notes td:first-child{font-weight:600}}
+@media(max-width:640px){body{padding:14px 12px 40px}h1{font-size:21px}.tiles{grid-template-columns:1fr 1fr;
+gap:8px}
+.tile{padding:9px 11px}.tile b{font-size:18px}.notes td,.notes th{display:block;width:100%!important;
+border:0;padding:2px 0}
+.notes td:last-child{border-bottom:1px solid var(--line);padding-bottom:6px}
+.notes td:first-child{font-weight:600}}
 """
+
+CSS = COLOURS + GRAPH + PAGE
 
 JS = """
 document.querySelectorAll('table.sortable').forEach(function(table){
- table.querySelectorAll('th button').forEach(function(button,column){button.addEventListener('click',function(){
+ table.querySelectorAll('th button').forEach(function(button,column){button.addEventListener('click',
+function(){
   var head=button.parentNode,down=head.getAttribute('aria-sort')!=='descending',body=table.tBodies[0];
   table.querySelectorAll('th').forEach(function(th){th.removeAttribute('aria-sort')});
   head.setAttribute('aria-sort',down?'descending':'ascending');
-  var value=function(row){var cell=row.cells[column],sort=cell.getAttribute('data-v');return sort===null?cell.textContent:+sort};
+  var value=function(row){var cell=row.cells[column],sort=cell.getAttribute('data-v');
+return sort===null?cell.textContent:+sort};
   Array.from(body.rows).sort(function(a,b){var x=value(a),y=value(b);
    return (x<y?-1:x>y?1:0)*(down?-1:1)}).forEach(function(row){body.appendChild(row)})})})});
-document.querySelectorAll('.middle').forEach(function(one){one.scrollLeft=(one.scrollWidth-one.clientWidth)/2});
+document.querySelectorAll('.middle').forEach(function(one){
+one.scrollLeft=(one.scrollWidth-one.clientWidth)/2});
 function show(){var one=location.hash.slice(0,4)==='#box'&&document.getElementById(location.hash.slice(1));
- if(one){for(var up=one;up;up=up.parentElement)if(up.tagName==='DETAILS')up.open=true;one.scrollIntoView({block:'center'})}}
+ if(one){for(var up=one;up;up=up.parentElement)if(up.tagName==='DETAILS')up.open=true;one.scrollIntoView({
+block:'center'})}}
 addEventListener('hashchange',show);show();
 """

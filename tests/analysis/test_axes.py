@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ class Permutation:
     def source(self, names: np.ndarray) -> torch.Tensor:
         """For each position, the position whose weights it gets."""
         where: dict[tuple[int, int], int] = {}
-        keys = []
+        keys: list[tuple[int, int]] = []
         times: dict[int, int] = defaultdict(int)
         for position, channel in enumerate(self.channels(names).tolist()):
             keys.append((channel, times[channel]))
@@ -141,14 +142,23 @@ def options(name: str) -> dict[str, bool]:
     return {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_permuted_models(name: str) -> None:
-    assert share_moved(*real(name)) > 0.9
+    assert share_moved(*real(name, 32)) > 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["resnet50", "densenet121", "googlenet", "efficientnet_b0", "regnet_y_400mf", "resnext50_32x4d"]
+    "name",
+    [
+        "resnet50",
+        "mobilenet_v2",
+        "densenet121",
+        "googlenet",
+        "efficientnet_b0",
+        "regnet_y_400mf",
+        "resnext50_32x4d",
+    ],
 )
 def test_permuted_large_models(name: str) -> None:
     assert share_moved(*real(name)) > 0.5
@@ -161,7 +171,7 @@ def test_permuted_odd_models(name: str) -> None:
     assert share_moved(trace(model.double().eval(), x), x) > 0.5
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(networks())
 def test_permuted_random_networks(network: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = network
@@ -186,7 +196,7 @@ def test_a_wrong_label_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "convs", "axes", "writers"), [("resnet18", 20, 12, 12), pytest.param("resnet50", 53, 37, 20)]
+    ("name", "convs", "axes", "writers"), [("resnet18", 20, 12, 12), ("resnet50", 53, 37, 20)]
 )
 def test_residual_networks(name: str, convs: int, axes: int, writers: int) -> None:
     graph, _ = real(name, 32)
@@ -262,7 +272,7 @@ def test_flatten_repeats() -> None:
 def test_a_gate_is_one_axis_with_what_it_scales() -> None:
     layers = {"a": nn.Conv2d(3, 4, 1), "down": nn.Conv2d(4, 2, 1), "up": nn.Conv2d(2, 4, 1)}
 
-    def gate(m: Model, x: torch.Tensor) -> torch.Tensor:
+    def gate(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = m.a(x)
         return x * m.up(m.down(x.mean((2, 3), keepdim=True))).sigmoid()
 

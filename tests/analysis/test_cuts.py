@@ -34,7 +34,7 @@ def by_definition(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if n is not end and n.op != "get_attr" and not reaches(n)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(networks())
 def test_random_networks(network: tuple[nn.Module, torch.Tensor]) -> None:
     graph = trace(*network)

@@ -91,7 +91,7 @@ def check(axes: Axes, edges: list[Edge], factor: int) -> None:
         assert counts.max() - counts.min() <= 1, counts
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(networks(), st.integers(2, 5))
 def test_every_axis_is_balanced(network: tuple[nn.Module, torch.Tensor], factor: int) -> None:
     axes = axes_of(*network)

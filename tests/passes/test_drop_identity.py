@@ -35,7 +35,9 @@ def stochastic_depth(p: float) -> nn.Module:
     return StochasticDepth(p, "row")
 
 
-def dropped(model: nn.Module, step: DropIdentity | None = None, dynamic: str = "batch") -> tuple[fx.GraphModule, list[str]]:
+def dropped(
+    model: nn.Module, step: DropIdentity | None = None, dynamic: str = "batch"
+) -> tuple[fx.GraphModule, list[str]]:
     """The result and what its notes say; equal to the model in eval mode, for another batch too."""
     model, x = model.double().eval(), image(2, 3, 9, 9).double()
     graph = trace(model, x, dynamic=dynamic)
@@ -97,7 +99,10 @@ def saved_for_backward(m: Model, x: torch.Tensor) -> torch.Tensor:
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout": (lambda: Model(lambda m, x: m.layer(m.conv(x)), nn.Dropout(0.3)), "(p=0.3); eval_only=True removes it"),
+    "dropout": (
+        lambda: Model(lambda m, x: m.layer(m.conv(x)), nn.Dropout(0.3)),
+        "(p=0.3); eval_only=True removes it",
+    ),
     "stochastic_depth": (lambda: Model(lambda m, x: m.layer(m.conv(x)), stochastic_depth(0.2)), "p=0.2"),
     "written": (lambda: Model(written), "works in place and would overwrite conv"),
     "written_late": (lambda: Model(written_late), "works in place and would overwrite conv"),
@@ -148,6 +153,14 @@ def test_the_model_does_not_return_its_own_input() -> None:
     x = image()
     assert split(x).data_ptr() != x.data_ptr()
     assert "its own input" in info(split).steps[-1].notes[0].what
+
+
+@pytest.mark.parametrize(
+    "function", [lambda m, x: x[:, :2].clone().view(-1), lambda m, x: (y := m.conv(x), y.clone())]
+)
+def test_the_model_returns_no_shared_storage(function: Callable[..., torch.Tensor]) -> None:
+    split, _ = run_pass(trace(Model(function), image()), DropIdentity())
+    assert "clone" in text(split)
 
 
 def test_eval_only() -> None:

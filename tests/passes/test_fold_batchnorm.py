@@ -1,4 +1,4 @@
-"""FoldBatchNorm: exact in eval mode for every layer that can take a norm, and a reason for each that cannot."""
+"""FoldBatchNorm: exact for every layer that can take a norm, and a reason for each that cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from tests.models import ZOO, image
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
-def folded(model: nn.Module, x: torch.Tensor, step: FoldBatchNorm | None = None) -> tuple[fx.GraphModule, list[str]]:
+def folded(
+    model: nn.Module, x: torch.Tensor, step: FoldBatchNorm | None = None
+) -> tuple[fx.GraphModule, list[str]]:
     """The result in float64 and what its notes say; equal to the model, which the pipeline proves too."""
     torch.manual_seed(0)
     for module in model.modules():
@@ -85,7 +87,9 @@ class Model(nn.Module):
 
 
 def tied() -> nn.Module:
-    model = Model(lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    model = Model(
+        lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)
+    )
     model.a.weight = model.b.weight  # type: ignore[assignment]
     return model
 
@@ -102,14 +106,29 @@ def norm(**options: Any) -> nn.Module:
     ("model", "why"),
     [
         (lambda: Model(lambda m, x: m.n(x), n=norm()), "it reads an input of the model, which has no weight"),
-        (lambda: Model(lambda m, x: m.n(m.c(x).relu()), c=conv(), n=norm()), "it reads relu, which has no weight"),
+        (
+            lambda: Model(lambda m, x: m.n(m.c(x).relu()), c=conv(), n=norm()),
+            "it reads relu, which has no weight",
+        ),
         (lambda: Model(lambda m, x: m.n(m.c(x) + x), c=conv(), n=norm()), "it reads add"),
         (lambda: Model(lambda m, x: (y := m.c(x)) + m.n(y), c=conv(), n=norm()), "c is also read by add"),
         (lambda: Model(lambda m, x: m.n(m.c(m.c(x))), c=conv(), n=norm()), "the model calls c 2 times"),
-        (lambda: Model(lambda m, x: m.n(m.d(m.n(m.c(x)))), c=conv(), d=conv(), n=norm()), "the model calls it 2 times"),
-        (lambda: Model(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(track_running_stats=False)), "those of the batch"),
-        (lambda: Model(lambda m, x: m.n(m.l(x.flatten(2))), l=nn.Linear(81, 7), n=nn.BatchNorm1d(3)), "the features of l"),
-        (lambda: Model(lambda m, x: m.n(nn.functional.conv2d(x, m.c.weight * 2)), c=conv(), n=norm()), "computed by the"),
+        (
+            lambda: Model(lambda m, x: m.n(m.d(m.n(m.c(x)))), c=conv(), d=conv(), n=norm()),
+            "the model calls it 2 times",
+        ),
+        (
+            lambda: Model(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(track_running_stats=False)),
+            "those of the batch",
+        ),
+        (
+            lambda: Model(lambda m, x: m.n(m.l(x.flatten(2))), l=nn.Linear(81, 7), n=nn.BatchNorm1d(3)),
+            "the features of l",
+        ),
+        (
+            lambda: Model(lambda m, x: m.n(nn.functional.conv2d(x, m.c.weight * 2)), c=conv(), n=norm()),
+            "computed by the",
+        ),
         (tied, "a shares its weight with another layer"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Group: the paper's numbers, equality with the masked dense network, separation of branches, and every refusal."""
+"""Group: the paper's numbers, equality with the masked dense network, separate branches, every refusal."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def notes(outcome: Outcome, kind: str) -> list[str]:
     return [f"{n.where}: {n.what}" for n in outcome.notes if n.kind == kind]
 
 
-def assert_masked_dense(graph: fx.GraphModule, step: Group, x: torch.Tensor) -> tuple[fx.GraphModule, Outcome]:
-    """The split equals the pass's reference, and the reference is the dense graph with weights set to zero."""
+def assert_masked_dense(
+    graph: fx.GraphModule, step: Group, x: torch.Tensor
+) -> tuple[fx.GraphModule, Outcome]:
+    """The split equals the pass's reference, and that is the dense graph with weights set to zero."""
     split, outcome = grouped(graph, step)
     assert outcome.reference is not None, [n.what for n in outcome.notes]
     outcome.reference.recompile()
@@ -66,10 +68,10 @@ def assert_masked_dense(graph: fx.GraphModule, step: Group, x: torch.Tensor) -> 
 # ---------------------------------------------------------------- the paper's Table 2
 
 
-def vgg16(size: int = 32) -> tuple[nn.Module, torch.Tensor]:
+def vgg16(size: int = 32) -> tuple[Any, torch.Tensor]:
     import torchvision
 
-    model = torchvision.models.vgg16(init_weights=False)
+    model: Any = torchvision.models.vgg16(init_weights=False)
     model.classifier = nn.Linear(512 * 7 * 7, 10)  # the table counts convolutions
     return model.eval(), torch.randn(1, 3, size, size)
 
@@ -111,7 +113,8 @@ def test_six_branches_of_unequal_width(vgg: fx.GraphModule) -> None:
 
 def test_vgg_fusions_widen(vgg: fx.GraphModule) -> None:
     split, _ = grouped(vgg, Group(factors=(8, 2, 2, 4, 4), lowering="branches"))
-    shapes = [tuple(split.get_submodule(f"fusion{i}").weight.shape[:2]) for i in range(1, 6)]
+    state = split.state_dict()
+    shapes = [tuple(state[f"fusion{i}.weight"].shape[:2]) for i in range(1, 6)]
     assert shapes == [(128, 64), (256, 128), (512, 256), (512, 512), (512, 512)]
     for i in range(1, 6):
         fusion = split.get_submodule(f"fusion{i}")
@@ -125,7 +128,9 @@ def test_vgg_independently_masked() -> None:
     model, x = vgg16()
     model, x = model.double(), x.double()
     factors = (8, 2, 2, 6, 4)
-    split = splitfx.transform(model, Group(factors=factors, fusion="keep", lowering="branches"), x, verify=False)
+    split = splitfx.transform(
+        model, Group(factors=factors, fusion="keep", lowering="branches"), x, verify=False
+    )
     stage = 0
     with torch.no_grad():
         for layer in model.features:
@@ -135,7 +140,9 @@ def test_vgg_independently_masked() -> None:
             if not isinstance(layer, nn.Conv2d) or layer.in_channels == 3:
                 continue
             mask = torch.zeros(layer.weight.shape[:2], dtype=torch.float64)
-            parts = [np.array_split(np.arange(n), factors[stage]) for n in (layer.out_channels, layer.in_channels)]
+            parts = [
+                np.array_split(np.arange(n), factors[stage]) for n in (layer.out_channels, layer.in_channels)
+            ]
             for outs, ins in zip(*parts, strict=True):
                 mask[np.ix_(outs, ins)] = 1
             layer.weight.mul_(mask[:, :, None, None])
@@ -177,12 +184,20 @@ def test_gates(gating: Any) -> None:
     assert ("body.1.up.branch0" in names) == (gating == "strict")
 
 
-REAL = {
+REAL: dict[str, tuple[int, Any]] = {
     "resnet18": (6, "widen"),
     "mobilenet_v2": (2, "keep"),
     "shufflenet_v2_x0_5": (2, "none"),
 }
-LARGE = ["resnet50", "densenet121", "googlenet", "efficientnet_b0", "regnet_y_400mf", "mobilenet_v2", "resnext50_32x4d"]
+LARGE = [
+    "resnet50",
+    "densenet121",
+    "googlenet",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "mobilenet_v2",
+    "resnext50_32x4d",
+]
 
 
 def real(name: str, size: int = 64) -> tuple[fx.GraphModule, torch.Tensor]:
@@ -200,7 +215,9 @@ def test_real_models(name: str) -> None:
     graph, x = real(name)
     factor, fusion = REAL[name]
     _, outcome = assert_masked_dense(
-        graph, Group(factors=per_block(graph, factor), fusion=fusion, lowering="branches"), x  # type: ignore[arg-type]
+        graph,
+        Group(factors=per_block(graph, factor), fusion=fusion, lowering="branches"),
+        x,
     )
     assert outcome.reference is not None
 
@@ -236,7 +253,7 @@ def run_law(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> Non
         assert_masked_dense(graph, step, x)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(networks(), st.data())
 def test_random_networks(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> None:
     run_law(network, data)
@@ -244,7 +261,7 @@ def test_random_networks(network: tuple[nn.Module, torch.Tensor], data: st.DataO
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(networks(10), st.data())
 def test_larger_random_networks(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> None:
     run_law(network, data)
@@ -255,7 +272,14 @@ def test_larger_random_networks(network: tuple[nn.Module, torch.Tensor], data: s
 
 def chain(width: int = 12) -> tuple[nn.Module, torch.Tensor]:
     """Two blocks of two convs and a head, in float64."""
-    layers = [conv_bn(3, 8), conv_bn(8, 8), nn.MaxPool2d(2), conv_bn(8, width), conv_bn(width, width), nn.MaxPool2d(2)]
+    layers = [
+        conv_bn(3, 8),
+        conv_bn(8, 8),
+        nn.MaxPool2d(2),
+        conv_bn(8, width),
+        conv_bn(width, width),
+        nn.MaxPool2d(2),
+    ]
     model = Head(nn.Sequential(*layers, conv_bn(width, width)), width).double().eval()
     return model, image(2, 3, 12, 12).double()
 
@@ -306,13 +330,21 @@ def test_two_branches_into_twice_the_width_keep_the_dense_function() -> None:
     with torch.no_grad():
         for rows, columns in ((slice(4), slice(4, 8)), (slice(4, 8), slice(4))):
             first.weight[rows, columns] = 0  # block 1 is in two branches already
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), first, nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        first,
+        nn.MaxPool2d(2),
+        second,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 9, 5)).double().eval()
     x = image(2, 3, 12, 12).double()
     for lowering in ("grouped", "branches"):
         split = splitfx.transform(model, Group(factors=(2, 2), lowering=lowering), x)  # type: ignore[arg-type]
         oracle.assert_equal_outputs(split, model, x)
-        assert split.get_submodule("fusion1").weight.shape[:2] == (16, 8)
+        assert split.state_dict()["fusion1.weight"].shape[:2] == (16, 8)
 
 
 def test_factor_one_changes_nothing() -> None:
@@ -337,7 +369,9 @@ def test_residual_writers_split_alike_and_the_fusion_feeds_both_paths() -> None:
 def test_select_exclude_share() -> None:
     model, x = chain()
     graph = trace(model, x)
-    some = Group(factors=(2, 2, 2), select=("body.3.*", "body.4.*"), exclude=("body.4.0",), lowering="branches")
+    some = Group(
+        factors=(2, 2, 2), select=("body.3.*", "body.4.*"), exclude=("body.4.0",), lowering="branches"
+    )
     split, _ = assert_masked_dense(graph, some, x)
     divided = {n.partition(".branch")[0] for n in dict(split.named_modules()) if ".branch" in n}
     assert divided & {"body.1.0", "body.4.0", "body.6.0"} == set()
@@ -356,7 +390,9 @@ def test_functional_convs_are_declined_with_a_reason() -> None:
 def test_a_module_called_again_is_split_once() -> None:
     graph, x = in_double("shared_module")
     model = nn.Sequential(graph, nn.Conv2d(6, 4, 1)).double().eval()
-    split, _ = assert_masked_dense(trace(model, x), Group(factors=(2,), fusion="none", lowering="branches"), x)
+    split, _ = assert_masked_dense(
+        trace(model, x), Group(factors=(2,), fusion="none", lowering="branches"), x
+    )
     calls = [n for n in split.graph.nodes if str(n.target).endswith("0.branch0")]
     assert len(calls) == 3
 
@@ -460,7 +496,14 @@ def test_more_branches_than_channels_is_a_note() -> None:
 
 
 def test_one_dimensional_networks() -> None:
-    body = [nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3), nn.Flatten()]
+    body = [
+        nn.Conv1d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv1d(8, 8, 3),
+        nn.MaxPool1d(2),
+        nn.Conv1d(8, 6, 3),
+        nn.Flatten(),
+    ]
     model = nn.Sequential(*body, nn.Linear(18, 4)).double().eval()
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     graph = trace(model, x)

@@ -1,0 +1,55 @@
+"""Every example runs, and says what it promises."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(p.stem for p in EXAMPLES.glob("*.py")) == ["01_vgg16", "02_train", "03_inspect"]
+
+
+def test_vgg16_runs_twice_in_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = example("01_vgg16")
+    monkeypatch.setattr(one, "SHAPE", (1, 3, 32, 32))
+    for _ in range(2):
+        one.main(tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "÷" in out
+    assert "split.onnx: ok" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
+        "plan.toml",
+        "split",
+        "split.onnx",
+        "split.html",
+    }
+
+
+def test_a_split_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    dense, before, after = example("02_train").main(epochs=3)
+    assert after > max(0.8, before)
+    assert dense > 0.5
+    assert "fine-tuned" in capsys.readouterr().out
+
+
+def test_inspect_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = example("03_inspect").main(tmp_path, size=64)
+    assert page.read_text().startswith("<!doctype html>")
+    assert "5 blocks" in capsys.readouterr().out
