@@ -21,7 +21,7 @@ from splitfx.analysis.blocks import blocks
 from splitfx.errors import SplitfxError
 from splitfx.passes import Group
 from splitfx.report.table import seconds, shorten
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 NAME = "compile_time"
 COLUMNS = (
@@ -40,10 +40,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     names = QUICK if quick else torchvision.models.list_models(module=torchvision.models)
     rows = [timed(name, *torchvision_model(name)) for name in names]
     short, long = (30, 300) if quick else (300, 3000)
-    chains = [
-        timed(f"chain of {layers} layers", chain(layers), torch.zeros(1, 8, 16, 16))
-        for layers in (short, long)
-    ]
+    chains = [timed(f"chain of {layers} layers", chain(layers), torch.zeros(1, 8, 16, 16)) for layers in (short, long)]
     chains[1]["ratio_to_short_chain"] = chains[1]["total_seconds"] / chains[0]["total_seconds"]
     chains[1]["outcome"] += f", {chains[1]['ratio_to_short_chain']:.1f} times"
     return rows + chains

@@ -20,11 +20,11 @@ from torch import fx, nn
 import splitfx
 from splitfx.export.onnx import export_onnx
 from splitfx.export.sessions import CPU, open_session, session_options
-from splitfx.measure import alternate, measure
+from splitfx.measuring import alternate, measure
 from splitfx.passes import Group
-from splitfx.profile import profile
+from splitfx.profiling import profile
 from splitfx.report.table import number, seconds, size
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 NAME = "dense_vs_split"
 SHAPE = (1, 3, 224, 224)
@@ -93,9 +93,7 @@ def caller(graph: fx.GraphModule, image: torch.Tensor) -> Callable[[], Any]:
     return lambda: graph(image)
 
 
-def alternate_channels_last(
-    model: nn.Module, plan: splitfx.Plan, image: torch.Tensor, runs: int
-) -> dict[str, float]:
+def alternate_channels_last(model: nn.Module, plan: splitfx.Plan, image: torch.Tensor, runs: int) -> dict[str, float]:
     """Both in the channels_last memory format, for which the split is lowered anew."""
     layout: Any = {"memory_format": torch.channels_last}
     model, image = copy.deepcopy(model).to(**layout), image.to(**layout)

@@ -28,12 +28,12 @@ from splitfx.api import transform
 from splitfx.errors import MissingExtraError
 from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.measure import alternate, measure
+from splitfx.measuring import alternate, measure
 from splitfx.passes import Group
 from splitfx.plan import Plan
-from splitfx.profile import profile
+from splitfx.profiling import profile
 from splitfx.report.table import seconds, size, table, wrap
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 FACTORS = {"vgg16": (8, 2, 2, 4, 4), "resnet18": (8, 4, 2, 2, 2)}
 PARITY = 2e-5  # largest difference from float64, relative to the largest output: float32 without TF32
@@ -57,9 +57,7 @@ class Setting:
         return torch.randn(batch, 3, self.pixels, self.pixels, generator=generator).to(self.device, **options)
 
 
-GPU = Setting(
-    "cuda", 224, (1, 16), 30, ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "convnext_tiny", "swin_t")
-)
+GPU = Setting("cuda", 224, (1, 16), 30, ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "convnext_tiny", "swin_t"))
 DRY = Setting("cpu", 64, (1,), 2, ("resnet18", "mobilenet_v2"))
 
 
@@ -123,9 +121,7 @@ def memory(setting: Setting) -> Iterator[Row]:
         )
         if setting.device == "cuda":
             peak = measure(graph, image, "cuda", runs=1).peak_bytes
-            yield row(
-                "allocator peak", name, what, size(peak), against, None, value=peak, predicted=predicted
-            )
+            yield row("allocator peak", name, what, size(peak), against, None, value=peak, predicted=predicted)
 
 
 def latency(setting: Setting) -> Iterator[Row]:
@@ -150,9 +146,7 @@ def latency_of(name: str, how: str, options: dict[str, Any], batch: int, setting
     for lowering in ("grouped", "branches"):
         runs[lowering] = split_of(name, setting, lowering, model, image)
     work = profile(runs["dense"]).macs / profile(runs["grouped"]).macs
-    calls: dict[str, Callable[[], Any]] = {
-        key: (lambda graph=graph: graph(image)) for key, graph in runs.items()
-    }
+    calls: dict[str, Callable[[], Any]] = {key: (lambda graph=graph: graph(image)) for key, graph in runs.items()}
     found = alternate(calls, setting.runs, setting.device)
     for key, time_taken in found.items():
         kept = found["dense"] / time_taken / work
@@ -241,19 +235,14 @@ def verdict(one: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks/gpu.sh", description="All GPU checks of splitfx.")
     parser.add_argument("--cpu-dry-run", action="store_true", help="the same code at small sizes on the CPU")
-    parser.add_argument(
-        "--budget", type=float, default=480, help="seconds after which no further figure starts"
-    )
+    parser.add_argument("--budget", type=float, default=480, help="seconds after which no further figure starts")
     options = parser.parse_args()
     dry = options.cpu_dry_run or not torch.cuda.is_available()
     if dry and not options.cpu_dry_run:
         print("there is no CUDA GPU here: doing what a CPU can, at small sizes; nothing is written")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rows = run(DRY if dry else GPU, options.budget)
-    print(
-        "\n"
-        + table(HEAD, [(*(one[key] for key in HEAD[:-1]), verdict(one)) for one in rows], left=(0, 1, 2, 4))
-    )
+    print("\n" + table(HEAD, [(*(one[key] for key in HEAD[:-1]), verdict(one)) for one in rows], left=(0, 1, 2, 4)))
     failed = [one for one in rows if one["ok"] is False]
     for one in failed:
         print(wrap("FAILED " + line(one)))

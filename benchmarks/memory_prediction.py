@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torchvision
 
-from splitfx.measure import measure
-from splitfx.profile import profile
+from splitfx.measuring import measure
+from splitfx.profiling import profile
 from splitfx.report.table import size
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 NAME = "memory_prediction"
 MODELS = (

@@ -27,11 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     known = discover()
     if options.list:
-        print(
-            "\n".join(
-                f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}" for name, module in known.items()
-            )
-        )
+        print("\n".join(f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}" for name, module in known.items()))
         return 0
     for name in options.names:
         if name not in known:
@@ -51,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.run", description="Run benchmarks and keep their results."
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.run", description="Run benchmarks and keep their results.")
     parser.add_argument("names", nargs="*", help="which ones; all when left out")
     parser.add_argument("--quick", action="store_true", help="fewer runs and models; results are not written")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every engine (default 1)")

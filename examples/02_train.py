@@ -19,9 +19,7 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        self.first = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.second = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,9 +75,7 @@ def main(epochs: int = 4) -> tuple[float, float, float]:
     dense = network()
     train(dense, pictures, labels, 2 * epochs)
 
-    plan = splitfx.Plan(
-        [Group(factors=(2, 4), fusion="keep", calibration=pictures[:64])], input_shape=(64, 1, 8, 8)
-    )
+    plan = splitfx.Plan([Group(factors=(2, 4), fusion="keep", calibration=pictures[:64])], input_shape=(64, 1, 8, 8))
     split = splitfx.transform(dense.eval(), plan)
     before = accuracy(split, test_pictures, test_labels)
     train(split, pictures, labels, epochs)

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from splitfx.export.report import RuntimeReport
     from splitfx.export.runtime import check_onnx
     from splitfx.export.sessions import session_options
-    from splitfx.measure import Measurement, measure
+    from splitfx.measuring import Measurement, measure
     from splitfx.plan import Plan
-    from splitfx.profile import Profile, profile
+    from splitfx.profiling import Profile, profile
     from splitfx.report.html import inspect_html
     from splitfx.storage import load, save
-    from splitfx.trace import trace
+    from splitfx.tracing import trace
 
 __version__ = "0.1.0"
 
@@ -54,12 +54,12 @@ _HOME = {
     "splitfx.export.report": ["RuntimeReport"],
     "splitfx.export.runtime": ["check_onnx"],
     "splitfx.export.sessions": ["session_options"],
-    "splitfx.measure": ["measure", "Measurement"],
+    "splitfx.measuring": ["measure", "Measurement"],
     "splitfx.plan": ["Plan"],
-    "splitfx.profile": ["profile", "Profile"],
+    "splitfx.profiling": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
-    "splitfx.trace": ["trace"],
+    "splitfx.tracing": ["trace"],
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 

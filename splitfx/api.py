@@ -15,9 +15,9 @@ from splitfx.errors import PlanError, UnsupportedError
 from splitfx.graph import info, is_canonical
 from splitfx.pipeline import Step, run_plan
 from splitfx.plan import Plan
-from splitfx.profile import Profile, profile
+from splitfx.profiling import Profile, profile
 from splitfx.protocol import Note, Pass
-from splitfx.trace import split_inputs, trace
+from splitfx.tracing import split_inputs, trace
 
 
 def transform(
@@ -38,9 +38,7 @@ def transform(
     if isinstance(plan, Pass):
         plan = Plan([plan])
     if not isinstance(plan, Plan):
-        raise PlanError(
-            f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)"
-        )
+        raise PlanError(f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)")
     if not is_canonical(model) or example_inputs is not None:
         progress("tracing")
         model = trace(model, inputs_for(model, plan) if example_inputs is None else example_inputs)
@@ -117,14 +115,9 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparis
     first, second = outputs(model, example_inputs), outputs(split, example_inputs)
     if [t.shape for t in first] != [t.shape for t in second]:
         raise UnsupportedError(
-            f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and "
-            f"{[tuple(t.shape) for t in second]}"
+            f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and {[tuple(t.shape) for t in second]}"
         )
-    far = [
-        (float((a - b).abs().max()), float(a.abs().max()))
-        for a, b in zip(first, second, strict=True)
-        if a.numel()
-    ]
+    far = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in zip(first, second, strict=True) if a.numel()]
     return Comparison(
         profile(model, example_inputs),
         profile(split, example_inputs),

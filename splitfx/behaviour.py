@@ -64,9 +64,7 @@ def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()
             return leaf
         if id(leaf) not in known:
             with fakes:  # far cheaper than converting the tensor, of which only the form matters
-                known[id(leaf)] = torch.empty_strided(
-                    leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-                )
+                known[id(leaf)] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
         return known[id(leaf)]
 
     args, kwargs = pytree.tree_map(fake, (args, kwargs))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import PlanError
 from splitfx.graph import info, layer
-from splitfx.trace import split_inputs
+from splitfx.tracing import split_inputs
 
 SAMPLES = 65_536  # positions per solve: enough for thousands of channels, small enough to hold
 

@@ -216,9 +216,7 @@ def _report(found: TraceInfo, model: nn.Module, graph: fx.GraphModule) -> None:
     rest = [k for k in found.untouched if not any(k.startswith(p + ".") for p in found.train_only)]
     if rest:
         listed = ", ".join(rest[:5]) + (" ..." if len(rest) > 5 else "")
-        notes.append(
-            Note("state_dict", f"{len(rest)} keys are read by nothing in the graph: {listed}", "info")
-        )
+        notes.append(Note("state_dict", f"{len(rest)} keys are read by nothing in the graph: {listed}", "info"))
     found.notes = (*found.notes, *notes)
 
 

@@ -4,16 +4,15 @@ Input: a dense graph and, per weighted node, a `Division`: which input channels 
 channels it writes. Output: the same graph, rewritten, equal to the dense one with the weights outside the blocks set
 to zero (`mask_weights`); nothing else is promised or changed.
 
-One idea carries it: during the rewrite a tensor is a list of *pieces*, each a new node with the dense channel
-positions that it holds, in any order. Weighted nodes ask for the arrangement that they want (one piece per branch, or
-one piece in any order, folded into their weights); elementwise nodes run on the pieces as they come; concat, slice
-and channel shuffle are bookkeeping and cost nothing at run time. Whatever else asks for the whole tensor gets it, in
-the user's order.
+One idea carries it: during the rewrite a tensor is a list of pieces (`splitfx.pieces`). Weighted nodes ask for the
+arrangement that they want (one piece per branch, or one piece in any order, folded into their weights); elementwise
+nodes run on the pieces as they come; concat, slice and channel shuffle are bookkeeping and cost nothing at run time.
+Whatever else asks for the whole tensor gets it, in the user's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +25,10 @@ from splitfx import narrow
 from splitfx.analysis import Facts, facts
 from splitfx.analysis.moves import channel_dim, move
 from splitfx.analysis.shapes import shape
-from splitfx.editing import like, reorder, tidy
+from splitfx.editing import reorder, tidy
 from splitfx.graph import module_of, set_path
 from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
+from splitfx.pieces import Deferred, Pieces, Value
 
 aten = torch.ops.aten
 
@@ -79,29 +79,6 @@ def mask_weights(graph: fx.GraphModule, divisions: Divisions) -> None:
             done.add(str(node.target))
 
 
-@dataclass
-class Value:
-    """A tensor in pieces: new nodes with the dense positions they hold along ``dim``. All together: every channel."""
-
-    pieces: list[tuple[fx.Node, np.ndarray]]
-    dim: int
-    size: int
-
-    @property
-    def plain(self) -> bool:
-        """One piece in the user's order."""
-        return len(self.pieces) == 1 and np.array_equal(self.pieces[0][1], np.arange(self.size))
-
-
-@dataclass
-class Deferred:
-    """A value in the middle of a chain of data movement: which channel of ``base`` sits where."""
-
-    base: Value
-    ids: torch.Tensor
-    sizes: tuple[int, ...]  # of the tensor that ``base`` stands for
-
-
 def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:
     """Rewrite ``graph`` in place; ``lowering`` says ``"grouped"`` or ``"branches"`` per divided node.
 
@@ -110,21 +87,12 @@ def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node
     _Carver(graph, facts(graph), divisions, lowering).run()
 
 
-class _Carver:
+class _Carver(Pieces):
     def __init__(
         self, graph: fx.GraphModule, known: Facts, divisions: Divisions, lowering: Mapping[fx.Node, str]
     ) -> None:
-        self.graph, self.values, self.axes = graph, known.shapes, known.axes
+        super().__init__(graph, known)
         self.divisions, self.lowering = divisions, lowering
-        self.new = fx.Graph()
-        self.new.set_codegen(graph.graph._codegen)
-        self.whole: dict[fx.Node, Any] = {}
-        self.split: dict[fx.Node, Any] = {}  # Value, Deferred, or a list of Values (chunk)
-        self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
-        self.modules: dict[str, nn.Module] = {}
-        self.made: dict[Any, str] = {}
-        self.branch: dict[fx.Node, int] = {}
-        self.origin: fx.Node | None = None
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:
@@ -148,118 +116,6 @@ class _Carver:
     def rank(self, node: fx.Node) -> tuple[int, ...]:
         """Branch after branch, so that one branch's feature maps die before the next branch's are made."""
         return (self.branch.get(node, 0),)
-
-    # ------------------------------------------------------------ making nodes
-
-    def note(self, new: fx.Node, branch: int | None = None) -> fx.Node:
-        assert self.origin is not None
-        like(new, self.origin)
-        if branch is not None:
-            self.branch[new] = branch
-        return new
-
-    def make(self, target: Any, *args: Any, branch: int | None = None) -> fx.Node:
-        return self.note(self.new.call_function(target, args), branch)
-
-    def need(self, node: fx.Node) -> fx.Node:
-        """The whole tensor of an old node, in the user's order."""
-        if node in self.whole:
-            return self.whole[node]
-        held = self.split[node]
-        if isinstance(held, Value):
-            made = self.assemble(held, np.arange(held.size))
-        else:
-            made = self.note(self.new.node_copy(node, self.need))
-            if in_place(node):
-                made.target = out_of_place(made.target)
-        self.whole[node] = made
-        return made
-
-    def value(self, node: fx.Node) -> Value | None:
-        """An old node's value in pieces; whole tensors with a channel dim are one piece."""
-        held = self.split.get(node)
-        if isinstance(held, Value):
-            return held
-        if held is not None or node not in self.whole:
-            return None
-        labels = self.axes.labels.get(node)
-        dim = channel_dim(labels) if isinstance(labels, torch.Tensor) else None
-        if dim is None:
-            return None
-        size = shape(self.values[node])[dim]
-        return Value([(self.whole[node], np.arange(size))], dim, size)
-
-    def assemble(self, value: Value, wanted: np.ndarray, branch: int | None = None) -> fx.Node:
-        """One tensor that holds the ``wanted`` positions in that order: a piece, a slice, a concat or a gather."""
-        key = (tuple(id(n) for n, _ in value.pieces), value.dim, wanted.tobytes())
-        if key in self.cut:
-            return self.cut[key]
-        for piece, positions in value.pieces:
-            if np.array_equal(positions, wanted):
-                return piece
-        self.cut[key] = made = self.gather(value, wanted, branch)
-        return made
-
-    def gather(self, value: Value, wanted: np.ndarray, branch: int | None) -> fx.Node:
-        home = np.full(value.size, -1)
-        for index, (_, positions) in enumerate(value.pieces):
-            home[positions] = index
-        used = [i for i in range(len(value.pieces)) if (home[wanted] == i).any()]
-        pieces = [value.pieces[i] for i in used]
-        source = pieces[0][0]
-        if len(pieces) > 1:
-            # Only what is wanted of each piece, then one concat, then at most one gather.
-            pieces = [self.trim(value, piece, wanted, branch) for piece in pieces]
-            source = self.make(aten.cat.default, [n for n, _ in pieces], value.dim, branch=branch)
-        held = np.concatenate([p for _, p in pieces])
-        place = np.full(value.size, -1)
-        place[held] = np.arange(len(held))
-        return self.select(source, place[wanted], len(held), value.dim, branch)
-
-    def trim(
-        self, value: Value, piece: tuple[fx.Node, np.ndarray], wanted: np.ndarray, branch: int | None
-    ) -> tuple[fx.Node, np.ndarray]:
-        node, positions = piece
-        kept = np.isin(positions, wanted)
-        if kept.all():
-            return piece
-        index = np.flatnonzero(kept)
-        return self.select(node, index, len(positions), value.dim, branch), positions[index]
-
-    def select(self, node: fx.Node, index: np.ndarray, size: int, dim: int, branch: int | None) -> fx.Node:
-        if len(index) == size and np.array_equal(index, np.arange(size)):
-            return node
-        if np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-            return self.make(
-                aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch
-            )
-        path = f"channel_order.{len(self.modules)}"
-        holder = nn.Module()
-        holder.register_buffer("index", torch.from_numpy(np.ascontiguousarray(index)))
-        self.modules[path] = holder
-        read = self.note(self.new.get_attr(f"{path}.index"), branch)
-        return self.make(aten.index_select.default, node, dim, read, branch=branch)
-
-    def call(
-        self,
-        node: fx.Node,
-        name: str,
-        positions: tuple[np.ndarray, ...],
-        make: Callable[[], nn.Module],
-        operand: fx.Node,
-        branch: int | None,
-    ) -> fx.Node:
-        """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
-        key = (str(node.target), name, *(p.tobytes() for p in positions))
-        if key not in self.made:
-            wanted = f"{node.target}.{name}" if name else str(node.target)
-            taken = wanted in self.modules
-            self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
-            self.modules[self.made[key]] = module = make()
-            module.training = module_of(node).training  # type: ignore[union-attr]
-        return self.note(self.new.call_module(self.made[key], (operand,)), branch)
-
-    # ------------------------------------------------------------ rules
 
     def visit(self, node: fx.Node) -> None:
         if node in self.divisions:
@@ -287,9 +143,10 @@ class _Carver:
         operand = bind(node)["input"]
         value = self.value(operand)
         module = module_of(node)
-        assert value is not None and module is not None
+        assert value is not None
+        assert module is not None
         size = sum(map(len, division.outs))
-        dim = channel_dim(self.axes.labels[node])
+        dim = self.dim(node)
         assert dim is not None
         existing = getattr(module, "groups", 1)
         if self.lowering.get(node) == "grouped" and division.even and existing == 1:
@@ -314,7 +171,7 @@ class _Carver:
         """An undivided weighted node reads its input in any order: the order goes into its weight."""
         operand = bind(node)["input"]
         value, module = self.value(operand), module_of(node)
-        dim = channel_dim(self.axes.labels.get(node))
+        dim = self.dim(node)
         if value is None or module is None or dim is None:
             return None
         order = np.concatenate([p for _, p in value.pieces])
@@ -346,15 +203,12 @@ class _Carver:
 
     def same(self, node: fx.Node) -> Value | None:
         """An elementwise, norm or pool node runs on the pieces; its operands are arranged alike."""
-        labels = self.axes.labels.get(node)
-        dim = channel_dim(labels) if isinstance(labels, torch.Tensor) else None
+        dim = self.dim(node)
         if dim is None:
             return None
         size = shape(self.values[node])[dim]
         rank = len(shape(self.values[node]))
-        operands = {
-            n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)
-        }
+        operands = {n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)}
         along = {n: v for n, v in operands.items() if v is not None and v.size == size}
         if not along or any(n in self.split and n not in along for n in operands):
             return None
@@ -362,20 +216,13 @@ class _Carver:
         if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in along.items()):
             return None
         lead = max(along.values(), key=lambda v: len(v.pieces))
-        made = [
-            (self.piecewise(node, along, positions, g), positions)
-            for g, (_, positions) in enumerate(lead.pieces)
-        ]
+        made = [(self.piecewise(node, along, positions, g), positions) for g, (_, positions) in enumerate(lead.pieces)]
         return None if any(n is None for n, _ in made) else Value(made, dim, size)  # type: ignore[arg-type]
 
-    def piecewise(
-        self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int
-    ) -> fx.Node | None:
+    def piecewise(self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int) -> fx.Node | None:
         source = {n: self.assemble(v, positions, g) for n, v in along.items()}
         branch = (
-            g
-            if len(next(iter(along.values())).pieces) > 1 or any(n in self.branch for n in source.values())
-            else None
+            g if len(next(iter(along.values())).pieces) > 1 or any(n in self.branch for n in source.values()) else None
         )
         if branch is not None:
             branch = next((self.branch[n] for n in source.values() if n in self.branch), g)
@@ -389,9 +236,7 @@ class _Carver:
                 node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch
             )
         owned = in_place(node) and self.owns(source[node.args[0]], node, g)  # type: ignore[index]
-        new = self.note(
-            self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch
-        )
+        new = self.note(self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch)
         if node.op == "call_function" and not owned:
             new.target = out_of_place(new.target)
         return new
@@ -413,9 +258,7 @@ class _Carver:
         if name == "cat":
             return self.concat(node)
         operand = node.args[0]
-        if not isinstance(operand, fx.Node) or any(
-            n in self.split for n in node.all_input_nodes if n is not operand
-        ):
+        if not isinstance(operand, fx.Node) or any(n in self.split for n in node.all_input_nodes if n is not operand):
             return None
         held = self.split.get(operand)
         if isinstance(held, Value):
@@ -466,9 +309,7 @@ class _Carver:
                 pieces.append((new, position[positions[kept]]))
         return Value(pieces, base.dim, len(source))
 
-    def flattened(
-        self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]
-    ) -> Value | None:
+    def flattened(self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Value | None:
         """flatten(1) of a piece holds its channels' positions one after the other."""
         if held.base.dim != 1 or len(after) != 2 or held.ids.numel() != held.base.size:
             return None
@@ -483,16 +324,8 @@ class _Carver:
         """A concat of values in pieces: piece by piece, or simply all pieces side by side."""
         operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         values = [self.value(n) for n in operands]
-        dim = (
-            channel_dim(self.axes.labels.get(node))
-            if isinstance(self.axes.labels.get(node), torch.Tensor)
-            else None
-        )
-        if (
-            dim is None
-            or any(v is None or v.dim != dim for v in values)
-            or _cat_dim(node, self.values) != dim
-        ):
+        dim = self.dim(node) if isinstance(self.axes.labels.get(node), torch.Tensor) else None
+        if dim is None or any(v is None or v.dim != dim for v in values) or _cat_dim(node, self.values) != dim:
             return None
         parts: list[Value] = values  # type: ignore[assignment]
         if max(len(v.pieces) for v in parts) != min(len(v.pieces) for v in parts):

@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run.run(given)
     except SplitfxError as error:
-        return _told(
-            given, type(error).__name__, str(error), FAILED if isinstance(error, VerificationError) else WRONG
-        )
+        return _told(given, type(error).__name__, str(error), FAILED if isinstance(error, VerificationError) else WRONG)
     except KeyboardInterrupt:
         print("splitfx: stopped", file=sys.stderr)
         return STOPPED
@@ -93,16 +91,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         one.add_argument("--json", action="store_true", help="one JSON document on stdout")
         one.add_argument("--quiet", action="store_true", help="no progress and no remarks on stderr")
-        one.add_argument(
-            "--threads", type=_count, metavar="N", help="CPU threads for torch (default: its own choice)"
-        )
+        one.add_argument("--threads", type=_count, metavar="N", help="CPU threads for torch (default: its own choice)")
         made[name] = one
         return one
 
     def with_model(one: _Parser, what: str = "model", folder: bool = True) -> None:
-        one.add_argument(
-            what, metavar=what.upper(), help=f"{MODEL}{'; or the folder of a saved split' * folder}"
-        )
+        one.add_argument(what, metavar=what.upper(), help=f"{MODEL}{'; or the folder of a saved split' * folder}")
         one.add_argument("--input", action="append", metavar="SIZES", help=INPUT)
         one.add_argument(
             "--weights", metavar="FILE", help="weights of the model, .safetensors or .pt (default: random)"
@@ -115,9 +109,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     one = command("profile", "count parameters, work and memory of every layer, without running it")
     with_model(one)
     one.add_argument("--html", metavar="FILE", help="write a page with the graph and the memory over time")
-    one.add_argument(
-        "--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])"
-    )
+    one.add_argument("--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])")
     one.add_argument("--all", action="store_true", help="every operation on a line of its own")
     with_overwrite(one)
 
@@ -143,14 +135,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     with_overwrite(one)
 
     one = command("check", "run an ONNX file under onnxruntime and compare it with the split")
-    one.add_argument(
-        "split", metavar="FOLDER", help="the folder of the saved split that the file was made from"
-    )
+    one.add_argument("split", metavar="FOLDER", help="the folder of the saved split that the file was made from")
     one.add_argument("onnx", metavar="ONNX", help="the ONNX file")
     one.add_argument("--provider", action="append", metavar="NAME", help="cpu, cuda, ...; once per provider")
-    one.add_argument(
-        "--require", action="append", default=[], metavar="NAME", help="fail where it does not start"
-    )
+    one.add_argument("--require", action="append", default=[], metavar="NAME", help="fail where it does not start")
     one.add_argument("--runs", type=_count, default=20, help="timed runs per provider (default 20)")
 
     one = command("compare", "set a model and its split side by side")

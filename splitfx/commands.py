@@ -25,9 +25,8 @@ from splitfx.inline import parse_pass, parse_sizes
 from splitfx.models import load_model
 from splitfx.plan import Plan
 from splitfx.progress import Progress
-from splitfx.record import read_record, write_record
 from splitfx.report.table import size
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 
 def run(given: Namespace) -> int:
@@ -41,7 +40,7 @@ def run(given: Namespace) -> int:
 
 
 def profile(given: Namespace, progress: Progress) -> int:
-    from splitfx.profile import profile as profiled
+    from splitfx.profiling import profile as profiled
     from splitfx.report.html import inspect_html
 
     for path in filter(None, (given.html, given.plot)):
@@ -65,7 +64,6 @@ def transform(given: Namespace, progress: Progress) -> int:
     split = api.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
     progress("saving")
     storage.save(split, folder, overwrite=given.overwrite)
-    write_record(split, folder)
     told = api.explain(split)
     total = sum(one.stat().st_size for one in folder.iterdir())
     made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
@@ -112,7 +110,7 @@ def compare(given: Namespace, progress: Progress) -> int:
 
 
 def measure(given: Namespace, progress: Progress) -> int:
-    from splitfx.measure import measure as measured
+    from splitfx.measuring import measure as measured
 
     if _is_folder(given.model):
         model: nn.Module = _saved(given.model, progress)
@@ -163,8 +161,7 @@ def doctor(given: Namespace, progress: Progress) -> int:
 
 
 COMMANDS = {
-    one.__name__: one
-    for one in (profile, transform, export, check, compare, measure, explain, inspect, passes, doctor)
+    one.__name__: one for one in (profile, transform, export, check, compare, measure, explain, inspect, passes, doctor)
 }
 
 
@@ -228,7 +225,6 @@ def _saved(folder: str, progress: Progress) -> fx.GraphModule:
         raise ExportError(f"there is no folder {folder}; `splitfx transform` writes one")
     progress(f"loading {folder}")
     split = storage.load(folder)
-    read_record(split, Path(folder))
     return split
 
 
@@ -259,9 +255,7 @@ def _free_folder(path: str, overwrite: bool) -> Path:
     if target.exists() and not target.is_dir():
         raise SplitfxError(f"{target} is a file; a split is saved as a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / storage.ABOUT).is_file():
-        raise SplitfxError(
-            f"{target} holds other files than splitfx's; it is not replaced. Choose another name"
-        )
+        raise SplitfxError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name")
     parent = target.absolute().parent
     if not parent.is_dir():
         raise SplitfxError(f"{target}: its folder {parent} does not exist; create it first")

@@ -136,9 +136,7 @@ def _providers(gpu: str | None) -> tuple[Provider, ...]:
     return tuple(found)
 
 
-def _problems(
-    packages: dict[str, str | None], providers: tuple[Provider, ...], gpu: str | None
-) -> list[Problem]:
+def _problems(packages: dict[str, str | None], providers: tuple[Provider, ...], gpu: str | None) -> list[Problem]:
     problems = [
         Problem(f"{name} is not installed", f"pip install {name}")
         for name in (*NEEDED, *FOR_ONNX)
@@ -148,9 +146,7 @@ def _problems(
     neither = not packages["onnxruntime"] and not packages["onnxruntime-gpu"]
     if neither:
         problems.append(
-            Problem(
-                "onnxruntime is not installed", f"pip install '{GPU_PACKAGE}', or onnxruntime without a GPU"
-            )
+            Problem("onnxruntime is not installed", f"pip install '{GPU_PACKAGE}', or onnxruntime without a GPU")
         )
     elif both:
         problems.append(_both())
@@ -165,9 +161,7 @@ def _problems(
     started = {one.name: one for one in providers}
     if "cpu" in started and not started["cpu"].starts:
         problems.append(
-            Problem(
-                f"onnxruntime's CPU provider does not start: {started['cpu'].why}", "reinstall onnxruntime"
-            )
+            Problem(f"onnxruntime's CPU provider does not start: {started['cpu'].why}", "reinstall onnxruntime")
         )
     if gpu and "cuda" in started and not started["cuda"].starts:
         problems.append(_no_cuda(packages, started["cuda"].why))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,9 +98,7 @@ def _prune(module: nn.Module, path: str, kept: set[str]) -> bool:
         for name in [n for n in table if (f"{path}.{n}" if path else n) not in kept]:
             del table[name]
         alive = alive or bool(table)
-    for name in [
-        n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and n not in module._buffers
-    ]:
+    for name in [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and n not in module._buffers]:
         if (f"{path}.{name}" if path else name) not in kept:
             delattr(module, name)
     return alive
@@ -165,7 +164,7 @@ def reorder(graph: fx.GraphModule, key: Callable[[fx.Node], tuple[int, ...]]) ->
         if in_place(node) and isinstance(node.args[0], fx.Node):
             needs[node] |= {r for r in readers_through_views(node.args[0]) if place[r] < place[node]}
     first = [n for n in nodes if n.op == "placeholder"]
-    for a, b in zip(first, first[1:], strict=False):
+    for a, b in pairwise(first):
         needs[b].add(a)  # the signature keeps its order
     output = nodes[-1]
     needs[output] |= set(nodes[:-1])

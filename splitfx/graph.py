@@ -83,8 +83,7 @@ def info(graph: fx.GraphModule) -> TraceInfo:
     found = getattr(graph, "meta", {}).get(INFO)
     if not isinstance(found, TraceInfo):
         raise UnsupportedError(
-            f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or "
-            "splitfx.transform on the model first"
+            f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or splitfx.transform on the model first"
         )
     return found
 
@@ -200,6 +199,4 @@ def text(graph: fx.GraphModule) -> str:
     """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
     from splitfx.ops import describe
 
-    return (
-        "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"
-    )
+    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"

@@ -46,8 +46,7 @@ def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
         raise UnsupportedError(f"--input {text!r}: every size is 1 or more")
     if dtype and dtype not in DTYPES:
         raise UnsupportedError(
-            f"--input {text!r}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} "
-            f"Types: {', '.join(DTYPES)}"
+            f"--input {text!r}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} Types: {', '.join(DTYPES)}"
         )
     return found, dtype or "float32"
 

@@ -9,24 +9,76 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
-from splitfx.carve import Division
+from splitfx.analysis import Facts
+from splitfx.analysis.blocks import Block
+from splitfx.analysis.shapes import shape
+from splitfx.carve import Division, Divisions
+from splitfx.graph import layer, module_of
+from splitfx.ops import op_name
 
 REPEATS, ENOUGH_SECONDS = 3, 0.05
+
+
+Lowering = Literal["auto", "grouped", "branches"]
+_RELAYS = ("cat", "chunk", "split", "view", "reshape", "transpose", "channel_shuffle")
+
+
+def choose_lowering(
+    asked: Lowering, known: Facts, block: Block, nodes: list[fx.Node], divisions: Divisions
+) -> tuple[Literal["grouped", "branches"], str]:
+    """Grouped convs or narrow branches for the divided ``nodes`` of a block, and why."""
+    uneven = next((n for n in nodes if not divisions[n].even and _groups(n) == 1), None)
+    if uneven is not None:
+        sizes = "/".join(str(len(o)) for o in divisions[uneven].outs)
+        return "branches", f"{layer(uneven)} has branches of unequal width or shared input, {sizes}"
+    if asked != "auto":
+        return asked, "as asked"
+    relaid = _relays_channels(block)
+    if relaid:
+        return "branches", f"{relaid} lays channels anew, which grouped convs would have to undo"
+    convs = {n: module_of(n) for n in nodes if _groups(n) == 1}
+    seconds = [
+        lowering_seconds(conv, divisions[n], _input_sizes(known, n, conv.in_channels))
+        for n, conv in convs.items()
+        if isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    grouped, separate = (1000 * sum(s[i] for s in seconds) for i in (0, 1))
+    why = f"measured: grouped {grouped:.2f} ms, branches {separate:.2f} ms"
+    return "grouped" if grouped <= separate else "branches", why
+
+
+def _groups(node: fx.Node) -> int:
+    return getattr(module_of(node), "groups", 1)
+
+
+def _input_sizes(known: Facts, node: fx.Node, channels: int) -> tuple[int, ...]:
+    """Sizes that the conv reads, at its width after widening; a fusion in front of it changes no other size."""
+    operand = node.args[0]
+    while operand not in known.shapes:
+        operand = operand.args[0]  # type: ignore[union-attr]
+    before = shape(known.shapes[operand])  # type: ignore[index]
+    return (before[0], channels, *before[2:])
+
+
+def _relays_channels(block: Block) -> str:
+    node, last = block.edges[0].node, block.edges[-1].node
+    while node is not last:
+        if op_name(node) in _RELAYS:
+            return f"{op_name(node)} at {layer(node)}"
+        node = node.next
+    return ""
 
 
 def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ...]) -> tuple[float, float]:
     """Seconds of one forward as (grouped conv, narrow branches) on an input of ``sizes``; the division is even."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    last = (
-        weight.dim() == 4
-        and not weight.is_contiguous()
-        and weight.is_contiguous(memory_format=torch.channels_last)
-    )
+    last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     options = tuple(getattr(module, name) for name in ("stride", "padding", "dilation"))
     block = (len(division.outs[0]), len(division.ins[0]), *weight.shape[2:])
     return _seconds(
@@ -56,14 +108,8 @@ def _seconds(
     layout = torch.channels_last if last else torch.contiguous_format
     stride, padding, dilation = options
     narrow = (sizes[0], block[1], *sizes[2:])
-    parts = [
-        torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout)
-        for _ in range(branches)
-    ]
-    weights = [
-        torch.randn(block, dtype=dtype, device=device).contiguous(memory_format=layout)
-        for _ in range(branches)
-    ]
+    parts = [torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
+    weights = [torch.randn(block, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
     whole = torch.cat(parts, 1).contiguous(memory_format=layout)
     together = torch.cat(weights).contiguous(memory_format=layout)
 

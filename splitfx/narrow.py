@@ -135,8 +135,7 @@ def channelwise(module: nn.Module, positions: np.ndarray) -> nn.Module:
             num_channels=len(positions),
         )
     tensors = {
-        name: _pick(getattr(module, name), positions)
-        for name in ("weight", "bias", "running_mean", "running_var")
+        name: _pick(getattr(module, name), positions) for name in ("weight", "bias", "running_mean", "running_var")
     }
     counted = module._buffers.get("num_batches_tracked")
     if counted is not None:

@@ -130,9 +130,7 @@ TABLE: dict[str, Op] = {
 }
 
 UNKNOWN = Op("unknown", Spatial.UNKNOWN, Channel.UNKNOWN, per_output=None)
-STRUCTURE = Op(
-    "structure", Spatial.UNKNOWN, Channel.UNKNOWN
-)  # placeholders, attributes, output, size arithmetic
+STRUCTURE = Op("structure", Spatial.UNKNOWN, Channel.UNKNOWN)  # placeholders, attributes, output, size arithmetic
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -192,17 +190,10 @@ def is_size(node: fx.Node) -> bool:
     """Arithmetic on sizes (dynamic batch), which moves no tensor."""
     if node.op != "call_function":
         return False
-    if node.target in (
-        torch.ops.aten.sym_size.int,
-        torch.sym_max,
-        torch.sym_min,
-        torch.sym_sqrt,
-        torch.sym_float,
-    ):
+    if node.target in (torch.ops.aten.sym_size.int, torch.sym_max, torch.sym_min, torch.sym_sqrt, torch.sym_float):
         return True
-    return (
-        getattr(node.target, "__module__", "") in ("_operator", "math") and node.target.__name__ != "getitem"
-    )
+    name = getattr(node.target, "__name__", "")
+    return getattr(node.target, "__module__", "") in ("_operator", "math") and name != "getitem"
 
 
 def in_place(node: fx.Node) -> bool:
@@ -290,9 +281,7 @@ def window(node: fx.Node, axes: int = 2, weight_shape: tuple[int, ...] = ()) -> 
     return Window(kernel, stride, before, after, dilation, transposed="transpose" in name)
 
 
-def _conv_padding(
-    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
+def _conv_padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     if padding == "valid":
         return (0,) * len(kernel), (0,) * len(kernel)
     if padding == "same":
@@ -315,11 +304,10 @@ def describe(node: fx.Node) -> str:
         return f'%{node.name} = value "{node.target}"'
     if node.op == "call_module":
         return f'%{node.name} = {_module_words(module_of(node), op_name(node))} "{node.target}" ({reads})'
-    options = [str(a) for a in node.args if _is_option(a)] + [
-        f"{k}={_word(v)}" for k, v in node.kwargs.items()
-    ]
+    options = [str(a) for a in node.args if _is_option(a)] + [f"{k}={_word(v)}" for k, v in node.kwargs.items()]
     name = op_name(node) or getattr(node.target, "__name__", str(node.target))
-    return f"%{node.name} = {name}{'_' if in_place(node) else ''}{'[' + ' '.join(options) + ']' if options else ''} ({reads})"
+    words = f"[{' '.join(options)}]" if options else ""
+    return f"%{node.name} = {name}{'_' if in_place(node) else ''}{words} ({reads})"
 
 
 def _is_option(value: Any) -> bool:
@@ -354,9 +342,7 @@ def _module_words(module: nn.Module | None, name: str) -> str:
         return f"{name}[{module.in_features}->{module.out_features}]"
     if name == "leaf":
         return type(module).__name__
-    size = next(
-        (getattr(module, a) for a in ("num_features", "num_channels", "p") if hasattr(module, a)), None
-    )
+    size = next((getattr(module, a) for a in ("num_features", "num_channels", "p") if hasattr(module, a)), None)
     return f"{name}[{size}]" if size is not None else name
 
 

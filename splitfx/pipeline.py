@@ -20,7 +20,17 @@ from splitfx.errors import PassError, UnsupportedError
 from splitfx.graph import copy_graph, info
 from splitfx.plan import Plan
 from splitfx.protocol import Note, Pass, Promise
-from splitfx.verify import TOLERANCE, cuda_devices, difference, in_double, in_eval, require_equal, rounding
+from splitfx.verify import (
+    TOLERANCE,
+    cuda_devices,
+    difference,
+    has_constants,
+    in_double,
+    in_eval,
+    require_equal,
+    rounding,
+    varied,
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,10 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
     difference: float | None = None
     if changed:
         _tidied(step, work)
-        difference = _held_to_promise(step, graph, work, outcome.reference) if verify else None
     done = step if outcome.settled is None else outcome.settled
+    if changed and verify:
+        difference = _held_to_promise(step, graph, work, outcome.reference)
+        _held_on_other_weights(done, graph)
     record = Step(
         step.name,
         step.to_dict(),
@@ -127,6 +139,22 @@ def _held_to_promise(
             "reference to be checked against"
         )
     return require_equal(step.name, reference, after)
+
+
+def _held_on_other_weights(done: Pass, before: fx.GraphModule) -> None:
+    """Run the pass and its oracle once more where weights that are all alike would hide a fault.
+
+    A fresh model's norms are all ones and zeros: channels that are mixed up there change nothing, and a norm whose
+    scale starts at zero shuts off everything in front of it.
+    """
+    if not has_constants(before):
+        return
+    other = varied(before)
+    work = copy_graph(other)
+    with torch.random.fork_rng(devices=cuda_devices(work)):
+        outcome = done.run(work, facts(work))
+    _tidied(done, work)
+    _held_to_promise(done, other, work, outcome.reference)
 
 
 def _equal(step: Pass, before: fx.GraphModule, after: fx.GraphModule) -> float:

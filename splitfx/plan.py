@@ -115,9 +115,7 @@ def _checked_passes(given: Any) -> tuple[Pass, ...]:
         raise PlanError("a plan needs at least one pass.")
     for position, one in enumerate(given, 1):
         if isinstance(one, type) and issubclass(one, Pass):
-            raise PlanError(
-                f"pass {position} of the plan is a class; write {one.__name__}() with its options."
-            )
+            raise PlanError(f"pass {position} of the plan is a class; write {one.__name__}() with its options.")
         if not isinstance(one, Pass):
             raise PlanError(f"pass {position} of the plan is not a pass: {one!r}.")
     return tuple(given)
@@ -140,9 +138,7 @@ def _checked_shape(given: Any) -> Any:
 def _check_format(given: dict[str, Any]) -> None:
     number = given.get("format")
     if number is None:
-        raise PlanError(
-            f"the plan has no format number; is it a plan? Its first line must be 'format = {FORMAT}'."
-        )
+        raise PlanError(f"the plan has no format number; is it a plan? Its first line must be 'format = {FORMAT}'.")
     if type(number) is not int or number < 1:
         raise PlanError(f"the plan's format must be a positive integer; got {number!r}.")
     if number > FORMAT:

@@ -27,11 +27,7 @@ from splitfx.raising import FunctionalBatchNorm
 LAYERS = {
     name: getattr(nn, name)
     for name in (
-        *(
-            f"{kind}{n}d"
-            for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm")
-            for n in (1, 2, 3)
-        ),
+        *(f"{kind}{n}d" for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm") for n in (1, 2, 3)),
         "Linear",
         "LayerNorm",
         "GroupNorm",
@@ -237,9 +233,7 @@ def _container(tree: Any, leaves: Any) -> Any:
             raise NoPlainForm("an input or output container reorders its tensors")
         return "*"
     if is_dataclass(tree):  # pytree leaves out fields that are None
-        tree = {
-            one.name: getattr(tree, one.name) for one in fields(tree) if getattr(tree, one.name) is not None
-        }
+        tree = {one.name: getattr(tree, one.name) for one in fields(tree) if getattr(tree, one.name) is not None}
     if isinstance(tree, Mapping):
         return {"dict": [[key, _container(one, leaves)] for key, one in tree.items()]}
     names = getattr(tree, "_fields", None)

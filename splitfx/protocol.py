@@ -30,9 +30,7 @@ class Promise(enum.Enum):
     """What a pass guarantees, and so which oracle the pipeline runs after it."""
 
     EQUAL = "equal"  # same function: outputs equal to the input graph's in float64
-    RETRAIN = (
-        "retrain"  # same shapes, fewer connections: outputs equal to the pass's own masked dense reference
-    )
+    RETRAIN = "retrain"  # same shapes, fewer connections: outputs equal to the pass's own masked dense reference
     RESHAPE = "reshape"  # another signature: declared shapes, each sub-model equal to its reference
 
 
@@ -73,9 +71,7 @@ class Pass:
 
     name: ClassVar[str]
     promise: ClassVar[Promise]
-    needs_eval: ClassVar[bool] = (
-        False  # True: the pipeline refuses a model in train mode before it runs the pass
-    )
+    needs_eval: ClassVar[bool] = False  # True: the pipeline refuses a model in train mode before it runs the pass
 
     def __post_init__(self) -> None:
         for option, hint in _options(type(self)).items():
@@ -105,9 +101,7 @@ class Pass:
                 raise PlanError(f"pass '{cls.name}' has no option '{option}'.{hint} Its options: {allowed}.")
         for option in known:
             if option not in given and _default(cls, option) is MISSING:
-                raise PlanError(
-                    f"pass '{cls.name}' needs option '{option}': {options.describe(known[option])}."
-                )
+                raise PlanError(f"pass '{cls.name}' needs option '{option}': {options.describe(known[option])}.")
         return cls(**{option: _checked(cls, option, value, known[option]) for option, value in given.items()})
 
     @classmethod

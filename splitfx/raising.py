@@ -271,11 +271,7 @@ class Raiser:
         if weight is None or (a.get("bias") is not None and bias is None):
             return None
         recipe = _recipe(name, a, weight)
-        held = (
-            {"weight": weight}
-            if name in ("prelu", "embedding", "rms_norm")
-            else {"weight": weight, "bias": bias}
-        )
+        held = {"weight": weight} if name in ("prelu", "embedding", "rms_norm") else {"weight": weight, "bias": bias}
         path = self.owner(node, held)
         if recipe is None or path is None:
             return None
@@ -380,9 +376,7 @@ class Raiser:
 
 def _may_do_nothing(module: nn.Module) -> bool:
     """Dropout and train-dependent leaves return their operand itself in eval mode."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) or not type(module).__module__.startswith(
-        "torch.nn"
-    )
+    return isinstance(module, nn.modules.dropout._DropoutNd) or not type(module).__module__.startswith("torch.nn")
 
 
 def mark_view_writes(graph: fx.Graph, may_do_nothing: set[str]) -> None:

@@ -72,9 +72,7 @@ def _build(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tenso
     for alias, path in info.aliases.items():
         _checked_path(alias)
         if not isinstance(graphs.resolve(gm, _checked_path(path)), nn.Module | torch.Tensor):
-            raise ExportError(
-                f"the stored program has an alias of something that is no layer or tensor: {path}."
-            )
+            raise ExportError(f"the stored program has an alias of something that is no layer or tensor: {path}.")
     graphs.restore_aliases(gm)
     gm._register_deepcopy_hook(graphs.restore_aliases)
     for path, (kind, _) in values.items():
@@ -95,13 +93,9 @@ def _make_layer(path: str, layer: Mapping[str, Any]) -> nn.Module:
     allowed = layer_options(kind)
     wrong = [key for key in options if key not in allowed]
     if wrong:
-        raise ExportError(
-            f"the stored {name} at {path} has options this torch does not know: {', '.join(wrong)}."
-        )
+        raise ExportError(f"the stored {name} at {path} has options this torch does not know: {', '.join(wrong)}.")
     # No storage yet: the tensors are put in afterwards, and a missing one is noticed by staying on "meta".
-    return kind(
-        **options, **({"device": "meta"} if "device" in inspect.signature(kind.__init__).parameters else {})
-    )
+    return kind(**options, **({"device": "meta"} if "device" in inspect.signature(kind.__init__).parameters else {}))
 
 
 def _stochastic(path: str, name: str, options: dict[str, Any]) -> nn.Module:
@@ -129,9 +123,7 @@ def _install(root: nn.Module, path: str, kind: str, tensor: torch.Tensor) -> Non
         graphs.set_path(root, path, tensor, persistent=kind == "buffer")
         return
     if tuple(slots[name].shape) != tuple(tensor.shape):
-        raise ExportError(
-            f"{path} is {list(tensor.shape)} in the weights, {list(slots[name].shape)} in the program."
-        )
+        raise ExportError(f"{path} is {list(tensor.shape)} in the weights, {list(slots[name].shape)} in the program.")
     slots[name] = tensor
 
 
@@ -159,17 +151,13 @@ def _function(name: str) -> Any:
         return FUNCTIONS[name]
     parts = _OPERATOR.fullmatch(name)
     if parts is None or parts[1] not in NAMESPACES:
-        raise ExportError(
-            f"the stored program runs '{name}', which is not an operator of torch or torchvision."
-        )
+        raise ExportError(f"the stored program runs '{name}', which is not an operator of torch or torchvision.")
     if parts[1] == "torchvision":
         import torchvision  # noqa: F401 - registers its operators
     packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
     found = getattr(packet, parts[3], None)
     if not isinstance(found, torch._ops.OpOverload):
-        raise ExportError(
-            f"this torch has no operator '{name}'; load the folder with the torch that saved it."
-        )
+        raise ExportError(f"this torch has no operator '{name}'; load the folder with the torch that saved it.")
     takes = {argument.name for argument in found._schema.arguments}
     if parts[2] == "save" or "filename" in takes:  # aten::save and aten::from_file reach the file system
         raise ExportError(f"the stored program runs '{name}', which reads or writes files.")
@@ -263,8 +251,7 @@ def example(plain: Mapping[str, Any], device: str) -> tuple[tuple[Any, ...], dic
     info = _make_info(plain["info"])
     generator = torch.Generator().manual_seed(0)
     leaves = [
-        one.random(generator, device=device) if isinstance(one, graphs.TensorSpec) else one
-        for one in info.inputs
+        one.random(generator, device=device) if isinstance(one, graphs.TensorSpec) else one for one in info.inputs
     ]
     args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
     return tuple(args), dict(kwargs)

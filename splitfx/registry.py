@@ -46,12 +46,8 @@ def register(cls: type[P]) -> type[P]:
     """
     _check(cls)
     other = _known.get(cls.name, cls)
-    if other is not cls and _origin(other) != _origin(
-        cls
-    ):  # the same address again: a module that was reloaded
-        raise PassError(
-            f"two passes are named '{cls.name}': {_origin(other)} and {_origin(cls)}; rename one."
-        )
+    if other is not cls and _origin(other) != _origin(cls):  # the same address again: a module that was reloaded
+        raise PassError(f"two passes are named '{cls.name}': {_origin(other)} and {_origin(cls)}; rename one.")
     _known[cls.name] = cls
     return cls
 
@@ -93,9 +89,7 @@ def _origin(cls: type) -> str:
 
 
 def _check(cls: type[Pass]) -> None:
-    if not isinstance(getattr(cls, "name", None), str) or not isinstance(
-        getattr(cls, "promise", None), Promise
-    ):
+    if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "promise", None), Promise):
         raise PassError(f"{_origin(cls)} must set `name` (a text) and `promise` (a Promise).")
     if cls.run is Pass.run:
         raise PassError(f"{_origin(cls)} must define `run(graph, facts)`.")

@@ -28,6 +28,7 @@ from splitfx import program, rebuild
 from splitfx.errors import ExportError, PlanError
 from splitfx.plan import Plan
 from splitfx.protocol import Note
+from splitfx.record import read_record, write_record
 
 FORMAT = 1
 ABOUT, PLAN, PROGRAM = "splitfx.json", "plan.toml", "program.json"
@@ -78,13 +79,14 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
         raise ExportError(f"{place / WEIGHTS} does not belong to this folder: {_listed(lost)}.")
     weights = {key: stored[name] for key, name in names.items()}
     if model is not None:
-        return _replayed(place, model, weights)
+        return _replayed(place, model, weights)  # the replay makes its own record
     if about["program_missing"]:
         raise ExportError(f"{place} holds no program ({about['program_missing']}); use load(folder, model).")
     split = _rebuilt(place, about, stored)
     _check_weights(place, split, weights)
     if (place / PLAN).exists():
         _attach_plan(split, place / PLAN)
+    read_record(split, place)
     return split
 
 
@@ -99,9 +101,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file; save writes a folder.")
     if target.exists() and any(target.iterdir()) and not (target / ABOUT).is_file():
-        raise ExportError(
-            f"{target} holds other files than splitfx's; it is not replaced. Choose another name."
-        )
+        raise ExportError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name.")
     if not os.access(target.parent, os.W_OK):
         raise ExportError(f"the folder {target.parent} is not writable.")
 
@@ -126,6 +126,7 @@ def _write(split: fx.GraphModule, draft: Path) -> None:
         warnings.warn(f"saved without a program: {missing}; load it with load(folder, model).", stacklevel=3)
     if info.plan is not None:
         info.plan.save(draft / PLAN)
+    write_record(split, draft)
     about = {
         "format": FORMAT,
         "splitfx": _version("splitfx"),
@@ -184,10 +185,7 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     # A clone: tensors that share memory without being equal (a view of another) are refused otherwise.
     save_file(
-        {
-            key: one.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for key, one in tensors.items()
-        },
+        {key: one.detach().cpu().clone(memory_format=torch.contiguous_format) for key, one in tensors.items()},
         path,
     )
 
@@ -218,9 +216,7 @@ def _about(place: Path) -> dict[str, Any]:
     if not isinstance(found, int):
         raise ExportError(f"{place / ABOUT} is not the description of a splitfx folder.")
     if found > FORMAT:
-        raise ExportError(
-            f"{place} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx."
-        )
+        raise ExportError(f"{place} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
     wrong = [key for key, kind in _ABOUT.items() if not isinstance(about.get(key), kind)]
     if wrong:
         raise ExportError(f"{place / ABOUT} is damaged: see {_listed(wrong)}.")
@@ -237,9 +233,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExportError(
-            f"{path} is missing; {path.parent} is not a folder that splitfx.save wrote."
-        ) from None
+        raise ExportError(f"{path} is missing; {path.parent} is not a folder that splitfx.save wrote.") from None
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -288,14 +282,12 @@ def _replayed(place: Path, model: nn.Module, weights: Mapping[str, torch.Tensor]
 
         split = transform(model, Plan.load(place / PLAN), inputs)
     else:
-        from splitfx.trace import trace
+        from splitfx.tracing import trace
 
         split = graphs.copy_graph(
             trace(model, inputs)
         )  # the graph holds the model's own weights, which stay as they are
-    advice = (
-        ' A plan that decides by timing (lowering = "auto") may decide otherwise here: fix it in the plan.'
-    )
+    advice = ' A plan that decides by timing (lowering = "auto") may decide otherwise here: fix it in the plan.'
     _check_weights(place, split, weights, advice if (place / PLAN).exists() else "")
     split.load_state_dict(dict(weights))
     return split
@@ -312,9 +304,7 @@ def _example(place: Path, model: nn.Module) -> Any:
         raise ExportError(f"{place / PROGRAM} is damaged ({type(error).__name__}: {error}).") from error
 
 
-def _check_weights(
-    place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = ""
-) -> None:
+def _check_weights(place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = "") -> None:
     """`ExportError` naming the first differences between the folder's weights and the graph's state_dict."""
     problems = list(_differences(split.state_dict(), weights))
     if problems:

@@ -108,9 +108,7 @@ def _is_tracing(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """An error of torch as one line: its first sentence, without its log addresses and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = next(
-        (line for line in lines if not line.startswith(("from user code", "#", "The following"))), ""
-    )
+    first = next((line for line in lines if not line.startswith(("from user code", "#", "The following"))), "")
     return f"{type(error).__name__}: {first[:300]}".rstrip(".") if first else type(error).__name__
 
 

@@ -118,23 +118,21 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> 
     worst = 0.0
     for a, b in zip(*_both(before, after, seed), strict=True):
         if a.shape != b.shape:
-            raise VerificationError(
-                f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised"
-            )
+            raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
         if a.numel() == 0:
             continue
         a, b = a.double(), b.double()
         if not torch.equal(a.isfinite(), b.isfinite()):
             return float("inf")
         finite = a.isfinite()
-        scale = a[finite].abs().max().clamp_min(1e-30) if finite.any() else torch.tensor(1.0)
-        worst = max(worst, float((a - b)[finite].abs().max() / scale) if finite.any() else 0.0)
+        if finite.any():
+            # An output that is exactly zero has no size of its own: rounding may make it something like 1e-17.
+            scale = float(a[finite].abs().max()) or 1.0
+            worst = max(worst, float((a - b)[finite].abs().max()) / scale)
     return worst
 
 
-def _both(
-    before: fx.GraphModule, after: fx.GraphModule, seed: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     sizes = [s.shape for s in info(before).inputs if isinstance(s, TensorSpec)]
     for small in (True, False) if any(_shrunk(s) != s for s in sizes) else (False,):
         inputs = random_flat(before, seed, small)
@@ -151,9 +149,7 @@ def _both(
     raise AssertionError("unreachable: the traced sizes are always tried")
 
 
-def require_equal(
-    name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE
-) -> float:
+def require_equal(name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE) -> float:
     """The measured difference; `VerificationError` where it is beyond ``limit``."""
     found = difference(before, after)
     if not found <= limit:
@@ -182,6 +178,33 @@ def in_double(graph: fx.GraphModule) -> fx.GraphModule:
 def rounding(graph: fx.GraphModule) -> float:
     """How far weights that a pass computes may move the outputs by being rounded to the graph's types."""
     return max((ROUNDING[p.dtype] for p in graph.parameters() if p.dtype in ROUNDING), default=TOLERANCE)
+
+
+def has_constants(graph: fx.GraphModule) -> bool:
+    return any(_constant(t) for t in _weights(graph))
+
+
+def varied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which weights that are all alike (fresh norms and biases) have become unlike each other."""
+    copied = copy_graph(graph)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in filter(_constant, _weights(copied)):
+            value = float(tensor.flatten()[0])
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5  # variances stay positive
+            tensor.copy_(noise * value if value else noise - 1)
+    return copied
+
+
+def _weights(graph: fx.GraphModule) -> list[torch.Tensor]:
+    """Parameters, and the statistics of norms."""
+    norms = [m for m in graph.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [*graph.parameters(), *(b for m in norms for b in m.buffers(recurse=False))]
+
+
+def _constant(tensor: torch.Tensor) -> bool:
+    alike = tensor.dtype.is_floating_point and tensor.numel() > 1 and tensor.device.type != "meta"
+    return alike and bool((tensor == tensor.flatten()[0]).all())
 
 
 def in_eval(model: nn.Module) -> bool:

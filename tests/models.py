@@ -234,9 +234,7 @@ class Residual(nn.Module):
 
 @case
 def residual() -> Case:
-    return Head(
-        nn.Sequential(conv_bn(3, 8), Residual(8, 8), Residual(8, 12, 2), Residual(12, 12)), 12
-    ), image()
+    return Head(nn.Sequential(conv_bn(3, 8), Residual(8, 8), Residual(8, 12, 2), Residual(12, 12)), 12), image()
 
 
 class Dense(nn.Module):
@@ -272,16 +270,12 @@ def squeeze_excite() -> Case:
 
 @case
 def depthwise() -> Case:
-    return Head(
-        nn.Sequential(conv_bn(3, 8), conv_bn(8, 8, 5, groups=8, stride=2), conv_bn(8, 12, 1)), 12
-    ), image()
+    return Head(nn.Sequential(conv_bn(3, 8), conv_bn(8, 8, 5, groups=8, stride=2), conv_bn(8, 12, 1)), 12), image()
 
 
 @case
 def grouped() -> Case:
-    return Head(
-        nn.Sequential(conv_bn(3, 12), conv_bn(12, 18, groups=3), conv_bn(18, 6, groups=2)), 6
-    ), image()
+    return Head(nn.Sequential(conv_bn(3, 12), conv_bn(12, 18, groups=3), conv_bn(18, 6, groups=2)), 6), image()
 
 
 @case

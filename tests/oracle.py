@@ -44,9 +44,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     finite = expected.isfinite()
     if not torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()) or not finite.any():
-        return (
-            0.0 if not finite.any() and torch.equal(got.nan_to_num(), expected.nan_to_num()) else float("inf")
-        )
+        return 0.0 if not finite.any() and torch.equal(got.nan_to_num(), expected.nan_to_num()) else float("inf")
     scale = float(expected[finite].abs().max())
     return float((got[finite] - expected[finite]).abs().max()) / max(scale, 1e-300)
 
@@ -74,7 +72,7 @@ def assert_equal(got: Any, expected: Any) -> None:
 
 def run(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
     """``model`` on ``(args, kwargs)``, a tensor or a tuple of tensors, after seeding torch."""
-    from splitfx.trace import split_inputs
+    from splitfx.tracing import split_inputs
 
     args, kwargs = copy.deepcopy(split_inputs(inputs))
     torch.manual_seed(seed)
@@ -102,9 +100,7 @@ def training_difference(graph: nn.Module, model: nn.Module, inputs: Any) -> str:
         floats = [t for t in leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
         if floats:
             # A weighted sum: the plain sum has no gradient through a softmax or a norm.
-            total = sum(
-                (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in floats
-            )
+            total = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in floats)
             total.backward()  # type: ignore[union-attr]
     wanted = dict(theirs.named_parameters(remove_duplicate=False))
     for name, parameter in ours.named_parameters():

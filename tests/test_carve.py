@@ -15,7 +15,7 @@ from splitfx.analysis import facts
 from splitfx.analysis.partition import WHOLE
 from splitfx.carve import Division, carve, mask_weights
 from splitfx.graph import copy_graph, text
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, conv_bn
 from tests.strategies import networks
@@ -81,9 +81,7 @@ def test_any_blocks_of_larger_networks(
     law(network, factor, seed, how)
 
 
-@pytest.mark.parametrize(
-    "name", ["residual", "concats", "squeeze_excite", "depthwise", "grouped", "channel_shuffle"]
-)
+@pytest.mark.parametrize("name", ["residual", "concats", "squeeze_excite", "depthwise", "grouped", "channel_shuffle"])
 @pytest.mark.parametrize("how", ["grouped", "branches"])
 def test_odd_models(name: str, how: str) -> None:
     model, inputs = ZOO[name]()
@@ -108,9 +106,7 @@ def halves(graph: fx.GraphModule, *paths: str) -> dict[fx.Node, Division]:
         if str(node.target) in paths:
             module = graph.get_submodule(str(node.target))
             assert isinstance(module, nn.Conv2d)
-            split = [
-                tuple(np.array_split(np.arange(n), 2)) for n in (module.in_channels, module.out_channels)
-            ]
+            split = [tuple(np.array_split(np.arange(n), 2)) for n in (module.in_channels, module.out_channels)]
             found[node] = Division(split[0], split[1])
     return found
 

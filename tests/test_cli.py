@@ -40,9 +40,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def split(tiny: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert (
-        cli.main(["transform", tiny, "--pass", GROUP, "--input", "1x3x8x8", "--out", "split", "--quiet"]) == 0
-    )
+    assert cli.main(["transform", tiny, "--pass", GROUP, "--input", "1x3x8x8", "--out", "split", "--quiet"]) == 0
     capsys.readouterr()
     return "split"
 
@@ -77,9 +75,7 @@ def test_help_does_not_import_torch(word: str) -> None:
 def test_python_m_splitfx_lists_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "splitfx"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert all(
-        name in done.stdout for name in ("profile", "transform", "export", "check", "inspect", "doctor")
-    )
+    assert all(name in done.stdout for name in ("profile", "transform", "export", "check", "inspect", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +128,7 @@ def test_python_m_splitfx_lists_the_commands() -> None:
         (["measure", "tiny.py:Tiny", "--input", "1x3x8x8", "--runs", "0"], "positive"),
     ],
 )
-def test_a_mistake_is_one_line(
-    words: list[str], hint: str, tiny: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line(words: list[str], hint: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert hint in wrong(capsys, *words)
     assert sorted(p.name for p in Path().iterdir() if p.name != "__pycache__") == ["tiny.py"]
 
@@ -156,9 +150,7 @@ def test_bad_weight_files(name: str, content: bytes, tiny: str, capsys: pytest.C
 
 def test_weights_that_run_code_are_refused(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(nn.Linear(2, 2), "whole.pt")
-    assert "does not unpickle" in wrong(
-        capsys, "profile", tiny, "--input", "1x3x8x8", "--weights", "whole.pt"
-    )
+    assert "does not unpickle" in wrong(capsys, "profile", tiny, "--input", "1x3x8x8", "--weights", "whole.pt")
 
 
 def test_weights_of_another_model(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,9 +188,7 @@ def test_from_model_to_checked_file(split: str, capsys: pytest.CaptureFixture[st
     assert Path("p.svg").read_text().startswith("<svg")
 
 
-def test_a_file_of_other_weights_fails_the_check(
-    split: str, tiny: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_other_weights_fails_the_check(split: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.main(
             [
@@ -230,9 +220,7 @@ def test_required_provider_that_is_not_there(split: str, capsys: pytest.CaptureF
     assert "cuda is required" in wrong(capsys, "check", split, "split.onnx", "--require", "cuda")
 
 
-def test_an_existing_folder_is_refused_before_work(
-    split: str, tiny: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_folder_is_refused_before_work(split: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["transform", "no_such_module:x", "--pass", GROUP, "--input", "1x3x8x8", "--out", split]
     assert "--overwrite" in wrong(capsys, *words)  # the model is not even looked at
     assert cli.main(["transform", tiny, *words[2:], "--overwrite", "--quiet"]) == 0
@@ -280,15 +268,11 @@ def test_input_overrides_the_plan(tiny: str, capsys: pytest.CaptureFixture[str])
 
     plan = 'format = 1\ninput_shape = [1, 3, 64, 64]\n[[pass]]\nname = "group"\nfactors = [1, 2]\n'
     Path("p.toml").write_text(plan)
-    assert (
-        cli.main(["transform", tiny, "--plan", "p.toml", "--input", "2x3x8x8", "--out", "o", "--quiet"]) == 0
-    )
+    assert cli.main(["transform", tiny, "--plan", "p.toml", "--input", "2x3x8x8", "--out", "o", "--quiet"]) == 0
     assert Plan.load("o/plan.toml").input_shape == (2, 3, 8, 8)
 
 
-def test_ctrl_c_is_130(
-    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_is_130(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from splitfx import commands
 
     def stopped(*args: object) -> int:

@@ -94,7 +94,5 @@ def test_exactly_one_onnxruntime_per_machine(system: str, machine: str, python: 
     requirements = pytest.importorskip("packaging.requirements")
     machine_is = {"sys_platform": system, "platform_machine": machine, "python_version": python}
     parsed = [requirements.Requirement(one) for one in PROJECT["project"]["dependencies"]]
-    chosen = [
-        one.name for one in parsed if one.name.startswith("onnxruntime") and one.marker.evaluate(machine_is)
-    ]
+    chosen = [one.name for one in parsed if one.name.startswith("onnxruntime") and one.marker.evaluate(machine_is)]
     assert chosen == [expected]

@@ -20,7 +20,7 @@ from splitfx.passes import DropIdentity, FoldBatchNorm, Group
 from splitfx.pipeline import run_pass, run_plan
 from splitfx.plan import Plan
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO
 

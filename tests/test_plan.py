@@ -159,9 +159,7 @@ def test_what_is_no_list_of_passes_is_refused(passes: Any, message: str):
         Plan(passes)
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (3,), (1, 0), (1, -3, 8), (1, 2.5), "1x3", 7, ((1, 3), (4,)), (True, 2)]
-)
+@pytest.mark.parametrize("shape", [(), (3,), (1, 0), (1, -3, 8), (1, 2.5), "1x3", 7, ((1, 3), (4,)), (True, 2)])
 def test_wrong_input_shapes_are_refused(shape: Any):
     with pytest.raises(PlanError, match="input_shape must be a list of at least 2 positive integers"):
         Plan([Divide()], shape)

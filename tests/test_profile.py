@@ -13,10 +13,10 @@ import torchvision
 from torch import nn
 
 from splitfx.errors import MissingExtraError, SplitfxError, UnsupportedError
-from splitfx.profile import Profile, profile
+from splitfx.profiling import Profile, profile
 from splitfx.report.fold import fold
 from splitfx.report.table import dims, number, seconds, shorten, size, table
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,7 @@ def test_the_picture(resnet: Profile, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_no_picture_without_matplotlib(
-    resnet: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_picture_without_matplotlib(resnet: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:

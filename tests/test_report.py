@@ -13,12 +13,12 @@ import splitfx
 from splitfx.api import Explanation
 from splitfx.passes import Group
 from splitfx.pipeline import Figures, Step
-from splitfx.profile import profile
+from splitfx.profiling import profile
 from splitfx.protocol import Note
 from splitfx.report.boxes import boxes
 from splitfx.report.explanation import explanation_text, folded, ratio
 from splitfx.report.html import inspect_text
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>"
@@ -87,9 +87,7 @@ def test_explanation_fits_100_columns() -> None:
         for n in range(1, 6)
         for k in ("did", "declined", "info")
     )  # type: ignore[arg-type]
-    text = explanation_text(
-        Explanation("Net", "torch.export", notes, (step(notes), step(notes, False, None)))
-    )
+    text = explanation_text(Explanation("Net", "torch.export", notes, (step(notes), step(notes, False, None))))
     assert max(map(len, text.splitlines())) <= 100
     assert "all 2 passes together" in text
 
@@ -128,9 +126,7 @@ def test_every_operation_is_in_one_box_and_edges_go_down(limit: int) -> None:
     graph = split()
     found = boxes(graph, limit)
     inside = [n for b in found for n in b.nodes]
-    assert (
-        len(inside) == len(set(inside)) == sum(n.op not in ("get_attr", "output") for n in graph.graph.nodes)
-    )
+    assert len(inside) == len(set(inside)) == sum(n.op not in ("get_attr", "output") for n in graph.graph.nodes)
     assert all(one.row < box.row for box in found for one in box.before)
 
 
@@ -175,9 +171,7 @@ def dom(page: Path, browser: Path) -> str:
         "--disable-component-update",
         f"--user-data-dir={browser}",
     ]
-    done = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     return done.stdout
 
 

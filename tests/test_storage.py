@@ -19,7 +19,7 @@ from splitfx import storage
 from splitfx.errors import ExportError, PlanError
 from splitfx.graph import resolve as at
 from splitfx.storage import ABOUT, CONSTANTS, PROGRAM, WEIGHTS, load, save
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 
 class Odd(nn.Module):
@@ -56,9 +56,7 @@ def odd() -> fx.GraphModule:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    return save(
-        trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 6, 6)), tmp_path / "split"
-    )
+    return save(trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 6, 6)), tmp_path / "split")
 
 
 def same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
@@ -186,9 +184,7 @@ def test_a_plan_is_replayed_and_its_weights_put_in(tmp_path: Path) -> None:
 
     def model() -> nn.Module:
         convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-        return nn.Sequential(
-            convs, nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        return nn.Sequential(convs, nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     plan = Plan([Group(factors=(2, 1), lowering="branches")], input_shape=(1, 3, 16, 16))
     split = transform(model(), plan)
@@ -207,16 +203,10 @@ def test_a_plan_is_replayed_and_its_weights_put_in(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- nothing is executed
 
 ATTACKS = {
-    "function": lambda p: p["nodes"][1].update(
-        op="call_function", target="torch.os.system", args=["touch pwned"]
-    ),
+    "function": lambda p: p["nodes"][1].update(op="call_function", target="torch.os.system", args=["touch pwned"]),
     "operator": lambda p: p["nodes"][1].update(op="call_function", target="operator.attrgetter", args=["x"]),
-    "namespace": lambda p: p["nodes"][1].update(
-        op="call_function", target="c10d.allreduce_.default", args=[]
-    ),
-    "file": lambda p: p["nodes"][1].update(
-        op="call_function", target="aten.from_file.default", args=["/etc/hostname"]
-    ),
+    "namespace": lambda p: p["nodes"][1].update(op="call_function", target="c10d.allreduce_.default", args=[]),
+    "file": lambda p: p["nodes"][1].update(op="call_function", target="aten.from_file.default", args=["/etc/hostname"]),
     "method": lambda p: p["nodes"][1].update(op="call_method", target="numpy"),
     "layer": lambda p: p["layers"]["0"].update({"class": "builtins.exec"}),
     "option": lambda p: p["layers"]["0"]["options"].update({"_weight": 1}),
@@ -281,9 +271,7 @@ def test_a_newer_format_and_no_folder(small: Path) -> None:
 
 
 def test_weights_of_another_model_list_the_first_differences(small: Path) -> None:
-    with pytest.raises(
-        ExportError, match=r"0\.weight is \[4, 3, 3, 3\] in the folder, \[5, 3, 3, 3\] in the model"
-    ):
+    with pytest.raises(ExportError, match=r"0\.weight is \[4, 3, 3, 3\] in the folder, \[5, 3, 3, 3\] in the model"):
         load(small, nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
     with pytest.raises(ExportError, match=r"1\.weight is missing"):
         load(small, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))

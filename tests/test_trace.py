@@ -16,12 +16,12 @@ from torch import nn
 from splitfx import raising
 from splitfx.graph import info, random_inputs, text
 from splitfx.schema import mutates
-from splitfx.trace import private_copy, split_inputs, trace
+from splitfx.tracing import private_copy, split_inputs, trace
 from tests import oracle
 from tests.models import ZOO, auxiliary_head, image, plain
 
 # The package's `trace` is the function of that name.
-trace_module = importlib.import_module("splitfx.trace")
+trace_module = importlib.import_module("splitfx.tracing")
 GOLDENS = Path(__file__).with_name("goldens")
 every_model = pytest.mark.parametrize("name", sorted(ZOO))
 
@@ -29,9 +29,7 @@ every_model = pytest.mark.parametrize("name", sorted(ZOO))
 def doubled(value: Any) -> Any:
     from torch.utils import _pytree as pytree
 
-    return pytree.tree_map(
-        lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, value
-    )
+    return pytree.tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, value)
 
 
 def made(name: str) -> tuple[nn.Module, Any]:
@@ -72,9 +70,7 @@ def test_sums_after_copy_and_move(name: str) -> None:
     """deepcopy and .to() keep shared modules and tied weights shared."""
     model, inputs = ZOO[name]()
     graph = copy.deepcopy(trace(model, inputs)).to(torch.float64)
-    assert len(list(graph.parameters())) == len(
-        [p for k, p in model.named_parameters() if k in graph.state_dict()]
-    )
+    assert len(list(graph.parameters())) == len([p for k, p in model.named_parameters() if k in graph.state_dict()])
     oracle.assert_equal_training(graph.train(), model.double().train(), doubled(inputs))
 
 
@@ -148,9 +144,7 @@ def snapshot(model: nn.Module) -> Any:
     """Everything of a model that tracing could change, by identity."""
 
     def one(module: nn.Module) -> Any:
-        held = {
-            k: (id(v), getattr(v, "_version", 0)) for k, v in vars(module).items() if not isinstance(v, dict)
-        }
+        held = {k: (id(v), getattr(v, "_version", 0)) for k, v in vars(module).items() if not isinstance(v, dict)}
         inner = {k: {n: id(v) for n, v in d.items()} for k, d in vars(module).items() if isinstance(d, dict)}
         return held, inner
 
@@ -167,9 +161,7 @@ def test_traces_under_no_grad_and_still_trains() -> None:
 def test_frozen_parameters_do_not_bake_a_fast_path() -> None:
     model, inputs = made("attention")
     graph = trace(model.requires_grad_(False), inputs)
-    assert not any(
-        "transformer" in str(n.target) or "native_multi" in str(n.target) for n in graph.graph.nodes
-    )
+    assert not any("transformer" in str(n.target) or "native_multi" in str(n.target) for n in graph.graph.nodes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -235,9 +227,7 @@ class UpToFour(nn.Module):
         return x.relu() if x.shape[0] > 4 else x.sigmoid()
 
 
-@pytest.mark.parametrize(
-    ("model", "batch"), [(ByBatch(), 1), (ByBatch(), 2), (UpToFour(), 1), (UpToFour(), 6)]
-)
+@pytest.mark.parametrize(("model", "batch"), [(ByBatch(), 1), (ByBatch(), 2), (UpToFour(), 1), (UpToFour(), 6)])
 def test_code_that_depends_on_the_batch_fixes_it(model: nn.Module, batch: int) -> None:
     inputs = image(batch, 3, 4, 4)
     graph = trace(model, inputs)
@@ -282,9 +272,7 @@ def test_model_that_cannot_train_on_these_inputs_is_noted() -> None:
 
 class AlwaysFrozen(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
 
 
 def test_norm_that_never_switches_stays_frozen() -> None:
@@ -359,9 +347,7 @@ def test_in_place_result_replaces_its_operand(name: str) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and mutates(node.target) and not node.meta.get("writes_view"):
             operand = node.args[0]
-            assert all(order[user] <= order[node] for user in operand.users), (
-                f"{operand} is read after {node}"
-            )
+            assert all(order[user] <= order[node] for user in operand.users), f"{operand} is read after {node}"
 
 
 def test_old_names_of_overwritten_values_are_rewired() -> None:
@@ -411,9 +397,7 @@ def test_retrace_is_equal(name: str) -> None:
         "aliases",
     ):
         assert getattr(a, field) == getattr(b, field), field
-    layers = [
-        [n.meta.get("layer") for n in g.graph.nodes if n.op == "call_function"] for g in (first, second)
-    ]
+    layers = [[n.meta.get("layer") for n in g.graph.nodes if n.op == "call_function"] for g in (first, second)]
     assert layers[0] == layers[1]
     oracle.assert_equal_training(second.train(), model.train(), inputs)
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
 from splitfx.graph import TensorSpec, copy_graph, info
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from splitfx.verify import Exact, difference, in_double, in_eval, random_flat, require_equal, run_exact
 from tests.models import ZOO, conv_bn, image
 from tests.oracle import assert_equal, leaves, run
@@ -34,9 +34,7 @@ def test_exact_is_the_graph_in_float64(name: str) -> None:
     inputs = random_flat(made, 0, small=False)
     args, kwargs = pytree.tree_unflatten(inputs, info(made).in_spec)
     with torch.no_grad():
-        wanted = [
-            t for t in leaves(run(in_double(made), (tuple(args), kwargs))) if isinstance(t, torch.Tensor)
-        ]
+        wanted = [t for t in leaves(run(in_double(made), (tuple(args), kwargs))) if isinstance(t, torch.Tensor)]
     assert_equal(run_exact(made, inputs), wanted)
 
 
@@ -106,9 +104,7 @@ def test_large_images_are_checked_small_where_the_model_allows() -> None:
     model = nn.Sequential(conv_bn(3, 4), nn.AdaptiveAvgPool2d(1))
     big = trace(model.eval(), torch.zeros(1, 3, 301, 300))
     assert random_flat(big, 0, small=True)[0].shape == (1, 3, 65, 64)
-    flat = trace(
-        nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 70 * 70, 2)), torch.zeros(1, 3, 70, 70)
-    )
+    flat = trace(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 70 * 70, 2)), torch.zeros(1, 3, 70, 70))
     assert difference(flat, copy_graph(flat)) == 0.0  # sizes are part of this model
 
 
@@ -130,9 +126,7 @@ def test_a_model_that_casts_runs_exactly() -> None:
 
 
 def test_integer_inputs_stay_in_range() -> None:
-    made = trace(
-        nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)), torch.tensor([[0, 4], [2, 1]])
-    )
+    made = trace(nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)), torch.tensor([[0, 4], [2, 1]]))
     assert info(made).inputs == (TensorSpec((2, 2), torch.int64, "cpu", 5),)
     assert difference(made, copy_graph(made)) == 0.0
 

@@ -108,9 +108,7 @@ class _Builder:
             return None
         # The channels most likely stay where the operand has them; else tokens have them last, feature maps second.
         before = next((self.labels.get(n) for n in self.operands(node)), None)
-        dim = (
-            channel_dim(before) if isinstance(before, torch.Tensor) and before.dim() == value.dim() else None
-        )
+        dim = channel_dim(before) if isinstance(before, torch.Tensor) and before.dim() == value.dim() else None
         return self.fresh(node, dim if dim is not None else 1 if value.dim() != 3 else -1, reason)
 
     # -- rules
@@ -144,10 +142,7 @@ class _Builder:
         known = [n for n in operands if isinstance(self.labels.get(n), torch.Tensor)]
         if not known:
             return None
-        if any(
-            shape(self.values[n])[-len(out) :] != out and len(shape(self.values[n])) != len(out)
-            for n in known[:1]
-        ):
+        if any(shape(self.values[n])[-len(out) :] != out and len(shape(self.values[n])) != len(out) for n in known[:1]):
             return self.reduced(node, known[0])
         reduces = op(node).spatial.value == "global" and op_name(node) not in ("instance_norm",)
         if reduces and len(operands) == 1:
@@ -182,9 +177,7 @@ class _Builder:
             full.append((n, held))
             if result is None or (channel_dim(held) is not None and channel_dim(result) is None):
                 result = (
-                    held
-                    if all(s == o or h == 1 for s, o, h in zip(sizes, out, held.shape, strict=True))
-                    else result
+                    held if all(s == o or h == 1 for s, o, h in zip(sizes, out, held.shape, strict=True)) else result
                 )
         if result is None:
             return None
@@ -223,9 +216,7 @@ class _Builder:
             return _along_dim(ins.repeat_interleave(outs_count // groups), dim, rank)  # depthwise
         out = self.fresh(node, dim)
         assert out is not None
-        edge = Edge(
-            node, ins.numpy(), out.flatten().numpy(), groups, not isinstance(a["weight"], torch.Tensor)
-        )
+        edge = Edge(node, ins.numpy(), out.flatten().numpy(), groups, not isinstance(a["weight"], torch.Tensor))
         self.edges.append(edge)
         if groups > 1:
             both = np.concatenate([edge.ins.reshape(groups, -1), edge.outs.reshape(groups, -1)], axis=1)
@@ -252,7 +243,7 @@ class _Builder:
     def normalised(self, node: fx.Node) -> Any:
         operand = bind(node)["input"]
         held, groups = self.labels.get(operand), bind(node)["num_groups"]
-        if channel_dim(held) != 1:
+        if held is None or channel_dim(held) != 1:
             return self.barrier(node)
         self.units.extend(held.flatten().numpy().reshape(groups, -1))
         return held

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -16,7 +17,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.shapes import shape
 from splitfx.graph import layer, module_of
-from splitfx.ops import Channel, Spatial, op, op_name
+from splitfx.ops import Channel, Spatial, bind, op, op_name, window
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,14 @@ def blocks(known: Facts) -> list[Block]:
 def boundaries(known: Facts) -> list[fx.Node]:
     """Cuts at which the map is about to shrink, or just has (behind a pool)."""
     chain = [n for n in known.cuts if _has_channels(known, n)]
+    nodes = list(known.graph.graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
     ends: list[fx.Node] = []
-    for before, after in zip(chain, chain[1:], strict=False):
-        if _area(known, after) >= _area(known, before):
+    for before, after in pairwise(chain):
+        between = nodes[place[before] + 1 : place[after] + 1]
+        if _area(known, after) >= _area(known, before) or not any(_strides(known, n) for n in between):
             continue
-        end = (
-            after
-            if _is_pool(after) and after.all_input_nodes[0] is before
-            else _stage_start(known, before, chain)
-        )
+        end = after if _is_pool(after) and after.all_input_nodes[0] is before else _stage_start(known, before, chain)
         if end not in ends:
             ends.append(end)
     return ends
@@ -88,6 +88,17 @@ def _stage_start(known: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
 def _has_channels(known: Facts, node: fx.Node) -> bool:
     held = known.axes.of(node)
     return held is not None and shape(known.shapes[node])[1] == len(held)
+
+
+def _strides(known: Facts, node: fx.Node) -> bool:
+    """The node makes a coarser map; a conv without padding only trims the border."""
+    row = op(node)
+    if row.spatial is Spatial.WINDOW:
+        weight = bind(node).get("weight")
+        sizes = shape(known.shapes[weight]) if isinstance(weight, fx.Node) else ()
+        return max(window(node, len(shape(known.shapes[node])) - 2, sizes).stride) > 1
+    coarser = row.spatial in (Spatial.GLOBAL, Spatial.RESIZE) and bool(node.all_input_nodes)
+    return coarser and _area(known, node) < _area(known, node.all_input_nodes[0])
 
 
 def _area(known: Facts, node: fx.Node) -> int:

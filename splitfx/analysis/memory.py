@@ -72,9 +72,7 @@ def memory(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Memory:
     return Memory(live, inside, new, inputs, live[peak] if peak is not None else 0, peak)
 
 
-def _storages(
-    nodes: list[fx.Node], shapes: dict[fx.Node, Any]
-) -> tuple[dict[fx.Node, set[int]], dict[int, int]]:
+def _storages(nodes: list[fx.Node], shapes: dict[fx.Node, Any]) -> tuple[dict[fx.Node, set[int]], dict[int, int]]:
     """The storages that each node's value lies in, parameters and buffers left out, and their bytes."""
     held: dict[fx.Node, set[int]] = {}
     size: dict[int, int] = {}

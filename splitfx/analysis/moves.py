@@ -21,7 +21,18 @@ Labels = torch.Tensor  # int64, see above
 
 # Operations that only regroup positions in order: the sizes before and after say all.
 RESHAPES = frozenset(
-    "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as contiguous clone".split()
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "contiguous",
+        "clone",
+    ]
 )
 
 

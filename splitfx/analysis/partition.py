@@ -73,9 +73,7 @@ def _families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
     return [np.array(g) for g in groups.values()]
 
 
-def _deal(
-    axes: Axes, readers: Mapping[int, list[int]], names: np.ndarray, factor: int, by_unit: np.ndarray
-) -> None:
+def _deal(axes: Axes, readers: Mapping[int, list[int]], names: np.ndarray, factor: int, by_unit: np.ndarray) -> None:
     """Deal the items of one family out; contiguous where every reader reads them all."""
     first: dict[int, int] = {}
     for name, unit in zip(names.tolist(), axes.unit[names].tolist(), strict=True):
@@ -117,9 +115,7 @@ def most_mass(
     """
     rng = np.random.default_rng(seed)
     divided = np.flatnonzero(start.branch != WHOLE)
-    families = (
-        [divided[np.isin(axes.axis[divided], f)] for f in _families(axes, divided)] if len(divided) else []
-    )
+    families = [divided[np.isin(axes.axis[divided], f)] for f in _families(axes, divided)] if len(divided) else []
     best, value = start.branch, kept_mass(edges, start.branch)
     for trial in range(restarts):
         branch = start.branch.copy()

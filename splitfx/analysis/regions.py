@@ -1,4 +1,4 @@
-"""Regions: which rows of a node's operands a piece of its output needs, and what can be made of the rows that are there.
+"""Regions: which rows a piece of a node's output needs, and what can be made of the rows that are there.
 
 Half-open intervals in global coordinates, per node and spatial axis (0 is H, 1 is W), read off the operation table.
 *Backward* (`Regions.needs`): for output rows [a, b) of a window of kernel k, stride s, padding p, dilation d
@@ -148,7 +148,8 @@ class Regions:
     def _scale(self, node: fx.Node, axis: int) -> float | None:
         a = bind(node)
         factors = a.get("scale_factors") or (a.get("scales_h"), a.get("scales_w"))
-        return None if factors[axis] is None else float(factors[axis])
+        factor = factors[axis]
+        return None if factor is None else float(factor)
 
     def _source(self, node: fx.Node, axis: int, row: int, size: int) -> float:
         """Source coordinate of an output row, on the grid of the whole map."""

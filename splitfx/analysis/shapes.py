@@ -57,7 +57,7 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
         if module is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if op_name(node) == "batch_norm":
-            return torch.empty_like(args[0])  # as large as what it reads; the kernel's own rule is slow to ask
+            return torch.empty_like(args[0])  # type: ignore[arg-type]  # as large as what it reads; the kernel's own rule is slow to ask
         held = {name: weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 

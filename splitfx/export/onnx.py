@@ -105,10 +105,8 @@ def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
         return split
     if example_inputs is None:
         name = type(split).__name__
-        raise ExportError(
-            f"{name} was not traced by splitfx; pass example_inputs, or export the result of transform."
-        )
-    from splitfx.trace import trace
+        raise ExportError(f"{name} was not traced by splitfx; pass example_inputs, or export the result of transform.")
+    from splitfx.tracing import trace
 
     return trace(split, example_inputs)
 
@@ -128,20 +126,14 @@ def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.Export
         if exported is not None:
             return exported, ""
     if asked:
-        raise ExportError(
-            f"the batch cannot be dynamic: {why}. Leave dynamic_batch out to export the traced size."
-        )
+        raise ExportError(f"the batch cannot be dynamic: {why}. Leave dynamic_batch out to export the traced size.")
     return _follow(copy, graphs.random_inputs(gm), None), why
 
 
-def _with_free_batch(
-    copy: fx.GraphModule, gm: fx.GraphModule
-) -> tuple[torch.export.ExportedProgram | None, str]:
+def _with_free_batch(copy: fx.GraphModule, gm: fx.GraphModule) -> tuple[torch.export.ExportedProgram | None, str]:
     tensors = [spec for spec in graphs.info(gm).inputs if isinstance(spec, graphs.TensorSpec) and spec.shape]
     ones = all(spec.shape[0] == 1 for spec in tensors)
-    inputs = graphs.random_inputs(
-        gm, batch=2 if ones else None
-    )  # torch.export bakes a size of 1 into the graph
+    inputs = graphs.random_inputs(gm, batch=2 if ones else None)  # torch.export bakes a size of 1 into the graph
     shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
@@ -176,9 +168,7 @@ def _batch_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
 
 def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str]) -> Any:
     try:
-        program = torch.onnx.export(
-            exported, dynamo=True, opset_version=opset, output_names=outputs, verbose=False
-        )
+        program = torch.onnx.export(exported, dynamo=True, opset_version=opset, output_names=outputs, verbose=False)
     except Exception as error:
         raise ExportError(f"the graph has no ONNX form{_place(exported, error)}: {_cause(error)}") from error
     if program is None:
@@ -246,9 +236,7 @@ def _is_tensor_output(exported: torch.export.ExportedProgram, index: int) -> boo
 def _finish(program: Any, gm: fx.GraphModule, exported: torch.export.ExportedProgram, fixed: str) -> None:
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
-    layers = {
-        node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes
-    }
+    layers = {node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes}
     _clean_nodes(model, layers)
     _name_batch(model, {} if fixed else _batch_symbols(exported))
     info = graphs.info(gm)
@@ -315,9 +303,7 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> No
 
     data = target.name + ".data"
     weights = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
     outside = external_data or weights > INLINE_LIMIT
     if outside:
@@ -336,8 +322,7 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> No
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
     loggers = [
-        logging.getLogger(name)
-        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
+        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
     ]
     before = [one.level for one in loggers]
     try:

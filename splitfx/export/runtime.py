@@ -70,9 +70,7 @@ def check_onnx(
     if runs < 1:
         raise ExportError(f"runs must be at least 1; got {runs}.")
     required = [sessions.full_name(one) for one in ([require] if isinstance(require, str) else require)]
-    named = [
-        sessions.full_name(one) for one in ([providers] if isinstance(providers, str) else providers or ())
-    ]
+    named = [sessions.full_name(one) for one in ([providers] if isinstance(providers, str) else providers or ())]
     for provider in required:
         if why := sessions.why_not(provider):
             raise ExportError(f"{sessions.short_name(provider)} is required and does not start: {why}.")
@@ -93,11 +91,9 @@ def check_onnx(
 def _call(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs is None:
         if not graphs.is_canonical(model):
-            raise ExportError(
-                f"{type(model).__name__} was not traced by splitfx; pass the inputs to check with."
-            )
+            raise ExportError(f"{type(model).__name__} was not traced by splitfx; pass the inputs to check with.")
         return graphs.random_inputs(model)  # type: ignore[arg-type]
-    from splitfx.trace import split_inputs
+    from splitfx.tracing import split_inputs
 
     return split_inputs(inputs)
 
@@ -231,9 +227,7 @@ def _timed(run: Callable[[], Any], runs: int) -> tuple[float, float]:
     return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
 
 
-def _torch_times(
-    model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int
-) -> tuple[float | None, ...]:
+def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int) -> tuple[float | None, ...]:
     """Eager latency on the provider's device; (None, None) where torch has no such device."""
     wanted = {sessions.CPU: "cpu", sessions.CUDA: "cuda"}.get(provider)
     if wanted is None or (wanted == "cuda" and not torch.cuda.is_available()):

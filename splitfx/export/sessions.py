@@ -133,11 +133,7 @@ def start_failure(log: str) -> str:
         if found:
             return f"the library {before.split()[-1]} is missing"
     errors = [line for line in log.splitlines() if "[E:" in line or "Error" in line]
-    return (
-        errors[-1].rpartition("] ")[2][:200]
-        if errors
-        else "onnxruntime fell back to the CPU without a reason"
-    )
+    return errors[-1].rpartition("] ")[2][:200] if errors else "onnxruntime fell back to the CPU without a reason"
 
 
 def open_session(path: Path, provider: str, options: Any) -> Any:
@@ -150,17 +146,13 @@ def open_session(path: Path, provider: str, options: Any) -> Any:
 
         ort.preload_dlls()
     asked: list[Any] = [(provider, provider_options(provider))]
-    asked += (
-        [] if provider == CPU else [CPU]
-    )  # operations without a kernel there; they are listed as fallback
+    asked += [] if provider == CPU else [CPU]  # operations without a kernel there; they are listed as fallback
     try:
         session = ort.InferenceSession(str(path), sess_options=options, providers=asked)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise ExportError(f"onnxruntime cannot load {path}: {_sentence(error)}") from error
     if session.get_providers()[0] != provider:
-        raise ExportError(
-            f"onnxruntime fell back from {short_name(provider)} to {session.get_providers()[0]}."
-        )
+        raise ExportError(f"onnxruntime fell back from {short_name(provider)} to {session.get_providers()[0]}.")
     return session
 
 
@@ -197,9 +189,7 @@ def _fitting(wanted: Any, tensor: Any, path: Path) -> Any:
     )
     if not same or str(array.dtype) != kind:
         needs = f"{kind} [{', '.join(map(str, sizes))}]"
-        raise ExportError(
-            f"input '{wanted.name}' of {path.name} is {needs}; given {array.dtype} {list(array.shape)}."
-        )
+        raise ExportError(f"input '{wanted.name}' of {path.name} is {needs}; given {array.dtype} {list(array.shape)}.")
     return array
 
 
@@ -208,10 +198,7 @@ _TYPES = {
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
     "tensor(bool)": "bool",
-    **{
-        f"tensor({one})": one
-        for one in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-    },
+    **{f"tensor({one})": one for one in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }
 
 

@@ -59,9 +59,7 @@ def boxes(graph: fx.GraphModule, limit: int = LIMIT) -> list[Box]:
     found = [Box(part) for part in parts]
     home = {node: box for box in found for node in box.nodes}
     for box in found:
-        sources = dict.fromkeys(
-            home[n] for m in box.nodes for n in _operands(m) if n in home and home[n] is not box
-        )
+        sources = dict.fromkeys(home[n] for m in box.nodes for n in _operands(m) if n in home and home[n] is not box)
         box.before = list(sources)
         box.row = max((one.row + 1 for one in box.before), default=0)
         _describe(box, graph, fusions)
@@ -186,11 +184,7 @@ def _words(module: nn.Module | None, names: list[str]) -> str:
     else:
         return names[0]
     first = [n for n in shown if n == "cat"]
-    tail = [
-        n.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool")
-        for n in shown
-        if n != "cat"
-    ]
+    tail = [n.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool") for n in shown if n != "cat"]
     return " ".join(dict.fromkeys([*first, head, *tail]))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from splitfx.profile import Row
+from splitfx.profiling import Row
 from splitfx.report.boxes import Box
 from splitfx.report.style import COLOURS, GRAPH
 from splitfx.report.table import shorten, size
@@ -28,9 +28,7 @@ def graph_svg(boxes: Sequence[Box]) -> str:
     rows: dict[int, list[Box]] = {}
     for box in boxes:
         rows.setdefault(box.row, []).append(box)
-    widths = {
-        row: max(_NARROW, min(WIDE, (_WIDEST - GAP * len(line)) / len(line))) for row, line in rows.items()
-    }
+    widths = {row: max(_NARROW, min(WIDE, (_WIDEST - GAP * len(line)) / len(line))) for row, line in rows.items()}
     width = max(len(line) * (widths[row] + GAP) for row, line in rows.items()) + 60
     place = _places(rows, widths, width)
     height = max(rows) * ROWS + HIGH + 10
@@ -42,9 +40,7 @@ def graph_svg(boxes: Sequence[Box]) -> str:
     )
 
 
-def _places(
-    rows: dict[int, list[Box]], widths: dict[int, float], width: float
-) -> dict[int, tuple[float, float]]:
+def _places(rows: dict[int, list[Box]], widths: dict[int, float], width: float) -> dict[int, tuple[float, float]]:
     """Top left corners by box; a row is centred and ordered by where its boxes' operands stand."""
     place: dict[int, tuple[float, float]] = {}
     for row in sorted(rows):
@@ -74,8 +70,7 @@ def _edge(
     if last.row - first.row == 1:
         middle = (y1 + y2) / 2
         return [
-            f'<path class="edge" d="M{x1:.0f} {y1:.0f}C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} '
-            f'{x2:.0f} {y2:.0f}"/>'
+            f'<path class="edge" d="M{x1:.0f} {y1:.0f}C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"/>'
         ]
     between = range(first.row + 1, last.row)
     right = max(place[id(b)][0] + widths[r] for r in between for b in rows[r]) + 6 + 5 * min(len(between), 10)
@@ -92,12 +87,8 @@ def _card(number: int, box: Box, x: float, y: float, width: float) -> str:
     branch = "" if box.branch is None else f" · {box.branch + 1}"
     name = shorten(box.name, int((width - 8) / _BOLD) - len(branch)) + branch
     label = box.label if box.cells == 1 else f"{' '.join(box.label.split()[:2])}, {box.cells} groups"
-    inside = "".join(
-        _divider(x + width * i / box.cells, y) for i in range(1, box.cells if box.cells <= 32 else 1)
-    )
-    layers = (
-        f'<rect class="under" x="{x + 3:.1f}" y="{y + 3:.1f}" width="{width:.1f}" height="{HIGH}" rx="6"/>'
-    )
+    inside = "".join(_divider(x + width * i / box.cells, y) for i in range(1, box.cells if box.cells <= 32 else 1))
+    layers = f'<rect class="under" x="{x + 3:.1f}" y="{y + 3:.1f}" width="{width:.1f}" height="{HIGH}" rx="6"/>'
     return (
         f'<a href="#box{number}"><g class="box {box.kind}"><title>{escape(box.detail)}</title>'
         f"{layers if box.folded else ''}"
@@ -111,8 +102,7 @@ def _card(number: int, box: Box, x: float, y: float, width: float) -> str:
 def _divider(x: float, y: float) -> str:
     """Two short strokes, at the top and at the bottom, clear of the text."""
     return "".join(
-        f'<line class="cell" x1="{x:.1f}" x2="{x:.1f}" y1="{a:.1f}" y2="{a + 6:.1f}"/>'
-        for a in (y, y + HIGH - 6)
+        f'<line class="cell" x1="{x:.1f}" x2="{x:.1f}" y1="{a:.1f}" y2="{a + 6:.1f}"/>' for a in (y, y + HIGH - 6)
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitfx.profile import Row
+    from splitfx.profiling import Row
 
 _MOST = "alive is the most in a line"
 

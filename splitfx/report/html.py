@@ -17,7 +17,7 @@ from splitfx.errors import SplitfxError
 from splitfx.files import check_target, written_whole
 from splitfx.graph import info
 from splitfx.pipeline import Figures, Step, figures
-from splitfx.profile import Profile, profile
+from splitfx.profiling import Profile, profile
 from splitfx.protocol import Note
 from splitfx.report.boxes import Box, boxes
 from splitfx.report.drawing import graph_svg, memory_svg, picture_svg
@@ -93,8 +93,7 @@ def _tiles(before: Figures | None, now: Figures, counted: Profile) -> str:
         _tile("parameters", number(now.params), number, before and before.params, now.params),
         _tile("MACs", number(now.macs), number, before and before.macs, now.macs),
         _tile("peak memory", size(now.peak_bytes), size, before and before.peak_bytes, now.peak_bytes),
-        f'<div class="tile"><small>operations</small><b>{len(counted.rows)}</b><small>in the graph</small>'
-        f"</div>",
+        f'<div class="tile"><small>operations</small><b>{len(counted.rows)}</b><small>in the graph</small></div>',
     ]
     return f'<div class="tiles">{"".join(made)}</div>'
 
@@ -124,8 +123,7 @@ def _step(position: int, step: Step) -> Iterable[str]:
     ]
     if step.changed:
         body = "".join(
-            f"<tr><td>{name}</td><td>{words(was)}</td><td>{words(now)}</td><td>"
-            f"{escape(ratio(was, now))}</td></tr>"
+            f"<tr><td>{name}</td><td>{words(was)}</td><td>{words(now)}</td><td>{escape(ratio(was, now))}</td></tr>"
             for name, was, now, words in rows
         )
         yield (

@@ -14,9 +14,7 @@ GAP = "  "
 _SHORT, _SHORTEST = 14, 8  # text columns are cut to the first, and only then to the second
 
 
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,), width: int = WIDTH
-) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,), width: int = WIDTH) -> str:
     """Lines of ``rows`` under ``head``; columns whose index is in ``left`` are texts, the others figures.
 
     ``None`` prints as ``-``. No line is longer than ``width`` characters.
@@ -97,6 +95,5 @@ def _fit(widths: list[int], left: Sequence[int], width: int) -> list[int]:
 def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[int]) -> str:
     fitted = [shorten(text, width) for text, width in zip(cells, widths, strict=True)]
     return GAP.join(
-        text.ljust(w) if c in left else text.rjust(w)
-        for c, (text, w) in enumerate(zip(fitted, widths, strict=True))
+        text.ljust(w) if c in left else text.rjust(w) for c, (text, w) in enumerate(zip(fitted, widths, strict=True))
     )

@@ -15,7 +15,7 @@ from splitfx.report.fold import fold
 from splitfx.report.table import number, shorten, size
 
 if TYPE_CHECKING:
-    from splitfx.profile import Profile
+    from splitfx.profiling import Profile
     from splitfx.report.fold import Line
 
 _INK, _SOFT, _LIVE, _INPUT, _MACS, _PARAMS = "#1f2933", "#9aa5b1", "#3b82c4", "#b6d0ea", "#e07a3f", "#4c9f70"

@@ -15,7 +15,7 @@ from torch import fx, nn
 from splitfx.analysis import facts
 from splitfx.analysis.axes import Axes
 from splitfx.graph import copy_graph, module_of
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, conv_bn
 from tests.strategies import networks
@@ -195,9 +195,7 @@ def test_a_wrong_label_is_seen() -> None:
 # ---------------------------------------------------------------- counts of published networks
 
 
-@pytest.mark.parametrize(
-    ("name", "convs", "axes", "writers"), [("resnet18", 20, 12, 12), ("resnet50", 53, 37, 20)]
-)
+@pytest.mark.parametrize(("name", "convs", "axes", "writers"), [("resnet18", 20, 12, 12), ("resnet50", 53, 37, 20)])
 def test_residual_networks(name: str, convs: int, axes: int, writers: int) -> None:
     graph, _ = real(name, 32)
     written = facts(graph).axes.writers()

@@ -10,7 +10,7 @@ from splitfx.analysis import facts
 from splitfx.analysis.blocks import Block, blocks
 from splitfx.graph import layer
 from splitfx.ops import op_name
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests.models import ZOO, Head, conv_bn, image
 
 
@@ -90,3 +90,10 @@ def test_pools_in_a_row_are_one_end() -> None:
 
 def test_no_convs_no_blocks() -> None:
     assert blocks_of(nn.Linear(3, 2), torch.zeros(1, 3)) == []
+
+
+def test_a_conv_without_padding_ends_no_block() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
+    found = blocks_of(model, torch.zeros(1, 3, 16, 16))
+    assert [len(b.edges) for b in found] == [2, 1]
+    assert found[1].end is None

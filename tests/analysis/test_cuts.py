@@ -10,7 +10,7 @@ from torch import fx, nn
 from splitfx.analysis import facts
 from splitfx.graph import layer, output_node, placeholders
 from splitfx.ops import is_size
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests.models import ZOO
 from tests.strategies import networks
 

@@ -14,7 +14,7 @@ from splitfx.analysis import facts
 from splitfx.analysis import memory as memory_module
 from splitfx.analysis.live import LiveStorage
 from splitfx.analysis.memory import Memory, memory
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 IMAGE = (1, 3, 64, 64)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from splitfx.analysis import facts
 from splitfx.analysis.regions import Region, Regions
 from splitfx.graph import output_node
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 
 class Call(nn.Module):
@@ -104,7 +104,9 @@ def test_needs_cover_what_is_read(name: str, axis: int) -> None:
             assert (need.start, need.stop) == (min(rows), max(rows) + 1), f"row {out} reads {rows}, needs {need}"
 
 
-@pytest.mark.parametrize("name", ["3x3", "stride 2", "avg pool, ceil", "bilinear up", "reflect", "transposed", "concat"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "stride 2", "avg pool, ceil", "bilinear up", "reflect", "transposed", "concat"]
+)
 def test_forward_is_the_inverse_of_backward(name: str) -> None:
     graph, node = last_map(CASES[name])
     regions = facts(graph).regions

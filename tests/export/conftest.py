@@ -9,15 +9,13 @@ import torch
 from torch import fx, nn
 
 from splitfx.graph import resolve
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
-        )
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         self.drop = nn.Dropout()
         self.head = nn.Linear(8, 4)
 

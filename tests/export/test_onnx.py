@@ -11,7 +11,7 @@ from torch import nn
 
 from splitfx.errors import ExportError
 from splitfx.export.onnx import LAYER, OPSETS, export_onnx
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 onnx = pytest.importorskip("onnx")
 

@@ -14,7 +14,7 @@ from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx, difference
-from splitfx.trace import trace
+from splitfx.tracing import trace
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -84,9 +84,7 @@ def test_difference_sees_nan_inf_and_small_outputs() -> None:
     assert difference("y", torch.tensor([1.0, 2.0, math.inf]), one).max_rel == math.inf
     assert difference("y", torch.tensor([1.0, math.nan, -math.inf]), one).max_rel == math.inf
     assert difference("y", torch.tensor([math.nan]), torch.tensor([1.0])).max_rel == math.inf
-    assert difference("y", torch.tensor([1.1e-6]), torch.tensor([1e-6])).max_rel == pytest.approx(
-        0.1, rel=1e-3
-    )
+    assert difference("y", torch.tensor([1.1e-6]), torch.tensor([1e-6])).max_rel == pytest.approx(0.1, rel=1e-3)
     assert difference("y", torch.tensor([1e-9]), torch.tensor([0.0])).max_rel == math.inf
 
 

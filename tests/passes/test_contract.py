@@ -25,7 +25,7 @@ from splitfx.passes import DropIdentity, Group
 from splitfx.pipeline import Step, run_pass
 from splitfx.plan import Plan
 from splitfx.protocol import Pass, Promise
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO
 

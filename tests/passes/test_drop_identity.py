@@ -14,7 +14,7 @@ from splitfx.errors import UnsupportedError, VerificationError
 from splitfx.graph import info, text
 from splitfx.passes import DropIdentity, drop_identity
 from splitfx.pipeline import run_pass
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, image
 
@@ -155,9 +155,7 @@ def test_the_model_does_not_return_its_own_input() -> None:
     assert "its own input" in info(split).steps[-1].notes[0].what
 
 
-@pytest.mark.parametrize(
-    "function", [lambda m, x: x[:, :2].clone().view(-1), lambda m, x: (y := m.conv(x), y.clone())]
-)
+@pytest.mark.parametrize("function", [lambda m, x: x[:, :2].clone().view(-1), lambda m, x: (y := m.conv(x), y.clone())])
 def test_the_model_returns_no_shared_storage(function: Callable[..., torch.Tensor]) -> None:
     split, _ = run_pass(trace(Model(function), image()), DropIdentity())
     assert "clone" in text(split)

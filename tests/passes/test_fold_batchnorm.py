@@ -15,16 +15,14 @@ from splitfx.errors import UnsupportedError, VerificationError
 from splitfx.graph import info, text
 from splitfx.passes import FoldBatchNorm, fold_batchnorm
 from splitfx.pipeline import run_pass
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, image
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
-def folded(
-    model: nn.Module, x: torch.Tensor, step: FoldBatchNorm | None = None
-) -> tuple[fx.GraphModule, list[str]]:
+def folded(model: nn.Module, x: torch.Tensor, step: FoldBatchNorm | None = None) -> tuple[fx.GraphModule, list[str]]:
     """The result in float64 and what its notes say; equal to the model, which the pipeline proves too."""
     torch.manual_seed(0)
     for module in model.modules():
@@ -87,9 +85,7 @@ class Model(nn.Module):
 
 
 def tied() -> nn.Module:
-    model = Model(
-        lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)
-    )
+    model = Model(lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
     model.a.weight = model.b.weight  # type: ignore[assignment]
     return model
 

@@ -18,12 +18,12 @@ from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.carve import Division
 from splitfx.editing import tidy
-from splitfx.errors import PassError, PlanError, VerificationError
+from splitfx.errors import PlanError, VerificationError
 from splitfx.graph import copy_graph, text
 from splitfx.passes import Group
 from splitfx.pipeline import run_pass
 from splitfx.protocol import Outcome
-from splitfx.trace import trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, Head, conv_bn, image
 from tests.strategies import networks
@@ -50,9 +50,7 @@ def notes(outcome: Outcome, kind: str) -> list[str]:
     return [f"{n.where}: {n.what}" for n in outcome.notes if n.kind == kind]
 
 
-def assert_masked_dense(
-    graph: fx.GraphModule, step: Group, x: torch.Tensor
-) -> tuple[fx.GraphModule, Outcome]:
+def assert_masked_dense(graph: fx.GraphModule, step: Group, x: torch.Tensor) -> tuple[fx.GraphModule, Outcome]:
     """The split equals the pass's reference, and that is the dense graph with weights set to zero."""
     split, outcome = grouped(graph, step)
     assert outcome.reference is not None, [n.what for n in outcome.notes]
@@ -128,9 +126,7 @@ def test_vgg_independently_masked() -> None:
     model, x = vgg16()
     model, x = model.double(), x.double()
     factors = (8, 2, 2, 6, 4)
-    split = splitfx.transform(
-        model, Group(factors=factors, fusion="keep", lowering="branches"), x, verify=False
-    )
+    split = splitfx.transform(model, Group(factors=factors, fusion="keep", lowering="branches"), x, verify=False)
     stage = 0
     with torch.no_grad():
         for layer in model.features:
@@ -140,9 +136,7 @@ def test_vgg_independently_masked() -> None:
             if not isinstance(layer, nn.Conv2d) or layer.in_channels == 3:
                 continue
             mask = torch.zeros(layer.weight.shape[:2], dtype=torch.float64)
-            parts = [
-                np.array_split(np.arange(n), factors[stage]) for n in (layer.out_channels, layer.in_channels)
-            ]
+            parts = [np.array_split(np.arange(n), factors[stage]) for n in (layer.out_channels, layer.in_channels)]
             for outs, ins in zip(*parts, strict=True):
                 mask[np.ix_(outs, ins)] = 1
             layer.weight.mul_(mask[:, :, None, None])
@@ -369,9 +363,7 @@ def test_residual_writers_split_alike_and_the_fusion_feeds_both_paths() -> None:
 def test_select_exclude_share() -> None:
     model, x = chain()
     graph = trace(model, x)
-    some = Group(
-        factors=(2, 2, 2), select=("body.3.*", "body.4.*"), exclude=("body.4.0",), lowering="branches"
-    )
+    some = Group(factors=(2, 2, 2), select=("body.3.*", "body.4.*"), exclude=("body.4.0",), lowering="branches")
     split, _ = assert_masked_dense(graph, some, x)
     divided = {n.partition(".branch")[0] for n in dict(split.named_modules()) if ".branch" in n}
     assert divided & {"body.1.0", "body.4.0", "body.6.0"} == set()
@@ -390,9 +382,7 @@ def test_functional_convs_are_declined_with_a_reason() -> None:
 def test_a_module_called_again_is_split_once() -> None:
     graph, x = in_double("shared_module")
     model = nn.Sequential(graph, nn.Conv2d(6, 4, 1)).double().eval()
-    split, _ = assert_masked_dense(
-        trace(model, x), Group(factors=(2,), fusion="none", lowering="branches"), x
-    )
+    split, _ = assert_masked_dense(trace(model, x), Group(factors=(2,), fusion="none", lowering="branches"), x)
     calls = [n for n in split.graph.nodes if str(n.target).endswith("0.branch0")]
     assert len(calls) == 3
 
@@ -508,8 +498,8 @@ def test_one_dimensional_networks() -> None:
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     graph = trace(model, x)
     assert_masked_dense(graph, Group(factors=per_block(graph, 2), fusion="none", lowering="grouped"), x)
-    with pytest.raises(PassError, match="use fusion='none'"):
-        grouped(graph, Group(factors=per_block(graph, 2)))
+    split, _ = assert_masked_dense(graph, Group(factors=per_block(graph, 2), lowering="branches"), x)
+    assert isinstance(split.get_submodule("fusion1"), nn.Conv1d)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -535,6 +525,20 @@ def test_sabotage_swapped_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = chain()
     with pytest.raises(VerificationError, match="broke its promise"):
         splitfx.transform(model, Group(factors=(2, 2, 2), lowering="branches"), x)
+
+
+@pytest.mark.parametrize("shut", [False, True], ids=["fresh norms", "norms that start at zero"])
+def test_sabotage_behind_norms_that_hide_it(monkeypatch: pytest.MonkeyPatch, shut: bool) -> None:
+    """A norm that scales by zero lets nothing through: the oracle runs on other weights as well."""
+    model, x = ZOO["residual"]()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+            nn.init.constant_(module.weight, 0.0 if shut else 1.0)
+    right = narrow.channelwise
+    monkeypatch.setattr(narrow, "channelwise", lambda m, p: right(m, (p + 1) % m.num_features))
+    with pytest.raises(VerificationError, match="broke its promise"):
+        splitfx.transform(model.eval(), Group(factors=(2, 2), lowering="branches"), x)
 
 
 def test_sabotage_mask_off_by_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:

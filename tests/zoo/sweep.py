@@ -90,7 +90,7 @@ def word(row: Row, model: nn.Module) -> str:
 
 def traced(row: Row, model: nn.Module) -> str:
     from splitfx.graph import info
-    from splitfx.trace import trace
+    from splitfx.tracing import trace
 
     dtype = next(model.parameters()).dtype
     shape = smallest_input(model)
@@ -103,9 +103,7 @@ def traced(row: Row, model: nn.Module) -> str:
     model.double().eval()  # in place, so the graph's parameters are double now too; its buffers are not yet
     graph.double().eval()
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(
-        (3 if found.dynamic == "batch" else 2, *shape[1:]), generator=generator, dtype=torch.float64
-    )
+    inputs = torch.randn((3 if found.dynamic == "batch" else 2, *shape[1:]), generator=generator, dtype=torch.float64)
     with torch.no_grad():
         wrong = oracle.difference(graph(inputs), model(inputs))
     if wrong:
@@ -181,11 +179,7 @@ def render(rows: list[Row]) -> str:
 
 
 def parse(text: str) -> dict[str, Row]:
-    table = [
-        [cell.strip() for cell in line.strip("|\n ").split(" | ")]
-        for line in text.splitlines()
-        if "|" in line
-    ]
+    table = [[cell.strip() for cell in line.strip("|\n ").split(" | ")] for line in text.splitlines() if "|" in line]
     if not table:
         return {}
     passes = table[0][4:]
@@ -198,29 +192,17 @@ def lost(before: dict[str, Row], now: dict[str, Row]) -> list[str]:
     found = []
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
-        pairs = [("trace", old.trace, new.trace)] + [
-            (p, w, new.passes.get(p, w)) for p, w in old.passes.items()
-        ]
-        found += [
-            f"{name}: {what} was '{a}', is '{b}'" for what, a, b in pairs if a.startswith("ok") and a != b
-        ]
+        pairs = [("trace", old.trace, new.trace)] + [(p, w, new.passes.get(p, w)) for p, w in old.passes.items()]
+        found += [f"{name}: {what} was '{a}', is '{b}'" for what, a, b in pairs if a.startswith("ok") and a != b]
     return sorted(found)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.sweep", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument(
-        "--only", default="*", help="names to run, a glob such as 'timm:*net*' (default: all)"
-    )
-    parser.add_argument(
-        "--passes", default="", help="plan names of passes to try as well, separated by commas"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="models at a time (default 1; big ones need 6 GB each)"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the committed table, write nothing"
-    )
+    parser.add_argument("--only", default="*", help="names to run, a glob such as 'timm:*net*' (default: all)")
+    parser.add_argument("--passes", default="", help="plan names of passes to try as well, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1; big ones need 6 GB each)")
+    parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
     given = parser.parse_args(argv)
     wanted = [n for n in names() if any(fnmatch.fnmatch(n, p) for p in given.only.split(","))]
     passes = tuple(p for p in given.passes.split(",") if p)

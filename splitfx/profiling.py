@@ -24,7 +24,7 @@ from splitfx.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ops import is_size, op_name
 from splitfx.report.fold import fold
 from splitfx.report.table import dims, number, size, table, wrap
-from splitfx.trace import split_inputs, trace
+from splitfx.tracing import split_inputs, trace
 
 FORMAT = 1
 ROWS = 60  # lines of the printed table
@@ -139,9 +139,7 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
     """
     if not isinstance(model, fx.GraphModule) or not is_canonical(model):
         if example_inputs is None:
-            raise UnsupportedError(
-                f"{type(model).__name__} is no traced graph: give profile its example_inputs"
-            )
+            raise UnsupportedError(f"{type(model).__name__} is no traced graph: give profile its example_inputs")
         return _profile(trace(model, example_inputs), None)
     return _profile(model, example_inputs)
 

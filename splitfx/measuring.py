@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
 from splitfx.report.table import seconds, size
-from splitfx.trace import split_inputs
+from splitfx.tracing import split_inputs
 
 WARM_UP = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -56,9 +56,7 @@ class Measurement:
         return asdict(self)
 
     def __str__(self) -> str:
-        process = (
-            size(self.process_bytes) if self.process_bytes is not None else f"unknown ({self.process_why})"
-        )
+        process = size(self.process_bytes) if self.process_bytes is not None else f"unknown ({self.process_why})"
         where = (
             self.device
             if self.device.startswith("cuda")
@@ -70,9 +68,7 @@ class Measurement:
         )
 
 
-def measure(
-    model: nn.Module, example_inputs: Any, device: str | torch.device = "cpu", runs: int = 20
-) -> Measurement:
+def measure(model: nn.Module, example_inputs: Any, device: str | torch.device = "cpu", runs: int = 20) -> Measurement:
     """Run ``model`` on ``example_inputs`` and measure it.
 
     ``example_inputs`` is spelled as for `trace`; floating inputs and the model keep their dtype. ``runs``
@@ -94,11 +90,7 @@ def measure(
         call = lambda: there(*args, **kwargs)  # noqa: E731
         _try(call, model)
         times = timed({"call": call}, runs, place)["call"]
-        peak = (
-            _cuda_peak(call, place) - before
-            if place.type == "cuda"
-            else _live_peak(call, there, (args, kwargs))
-        )
+        peak = _cuda_peak(call, place) - before if place.type == "cuda" else _live_peak(call, there, (args, kwargs))
         process, why = _process_peak(call) if place.type == "cpu" else (None, "the tensors are on the GPU")
     return Measurement(
         statistics.median(times), _p90(times), runs, peak, process, why, str(place), torch.get_num_threads()
@@ -143,9 +135,7 @@ def _device(device: str | torch.device) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"measuring on {place.type} is not supported; use 'cpu' or 'cuda'")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(
-            "there is no CUDA device here (torch.cuda.is_available() is False); use device='cpu'"
-        )
+        raise UnsupportedError("there is no CUDA device here (torch.cuda.is_available() is False); use device='cpu'")
     return place
 
 
@@ -182,9 +172,7 @@ def _try(call: Callable[[], Any], model: nn.Module) -> None:
         call()
     except (RuntimeError, TypeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedError(
-            f"{type(model).__name__} does not run on these inputs: {first[:300]}"
-        ) from error
+        raise UnsupportedError(f"{type(model).__name__} does not run on these inputs: {first[:300]}") from error
 
 
 def _live_peak(call: Callable[[], Any], model: nn.Module, inputs: Any) -> int:

@@ -172,9 +172,7 @@ class _Attempt:
 
     def alone(self) -> Behaviour:
         """In eval mode and, where the model takes it, for a batch of one: a case apart for torch.export."""
-        one: Inputs = pytree.tree_map(
-            lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs
-        )
+        one: Inputs = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, self.inputs)
         try:
             seen = observe(self.private, *one, self.leaves)
         except Exception:
@@ -219,24 +217,16 @@ class _Attempt:
                 continue
             if how == "none" or is_free(program):
                 if why and how == "none":
-                    self.note(
-                        "model", f"sizes are fixed to those of the example inputs, batch included: {why}"
-                    )
+                    self.note("model", f"sizes are fixed to those of the example inputs, batch included: {why}")
                 return program, how
             why = why or "its code needs a known batch"
         assert problem is not None
         raise problem
 
 
-def export_once(
-    private: nn.Module, inputs: Inputs, how: str, leaves: set[str]
-) -> torch.export.ExportedProgram:
+def export_once(private: nn.Module, inputs: Inputs, how: str, leaves: set[str]) -> torch.export.ExportedProgram:
     args, kwargs = inputs
-    shapes = (
-        None
-        if how == "none"
-        else by_name(private, *pytree.tree_map(lambda leaf: free_sizes(leaf, how), inputs))
-    )
+    shapes = None if how == "none" else by_name(private, *pytree.tree_map(lambda leaf: free_sizes(leaf, how), inputs))
     # Gradients on and no fused path of nn.MultiheadAttention: the graph must train wherever the model does.
     with (
         opaque_leaves(private, leaves),

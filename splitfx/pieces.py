@@ -1,0 +1,174 @@
+"""Tensors in pieces: the bookkeeping of a rewrite that takes channels apart.
+
+During carving a tensor is a list of *pieces*, each a new node with the dense channel positions that it holds, in any
+order. Whoever reads it says which positions it wants, in which order; what is there already costs nothing, the rest
+is a slice, a concat or, last, one gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from splitfx.analysis import Facts
+from splitfx.analysis.moves import channel_dim
+from splitfx.analysis.shapes import shape
+from splitfx.editing import like
+from splitfx.graph import module_of
+from splitfx.ops import in_place, out_of_place
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Value:
+    """A tensor in pieces: new nodes with the dense positions they hold along ``dim``. All together: every channel."""
+
+    pieces: list[tuple[fx.Node, np.ndarray]]
+    dim: int
+    size: int
+
+    @property
+    def plain(self) -> bool:
+        """One piece in the user's order."""
+        return len(self.pieces) == 1 and np.array_equal(self.pieces[0][1], np.arange(self.size))
+
+
+@dataclass
+class Deferred:
+    """A value in the middle of a chain of data movement: which channel of ``base`` sits where."""
+
+    base: Value
+    ids: torch.Tensor
+    sizes: tuple[int, ...]  # of the tensor that ``base`` stands for
+
+
+class Pieces:
+    """The graph that is being written, and what every old node's value has become in it."""
+
+    def __init__(self, graph: fx.GraphModule, known: Facts) -> None:
+        self.graph, self.values, self.axes = graph, known.shapes, known.axes
+        self.new = fx.Graph()
+        self.new.set_codegen(graph.graph._codegen)
+        self.whole: dict[fx.Node, Any] = {}
+        self.split: dict[fx.Node, Any] = {}  # Value, Deferred, or a list of Values (chunk)
+        self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
+        self.modules: dict[str, nn.Module] = {}
+        self.made: dict[Any, str] = {}
+        self.branch: dict[fx.Node, int] = {}
+        self.origin: fx.Node | None = None
+
+    def dim(self, node: fx.Node) -> int | None:
+        """The dim along which an old node's channels lie; None where there is no single one."""
+        labels = self.axes.labels.get(node)
+        return channel_dim(labels) if isinstance(labels, torch.Tensor) else None
+
+    def note(self, new: fx.Node, branch: int | None = None) -> fx.Node:
+        assert self.origin is not None
+        like(new, self.origin)
+        if branch is not None:
+            self.branch[new] = branch
+        return new
+
+    def make(self, target: Any, *args: Any, branch: int | None = None) -> fx.Node:
+        return self.note(self.new.call_function(target, args), branch)
+
+    def need(self, node: fx.Node) -> fx.Node:
+        """The whole tensor of an old node, in the user's order."""
+        if node in self.whole:
+            return self.whole[node]
+        held = self.split[node]
+        if isinstance(held, Value):
+            made = self.assemble(held, np.arange(held.size))
+        else:
+            made = self.note(self.new.node_copy(node, self.need))
+            if in_place(node):
+                made.target = out_of_place(made.target)
+        self.whole[node] = made
+        return made
+
+    def value(self, node: fx.Node) -> Value | None:
+        """An old node's value in pieces; whole tensors with a channel dim are one piece."""
+        held = self.split.get(node)
+        if isinstance(held, Value):
+            return held
+        if held is not None or node not in self.whole:
+            return None
+        dim = self.dim(node)
+        if dim is None:
+            return None
+        size = shape(self.values[node])[dim]
+        return Value([(self.whole[node], np.arange(size))], dim, size)
+
+    def assemble(self, value: Value, wanted: np.ndarray, branch: int | None = None) -> fx.Node:
+        """One tensor that holds the ``wanted`` positions in that order: a piece, a slice, a concat or a gather."""
+        key = (tuple(id(n) for n, _ in value.pieces), value.dim, wanted.tobytes())
+        if key in self.cut:
+            return self.cut[key]
+        for piece, positions in value.pieces:
+            if np.array_equal(positions, wanted):
+                return piece
+        self.cut[key] = made = self.gather(value, wanted, branch)
+        return made
+
+    def gather(self, value: Value, wanted: np.ndarray, branch: int | None) -> fx.Node:
+        home = np.full(value.size, -1)
+        for index, (_, positions) in enumerate(value.pieces):
+            home[positions] = index
+        used = [i for i in range(len(value.pieces)) if (home[wanted] == i).any()]
+        pieces = [value.pieces[i] for i in used]
+        source = pieces[0][0]
+        if len(pieces) > 1:
+            # Only what is wanted of each piece, then one concat, then at most one gather.
+            pieces = [self.trim(value, piece, wanted, branch) for piece in pieces]
+            source = self.make(aten.cat.default, [n for n, _ in pieces], value.dim, branch=branch)
+        held = np.concatenate([p for _, p in pieces])
+        place = np.full(value.size, -1)
+        place[held] = np.arange(len(held))
+        return self.select(source, place[wanted], len(held), value.dim, branch)
+
+    def trim(
+        self, value: Value, piece: tuple[fx.Node, np.ndarray], wanted: np.ndarray, branch: int | None
+    ) -> tuple[fx.Node, np.ndarray]:
+        node, positions = piece
+        kept = np.isin(positions, wanted)
+        if kept.all():
+            return piece
+        index = np.flatnonzero(kept)
+        return self.select(node, index, len(positions), value.dim, branch), positions[index]
+
+    def select(self, node: fx.Node, index: np.ndarray, size: int, dim: int, branch: int | None) -> fx.Node:
+        if len(index) == size and np.array_equal(index, np.arange(size)):
+            return node
+        if np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            return self.make(aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch)
+        path = f"channel_order.{len(self.modules)}"
+        holder = nn.Module()
+        holder.register_buffer("index", torch.from_numpy(np.ascontiguousarray(index)))
+        self.modules[path] = holder
+        read = self.note(self.new.get_attr(f"{path}.index"), branch)
+        return self.make(aten.index_select.default, node, dim, read, branch=branch)
+
+    def call(
+        self,
+        node: fx.Node,
+        name: str,
+        positions: tuple[np.ndarray, ...],
+        make: Callable[[], nn.Module],
+        operand: fx.Node,
+        branch: int | None,
+    ) -> fx.Node:
+        """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
+        key = (str(node.target), name, *(p.tobytes() for p in positions))
+        if key not in self.made:
+            wanted = f"{node.target}.{name}" if name else str(node.target)
+            taken = wanted in self.modules
+            self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
+            self.modules[self.made[key]] = module = make()
+            module.training = module_of(node).training  # type: ignore[union-attr]
+        return self.note(self.new.call_module(self.made[key], (operand,)), branch)
