@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour
 from splitfx.graph import INFO, TensorSpec, TraceInfo, info, is_canonical, restore_aliases, set_path
-from splitfx.protocol import Note
+from splitfx.notes import Note
 from splitfx.raising import Raiser
 from splitfx.schema import mutates
 

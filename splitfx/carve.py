@@ -103,9 +103,8 @@ class _Carver(Pieces):
     def install(self) -> None:
         """Swap the graph in, and the narrow modules for the dense ones that nobody calls any more."""
         called = {str(n.target) for n in self.new.nodes if n.op == "call_module"}
-        for path in sorted({p.rpartition(".branch")[0] for p in self.modules if ".branch" in p}):
-            if path not in called and path:
-                set_path(self.graph, path, nn.Module())
+        for path in sorted(self.parted - called):
+            set_path(self.graph, path, nn.Module())
         for path, module in self.modules.items():
             set_path(self.graph, path, module)
         self.graph.graph = self.new

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import UnsupportedError
-from splitfx.protocol import Note
+from splitfx.notes import Note
 
 INFO = "splitfx"
 
@@ -193,10 +193,3 @@ def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
         tensors: Iterator[torch.Tensor] = (t for ts in (graph.parameters(), graph.buffers()) for t in ts)
         memo = {id(t): t for t in tensors}
     return copy.deepcopy(graph, memo)
-
-
-def text(graph: fx.GraphModule) -> str:
-    """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
-    from splitfx.ops import describe
-
-    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"

@@ -293,6 +293,11 @@ def _conv_padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ..
 # ---------------------------------------------------------------- text form
 
 
+def text(graph: fx.GraphModule) -> str:
+    """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
+    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"
+
+
 def describe(node: fx.Node) -> str:
     """One node as one line: ``%conv1 = conv2d[3->64 7x7 stride 2 pad 3] "conv1" (%x)``."""
     reads = ", ".join(_word(a) for a in node.args if not _is_option(a))

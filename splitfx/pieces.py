@@ -60,6 +60,7 @@ class Pieces:
         self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
+        self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
         self.branch: dict[fx.Node, int] = {}
         self.origin: fx.Node | None = None
 
@@ -168,6 +169,7 @@ class Pieces:
         if key not in self.made:
             wanted = f"{node.target}.{name}" if name else str(node.target)
             taken = wanted in self.modules
+            self.parted |= {str(node.target)} if name else set()
             self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
             self.modules[self.made[key]] = module = make()
             module.training = module_of(node).training  # type: ignore[union-attr]

@@ -15,10 +15,11 @@ import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from splitfx import options
 from splitfx.errors import PassError, PlanError, nearest
+from splitfx.notes import Note
 
 if TYPE_CHECKING:
     from torch import fx
@@ -32,15 +33,6 @@ class Promise(enum.Enum):
     EQUAL = "equal"  # same function: outputs equal to the input graph's in float64
     RETRAIN = "retrain"  # same shapes, fewer connections: outputs equal to the pass's own masked dense reference
     RESHAPE = "reshape"  # another signature: declared shapes, each sub-model equal to its reference
-
-
-@dataclass(frozen=True)
-class Note:
-    """What a pass did, or declined to do and why, at one place in the user's model."""
-
-    where: str  # the user's layer path
-    what: str
-    kind: Literal["did", "declined", "info"] = "did"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from splitfx.api import explain
 from splitfx.errors import ExportError
 from splitfx.files import written_whole
 from splitfx.graph import info
+from splitfx.notes import Note
 from splitfx.pipeline import Figures, Step
-from splitfx.protocol import Note
 
 NAME = "explanation.json"
 

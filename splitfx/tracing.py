@@ -28,7 +28,7 @@ from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves
 from splitfx.errors import TraceError
 from splitfx.graph import TraceInfo
-from splitfx.protocol import Note
+from splitfx.notes import Note
 from splitfx.trace_errors import check_inputs, failure, reason
 
 DYNAMIC = ("batch", "all", "none")

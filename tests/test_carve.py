@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+import splitfx
 from splitfx import carve as carving
 from splitfx import narrow
 from splitfx.analysis import facts
 from splitfx.analysis.partition import WHOLE
 from splitfx.carve import Division, carve, mask_weights
-from splitfx.graph import copy_graph, text
+from splitfx.graph import copy_graph
+from splitfx.ops import text
+from splitfx.passes import Group
 from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, conv_bn
@@ -185,3 +188,33 @@ def test_a_wrong_position_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, x = pair()
     with pytest.raises(AssertionError, match="off by"):
         check(graph, x, halves(graph, "1.0", "2.0"), "branches")
+
+
+@pytest.mark.parametrize("lowering", ["grouped", "branches"])
+def test_layers_that_the_user_calls_branches(lowering: str) -> None:
+    """Narrow modules are named branch0, branch1 ... below their layer; a user's own names must not be taken for it."""
+
+    class Inception(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.branch1 = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+            self.branch2 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+            self.pool = nn.MaxPool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.pool(torch.cat([self.branch1(x), self.branch2(x)], 1))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inception = Inception()
+            self.head = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.inception(x))
+
+    step = Group(factors=(2, 1), lowering=lowering, fusion="keep")  # type: ignore[arg-type]
+    split = splitfx.transform(Net().eval(), step, torch.randn(1, 3, 12, 12))
+    assert split(torch.randn(2, 3, 12, 12)).shape == (2, 4, 6, 6)

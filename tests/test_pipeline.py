@@ -15,7 +15,8 @@ import splitfx
 from splitfx.analysis import Facts
 from splitfx.editing import bypass
 from splitfx.errors import PassError, PlanError, UnsupportedError, VerificationError
-from splitfx.graph import copy_graph, info, text
+from splitfx.graph import copy_graph, info
+from splitfx.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group
 from splitfx.pipeline import run_pass, run_plan
 from splitfx.plan import Plan

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from splitfx import raising
-from splitfx.graph import info, random_inputs, text
+from splitfx.graph import info, random_inputs
+from splitfx.ops import text
 from splitfx.schema import mutates
 from splitfx.tracing import private_copy, split_inputs, trace
 from tests import oracle

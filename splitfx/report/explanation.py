@@ -14,8 +14,8 @@ from splitfx.report.table import WIDTH, number, seconds, size, table, wrap
 
 if TYPE_CHECKING:
     from splitfx.api import Comparison, Explanation
+    from splitfx.notes import Note
     from splitfx.pipeline import Figures, Step
-    from splitfx.protocol import Note
 
 PROMISES = {
     "equal": "the same function",

@@ -16,9 +16,9 @@ from torch import fx
 from splitfx.errors import SplitfxError
 from splitfx.files import check_target, written_whole
 from splitfx.graph import info
+from splitfx.notes import Note
 from splitfx.pipeline import Figures, Step, figures
 from splitfx.profiling import Profile, profile
-from splitfx.protocol import Note
 from splitfx.report.boxes import Box, boxes
 from splitfx.report.drawing import graph_svg, memory_svg, picture_svg
 from splitfx.report.explanation import by_kind, promise, ratio, title

@@ -20,7 +20,8 @@ from splitfx import registry
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.editing import tidy
-from splitfx.graph import copy_graph, info, text
+from splitfx.graph import copy_graph, info
+from splitfx.ops import text
 from splitfx.passes import DropIdentity, Group
 from splitfx.pipeline import Step, run_pass
 from splitfx.plan import Plan

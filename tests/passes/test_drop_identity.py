@@ -11,7 +11,8 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.errors import UnsupportedError, VerificationError
-from splitfx.graph import info, text
+from splitfx.graph import info
+from splitfx.ops import text
 from splitfx.passes import DropIdentity, drop_identity
 from splitfx.pipeline import run_pass
 from splitfx.tracing import trace

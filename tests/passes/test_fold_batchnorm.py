@@ -12,7 +12,8 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.errors import UnsupportedError, VerificationError
-from splitfx.graph import info, text
+from splitfx.graph import info
+from splitfx.ops import text
 from splitfx.passes import FoldBatchNorm, fold_batchnorm
 from splitfx.pipeline import run_pass
 from splitfx.tracing import trace

@@ -19,7 +19,8 @@ from splitfx.analysis.blocks import blocks
 from splitfx.carve import Division
 from splitfx.editing import tidy
 from splitfx.errors import PlanError, VerificationError
-from splitfx.graph import copy_graph, text
+from splitfx.graph import copy_graph
+from splitfx.ops import text
 from splitfx.passes import Group
 from splitfx.pipeline import run_pass
 from splitfx.protocol import Outcome
