@@ -6,16 +6,19 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo test zoo bench lint clean
+.PHONY: help env demo test slow zoo bench lint clean
 
 help:
-	@echo "make demo | test | zoo | bench | lint | env | clean"
+	@echo "make demo | test | slow | zoo | bench | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not zoo"
+
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.sweep
