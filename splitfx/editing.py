@@ -7,14 +7,13 @@ keep speaking the user's words.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from splitfx.graph import attribute, module_of, set_path
+from splitfx.graph import set_path
 from splitfx.ops import in_place
 
 aten = torch.ops.aten
@@ -53,12 +52,6 @@ def bypass(graph: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(operand, fx.Node)
     node.replace_all_uses_with(operand)
     graph.graph.erase_node(node)
-
-
-def replace_module(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """Install ``module`` at ``path`` in the mode (train or eval) of what was there."""
-    module.training = graph.get_submodule(path).training
-    set_path(graph, path, module)
 
 
 def tidy(graph: fx.GraphModule) -> None:
@@ -185,15 +178,3 @@ def reorder(graph: fx.GraphModule, key: Callable[[fx.Node], tuple[int, ...]]) ->
             left[reader] -= 1
             if not left[reader]:
                 heapq.heappush(ready, (reader.op != "placeholder", *key(reader), place[reader]))
-
-
-def parameters_of(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
-    """How many distinct parameters the modules and values of these nodes hold."""
-    seen: dict[int, int] = {}
-    for node in nodes:
-        module = module_of(node)
-        held: list[Any] = list(module.parameters()) if module is not None else []
-        if node.op == "get_attr":
-            held = [attribute(graph, str(node.target))]
-        seen |= {id(p): p.numel() for p in held if isinstance(p, nn.Parameter)}
-    return sum(seen.values())

@@ -119,10 +119,6 @@ def attribute(graph: nn.Module, path: str) -> Any:
     return getattr(graph.get_submodule(parent), name)
 
 
-def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in graph.graph.nodes if n.op == "placeholder"]
-
-
 def output_node(graph: fx.GraphModule) -> fx.Node:
     return next(n for n in reversed(graph.graph.nodes) if n.op == "output")
 

@@ -33,11 +33,6 @@ class Value:
     dim: int
     size: int
 
-    @property
-    def plain(self) -> bool:
-        """One piece in the user's order."""
-        return len(self.pieces) == 1 and np.array_equal(self.pieces[0][1], np.arange(self.size))
-
 
 @dataclass
 class Deferred:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import fx, nn
 
 from splitfx.analysis import facts
-from splitfx.graph import layer, output_node, placeholders
+from splitfx.graph import layer, output_node
 from splitfx.ops import is_size
 from splitfx.tracing import trace
 from tests.models import ZOO
@@ -19,7 +19,7 @@ def by_definition(graph: fx.GraphModule) -> list[fx.Node]:
     end = output_node(graph)
 
     def reaches(without: fx.Node | None) -> bool:
-        waiting, seen = [n for n in placeholders(graph) if n is not without], set()
+        waiting, seen = [n for n in graph.graph.nodes if n.op == "placeholder" and n is not without], set()
         while waiting:
             node = waiting.pop()
             if node is end:
