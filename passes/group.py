@@ -118,6 +118,8 @@ class _Job:
         self.graph.recompile()
         reference = copy_graph(self.graph)
         carve(self.graph, self.divisions, lowering)
+        if self.options.lowering != "auto":
+            return Outcome(tuple(self.notes), reference)
         settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
         return Outcome(tuple(self.notes), reference, replace(self.options, lowering=settled))
 

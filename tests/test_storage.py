@@ -14,10 +14,13 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+import splitfx
 from splitfx import graph as graphs
 from splitfx import storage
 from splitfx.errors import ExportError, PlanError
 from splitfx.graph import resolve as at
+from splitfx.passes import Group
+from splitfx.record import NAME as RECORD
 from splitfx.storage import ABOUT, CONSTANTS, PROGRAM, WEIGHTS, load, save
 from splitfx.tracing import trace
 
@@ -105,8 +108,8 @@ def test_loaded_twice_and_trained(odd, tmp_path: Path) -> None:
 
 def test_weights_are_stored_once_and_without_local_paths(odd, tmp_path: Path) -> None:
     folder = save(odd, tmp_path / "split")
-    assert sorted(one.name for one in folder.iterdir()) == sorted([ABOUT, PROGRAM, WEIGHTS, CONSTANTS])
-    for name in (ABOUT, PROGRAM):
+    assert sorted(one.name for one in folder.iterdir()) == sorted([ABOUT, PROGRAM, WEIGHTS, CONSTANTS, RECORD])
+    for name in (ABOUT, PROGRAM, RECORD):
         text = (folder / name).read_text()
         assert ".py" not in text
         assert str(Path(__file__).parent) not in text
@@ -347,3 +350,10 @@ def test_not_writable_missing_parent_and_not_a_graph(tmp_path: Path, monkeypatch
     with pytest.raises(ExportError, match="not writable"):
         save(graph, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_it_was_made_is_kept(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2)).eval()
+    split = splitfx.transform(model, Group(factors=(2,)), torch.randn(1, 3, 12, 12))
+    read = load(save(split, tmp_path / "split"))
+    assert splitfx.explain(read).steps == splitfx.explain(split).steps
