@@ -7,7 +7,7 @@ place, ``graph.meta["splitfx"]`` (a `TraceInfo`), so that a graph can be copied,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,10 +182,11 @@ def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) ->
         setattr(root, name, value)
 
 
-def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
-    """A private copy: nodes, modules and record; ``share`` keeps the same Parameter and buffer objects."""
+def copy_graph(graph: fx.GraphModule, share: bool = False, apart: Iterable[torch.Tensor] = ()) -> fx.GraphModule:
+    """A private copy: nodes, modules and record; ``share`` keeps the same Parameter and buffer objects, but for
+    those in ``apart``."""
     memo: dict[int, Any] = {}
     if share:
-        tensors: Iterator[torch.Tensor] = (t for ts in (graph.parameters(), graph.buffers()) for t in ts)
-        memo = {id(t): t for t in tensors}
+        own = {id(t) for t in apart}
+        memo = {id(t): t for ts in (graph.parameters(), graph.buffers()) for t in ts if id(t) not in own}
     return copy.deepcopy(graph, memo)

@@ -97,15 +97,18 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
     if changed:
         _tidied(step, work)
     done = step if outcome.settled is None else outcome.settled
+    notes, reference = outcome.notes, outcome.reference
+    del outcome
     if changed and verify:
-        difference = _held_to_promise(step, graph, work, outcome.reference)
+        difference = _held_to_promise(step, graph, work, reference)
+        del reference  # as large as the model
         _held_on_other_weights(done, graph)
     record = Step(
         step.name,
         step.to_dict(),
         step.promise.value,
         changed,
-        outcome.notes,
+        notes,
         time.perf_counter() - started,
         difference,
         before,

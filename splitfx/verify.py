@@ -187,7 +187,8 @@ def has_constants(graph: fx.GraphModule) -> bool:
 
 def varied(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy in which weights that are all alike (fresh norms and biases) have become unlike each other."""
-    copied = copy_graph(graph)
+    alike = [t for t in _weights(graph) if _constant(t)]
+    copied = copy_graph(graph, share=True, apart=alike)  # the rest may be large, and nobody writes to it
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in filter(_constant, _weights(copied)):

@@ -6,7 +6,6 @@ changes any of it, `facts` starts afresh, so no stale fact survives on a node.
 
 from __future__ import annotations
 
-import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,9 @@ class Facts:
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self.version = version(graph)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forgotten, ()
 
     @cached_property
     def shapes(self) -> dict[fx.Node, Any]:
@@ -67,14 +69,18 @@ class Facts:
         return Regions(self.shapes)
 
 
-_cache: weakref.WeakKeyDictionary[fx.GraphModule, Facts] = weakref.WeakKeyDictionary()
+def _forgotten() -> None:
+    """What a copy or a pickle of a graph has in place of the facts: they are of the original."""
+
+
+_KEPT = "_splitfx_facts"  # in the graph's own __dict__, so that facts die with their graph
 
 
 def facts(graph: fx.GraphModule) -> Facts:
     """The facts of a graph as it is now."""
-    known = _cache.get(graph)
+    known = vars(graph).get(_KEPT)
     if known is None or known.version != version(graph):
-        known = _cache[graph] = Facts(graph)
+        known = vars(graph)[_KEPT] = Facts(graph)
     return known
 
 

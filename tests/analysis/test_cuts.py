@@ -68,3 +68,20 @@ def test_two_inputs_have_no_cut_before_they_meet() -> None:
 def test_two_outputs_have_none_behind_the_last_common_one() -> None:
     model, inputs = ZOO["keyword_inputs"]()
     assert facts(trace(model.eval(), inputs)).cuts == []
+
+
+def test_facts_die_with_their_graph_and_stay_out_of_copies() -> None:
+    import copy
+    import gc
+    import weakref
+
+    from splitfx.analysis import facts
+
+    graph = trace(torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8))
+    known = facts(graph)
+    assert facts(graph) is known
+    assert facts(copy.deepcopy(graph)) is not known
+    gone = weakref.ref(graph)
+    del graph, known
+    gc.collect()
+    assert gone() is None
