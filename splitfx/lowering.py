@@ -22,7 +22,7 @@ from splitfx.carve import Division, Divisions
 from splitfx.graph import layer, module_of
 from splitfx.ops import op_name
 
-REPEATS, ENOUGH_SECONDS = 4, 0.2
+REPEATS, ENOUGH_SECONDS = 3, 0.05
 
 
 Lowering = Literal["auto", "grouped", "branches"]
