@@ -323,7 +323,7 @@ class _Carver(Pieces):
         """A concat of values in pieces: piece by piece, or simply all pieces side by side."""
         operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         values = [self.value(n) for n in operands]
-        dim = self.dim(node) if isinstance(self.axes.labels.get(node), torch.Tensor) else None
+        dim = self.dim(node)
         if dim is None or any(v is None or v.dim != dim for v in values) or _cat_dim(node, self.values) != dim:
             return None
         parts: list[Value] = values  # type: ignore[assignment]
