@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_format, run
+from benchmarks import compile_time, results_format, run
 
 
 def test_every_benchmark_is_found_and_can_be_printed() -> None:
@@ -54,3 +54,19 @@ def test_the_gpu_checks_run_dry_on_a_cpu() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FAILED" not in done.stdout
+
+
+def test_a_model_that_dies_leaves_a_row_that_says_so() -> None:
+    row_of = compile_time.row_of
+    assert row_of("big", -9, "", "") == {"model": "big", "outcome": "killed by signal 9"}
+    assert row_of("odd", 1, "", "Traceback\nValueError: no") == {"model": "odd", "outcome": "failed: ValueError: no"}
+    assert row_of("good", 0, 'a warning\n{"model": "good"}\n', "") == {"model": "good"}
+    assert "killed by signal 9" in run.render(compile_time, [row_of("big", -9, "", "")])
+
+
+@pytest.mark.slow
+def test_a_model_is_timed_in_a_process_of_its_own() -> None:
+    row = compile_time.in_its_own_process(compile_time.CHAIN.format(12))
+    assert row["outcome"] == "split"
+    assert row["total_seconds"] == row["trace_seconds"] + row["facts_seconds"] + row["transform_seconds"]
+    assert compile_time.in_its_own_process("no_such_model")["outcome"].startswith("failed: ValueError")
