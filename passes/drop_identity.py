@@ -45,6 +45,7 @@ class DropIdentity(Pass):
 
     name: ClassVar[str] = "drop_identity"
     promise: ClassVar[Promise] = Promise.EQUAL
+    writes_weights: ClassVar[bool] = False
 
     eval_only: bool = False
 

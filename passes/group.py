@@ -12,6 +12,7 @@ Promise RETRAIN: equal to the dense model with fusions inserted and the removed 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
@@ -26,11 +27,11 @@ from splitfx.analysis.blocks import Block, blocks
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
 from splitfx.calibrate import activations, solve_fusions
-from splitfx.carve import Division, carve, mask_weights
+from splitfx.carve import Division, carve, masked
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
 from splitfx.fusion import fusion_layer, squares, widen_readers
-from splitfx.graph import copy_graph, layer, module_of
+from splitfx.graph import layer, module_of, set_path
 from splitfx.lowering import Lowering, choose_lowering
 from splitfx.ops import Channel, op, op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
@@ -55,6 +56,7 @@ class Group(Pass):
 
     name: ClassVar[str] = "group"
     promise: ClassVar[Promise] = Promise.RETRAIN
+    writes_weights: ClassVar[bool] = False
 
     factors: tuple[int, ...]
     fusion: Literal["widen", "keep", "none"] = "widen"
@@ -92,7 +94,7 @@ class _Job:
         self.factor = self.factors()
         self.notes: list[Note] = []
         self.divisions: dict[fx.Node, Division] = {}
-        self.fusions: dict[fx.Node, torch.Tensor] = {}
+        self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
         relaxed = self.gates() if options.gating == "relaxed" else set()
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
@@ -112,11 +114,11 @@ class _Job:
         dense = activations(self.graph, ends, calibration) if calibration is not None and ends else []
         for block in self.blocks:
             self.fuse(block)
-        mask_weights(self.graph, self.divisions)
-        self.solve(dense)
+        reference = masked(self.graph, self.divisions)
+        self.solve(reference, dense)
+        for node in self.fusions:  # no write into the graph may reach what it is compared with
+            set_path(reference, str(node.target), copy.deepcopy(module_of(node)))
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
-        self.graph.recompile()
-        reference = copy_graph(self.graph)
         carve(self.graph, self.divisions, lowering)
         if self.options.lowering != "auto":
             return Outcome(tuple(self.notes), reference)
@@ -308,10 +310,10 @@ class _Job:
         if width is not None and follower is not None:
             readers = [n for n in end.users if n in self.divisions]
             chosen = widen_readers(readers, self.divisions, width)
-        fusion, target = fusion_layer(self.graph, wide, chosen)
+        fusion = fusion_layer(self.graph, wide, chosen)
         path = free_path(self.graph, f"fusion{block.index}")
         node = insert_after(self.graph, end, path, fusion)
-        self.fusions[node] = target
+        self.fusions[node] = chosen
         what = f"widens {wide[1]} channels to {len(chosen)}" if width is not None else f"keeps {wide[1]} channels{why}"
         self.note(path, f"fusion behind block {block.index}, after {layer(end)}: {what}")
 
@@ -337,11 +339,13 @@ class _Job:
                 return None, f" ({layer(reader)} reads it and cannot be widened)"
         return wanted, ""
 
-    def solve(self, dense: list[torch.Tensor]) -> None:
+    def solve(self, reference: fx.GraphModule, dense: list[torch.Tensor]) -> None:
+        """Solve on the masked graph, which computes what the carved one will; both hold the same fusion tensors."""
         if not dense:
             return
-        self.graph.recompile()
-        errors = solve_fusions(self.graph, self.fusions, dense, self.options.calibration)
+        there = {node.name: node for node in reference.graph.nodes}
+        fusions = {there[node.name]: source for node, source in self.fusions.items()}
+        errors = solve_fusions(reference, fusions, dense, self.options.calibration)
         for node, (before, after) in errors.items():
             self.note(
                 str(node.target),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -56,15 +57,15 @@ def activations(graph: fx.GraphModule, nodes: list[fx.Node], inputs: Any) -> lis
 
 
 def solve_fusions(
-    split: fx.GraphModule, fusions: Mapping[fx.Node, torch.Tensor], dense: list[torch.Tensor], inputs: Any
+    split: fx.GraphModule, fusions: Mapping[fx.Node, np.ndarray], dense: list[torch.Tensor], inputs: Any
 ) -> dict[fx.Node, tuple[float, float]]:
     """Set each fusion's weight and bias, in order; returns the relative error before and after per fusion.
 
-    ``fusions`` maps a fusion node of ``split`` to its weight [out, in] on dense activations (the identity, or the
-    widening); ``dense`` holds the dense graph's activations at the same places.
+    ``fusions`` maps a fusion node of ``split`` to the dense channel that each of its output channels copies;
+    ``dense`` holds the dense graph's activations at the same places.
     """
     errors: dict[fx.Node, tuple[float, float]] = {}
-    for (node, target), wanted in zip(fusions.items(), dense, strict=True):
+    for (node, source), wanted in zip(fusions.items(), dense, strict=True):
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
         module = split.get_submodule(str(node.target))
@@ -74,7 +75,8 @@ def solve_fusions(
             raise PlanError(f"{layer(node)}: calibration gives {len(x)} position; give a batch of inputs")
         best = _affine(x, y)
         errors[node] = (_error(x, y), _error(x @ best[0] + best[1], y))
-        _install(module, target @ best[0].T, target @ best[1])
+        rows = torch.as_tensor(source, device=x.device)
+        _install(module, best[0].T[rows], best[1][rows])
     return errors
 
 

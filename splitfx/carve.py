@@ -26,7 +26,7 @@ from splitfx.analysis import Facts, facts
 from splitfx.analysis.moves import channel_dim, move
 from splitfx.analysis.shapes import shape
 from splitfx.editing import reorder, tidy
-from splitfx.graph import module_of, set_path
+from splitfx.graph import copy_graph, module_of, set_path
 from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
 from splitfx.pieces import Deferred, Pieces, Value
 
@@ -50,33 +50,52 @@ class Division:
         count = sum(map(len, self.ins))
         return len(sizes) == 1 and count == len(np.unique(np.concatenate(self.ins)))
 
-    def mask(self, weight: torch.Tensor) -> torch.Tensor:
-        """1 where a dense weight [out, in, ...] is kept, 0 where it is removed."""
-        kept = torch.zeros(weight.shape[:2], dtype=weight.dtype, device=weight.device)
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """A dense weight [out, in, ...] with zeros where it is removed; ``weight`` stays as it is."""
+        kept = _zeros(weight)
         for i, o in zip(self.ins, self.outs, strict=True):
-            kept[np.ix_(o, i)] = 1
-        return kept.reshape(*kept.shape, *[1] * (weight.dim() - 2))
+            if len(o) and len(i) and o[-1] - o[0] + 1 == len(o) and i[-1] - i[0] + 1 == len(i):
+                kept[o[0] : o[-1] + 1, i[0] : i[-1] + 1] = weight[o[0] : o[-1] + 1, i[0] : i[-1] + 1]
+            else:
+                block = torch.as_tensor(o, device=weight.device)[:, None], torch.as_tensor(i, device=weight.device)
+                kept[block] = weight[block]
+        return kept
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros of this size; on a CPU the pages that nothing is written to take no memory."""
+    if like.device.type != "cpu":
+        return like.new_zeros(like.shape)
+    return torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8)).view(like.dtype).view(like.shape)
 
 
 Divisions = Mapping[fx.Node, Division]
 
 
 def mask_weights(graph: fx.GraphModule, divisions: Divisions) -> None:
-    """Set the weights outside the blocks to zero, in place: the dense reference of a carved graph.
+    """Put weights that are zero outside the blocks in the place of the layers' own, which are not written to.
 
     Nodes with existing groups keep all their weights: their groups lie whole within the branches.
     """
     done: set[str] = set()
-    with torch.no_grad():
-        for node, division in divisions.items():
-            module = module_of(node)
-            assert module is not None
+    for node, division in divisions.items():
+        module = module_of(node)
+        assert module is not None
+        if getattr(module, "groups", 1) == 1 and str(node.target) not in done:
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            if getattr(module, "groups", 1) == 1 and str(node.target) not in done:
-                turned = narrow.transposed(module)  # its weight is [in, out, ...]
-                weight = weight.transpose(0, 1) if turned else weight
-                weight.mul_(division.mask(weight))
-            done.add(str(node.target))
+            turned = narrow.transposed(module)  # its weight is [in, out, ...]
+            dense = weight.detach().transpose(0, 1) if turned else weight.detach()
+            kept = division.masked(dense)
+            module.weight = nn.Parameter(kept.transpose(0, 1) if turned else kept, weight.requires_grad)
+        done.add(str(node.target))
+
+
+def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
+    """The dense reference of a graph that is about to be carved: a copy that shares all but the masked weights."""
+    copied = copy_graph(graph, share=True)
+    nodes = zip(graph.graph.nodes, copied.graph.nodes, strict=True)
+    mask_weights(copied, {new: divisions[old] for old, new in nodes if old in divisions})
+    return copied
 
 
 def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:

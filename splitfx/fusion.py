@@ -12,25 +12,24 @@ from splitfx.carve import Division
 from splitfx.graph import module_of
 from splitfx.narrow import transposed
 
+ROWS = 64  # of a weight at a time: what is worked on stays in the cache
 
-def fusion_layer(graph: fx.GraphModule, sizes: tuple[int, ...], source: np.ndarray) -> tuple[nn.Module, torch.Tensor]:
-    """A fusion for a value of ``sizes`` (a feature map, or [N, C]) and its weight [out, in], a selection.
+
+def fusion_layer(graph: fx.GraphModule, sizes: tuple[int, ...], source: np.ndarray) -> nn.Module:
+    """A fusion for a value of ``sizes`` (a feature map, or [N, C]), at first a selection.
 
     Output channel j copies input channel ``source[j]``; the bias is zero.
     """
     like = next(graph.parameters())
-    options: dict[str, Any] = {"bias": True, "device": like.device, "dtype": like.dtype}
     rank, channels = len(sizes), sizes[1]
-    fusion: Any = nn.Linear(channels, len(source), **options)
-    if rank > 2:
-        fusion = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank](channels, len(source), 1, **options)
+    kinds = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+    kernel = (1,) if rank > 2 else ()
+    fusion: Any = kinds[rank](channels, len(source), *kernel, bias=True, device="meta")  # no random start to throw away
+    weight = torch.zeros(fusion.weight.shape, device=like.device, dtype=like.dtype)
+    weight[np.arange(len(source)), source] = 1
+    fusion.weight, fusion.bias = nn.Parameter(weight), nn.Parameter(weight.new_zeros(len(source)))
     fusion.training = graph.training
-    rows = torch.as_tensor(source, device=like.device)
-    target = torch.eye(channels, dtype=torch.float64, device=like.device)[rows]
-    with torch.no_grad():
-        fusion.weight.copy_(target.reshape(fusion.weight.shape))
-        fusion.bias.zero_()
-    return fusion, target
+    return fusion
 
 
 def widen_readers(readers: list[fx.Node], divisions: dict[fx.Node, Division], width: int) -> np.ndarray:
@@ -42,9 +41,8 @@ def widen_readers(readers: list[fx.Node], divisions: dict[fx.Node, Division], wi
     branches = len(divisions[readers[0]].outs)
     slots = np.array_split(np.arange(width), branches)
     source = np.empty(width, dtype=int)
-    mass = {n: squares(module_of(n)) for n in readers}
     for g, places in enumerate(slots):
-        weighed = sum(mass[n][divisions[n].outs[g]].sum(0) for n in readers)
+        weighed = sum(_squares_read(module_of(n), divisions[n].outs[g]) for n in readers)
         order = np.argsort(-np.asarray(weighed), kind="stable")
         best = np.sort(order[: len(places)])
         source[places] = best[np.arange(len(places)) % len(order)]
@@ -52,16 +50,28 @@ def widen_readers(readers: list[fx.Node], divisions: dict[fx.Node, Division], wi
         module = module_of(n)
         assert isinstance(module, nn.Conv2d)
         outs = divisions[n].outs
-        weight = module.weight.detach().new_zeros(module.out_channels, width, *module.kernel_size)
+        dense = module.weight.detach()
+        weight = dense.new_zeros(module.out_channels, width, *module.kernel_size)
         for places, rows in zip(slots, outs, strict=True):
             copies = np.bincount(source[places], minlength=module.in_channels)[source[places]]
-            share = torch.as_tensor(1 / copies, dtype=weight.dtype, device=weight.device)
-            kept = module.weight.detach()[torch.as_tensor(rows)][:, torch.as_tensor(source[places])]
-            weight[np.ix_(rows, places)] = kept * share[:, None, None]
+            share = torch.as_tensor(1 / copies, dtype=weight.dtype, device=weight.device)[:, None, None]
+            columns = torch.as_tensor(source[places], device=weight.device)
+            for some in torch.as_tensor(rows, device=weight.device).split(ROWS):
+                weight[some, places[0] : places[-1] + 1] = dense[some].index_select(1, columns) * share
         module.weight = nn.Parameter(weight, module.weight.requires_grad)
         module.in_channels = width
         divisions[n] = Division(tuple(slots), outs)
     return source
+
+
+def _squares_read(module: nn.Module | None, rows: np.ndarray) -> np.ndarray:
+    """Squared weights [in] of a conv, summed over the output channels ``rows`` and the kernel."""
+    assert module is not None
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for some in torch.as_tensor(rows, device=weight.device).split(ROWS):
+        total += weight[some].double().square().flatten(2).sum((0, 2))
+    return total.cpu().numpy()
 
 
 def squares(module: nn.Module | None) -> np.ndarray:

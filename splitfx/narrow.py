@@ -1,7 +1,8 @@
 """Narrow modules: the part of a layer that some of its channels need, in the order in which they come.
 
-Each function returns a new module with its own parameters (copies of the kept rows and columns) and never touches
-the one it is given.
+Each function returns a new module with its own parameters and never touches the one it is given. What is kept of a
+weight is a view of it where it lies in one block, so that nothing is copied that may be thrown away; the pipeline
+takes the graph that it returns apart from every other (`splitfx.graph.take_apart`).
 """
 
 from __future__ import annotations
@@ -37,14 +38,27 @@ def _new(module: nn.Module, **changes: Any) -> nn.Module:
 def _pick(tensor: torch.Tensor | None, rows: np.ndarray) -> torch.Tensor | None:
     if tensor is None:
         return None
-    picked = tensor.detach()[torch.as_tensor(rows, device=tensor.device)].clone()
+    picked = _part(tensor, (0, rows))
     return nn.Parameter(picked, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else picked
 
 
+def _part(tensor: torch.Tensor, *picks: tuple[int, np.ndarray]) -> torch.Tensor:
+    """The positions picked along some dims; a view where all of them are runs."""
+    part = tensor.detach()
+    for dim, positions in sorted(picks, key=lambda pick: not _is_run(pick[1])):  # runs are free and leave less to move
+        if _is_run(positions):
+            part = part.narrow(dim, int(positions[0]), len(positions))
+        else:
+            part = part.index_select(dim, torch.as_tensor(positions, device=tensor.device))
+    return part
+
+
 def _block(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:
-    device = weight.device
-    rows = weight.detach().index_select(0, torch.as_tensor(outs, device=device))
-    return rows.index_select(1, torch.as_tensor(ins, device=device))
+    return _part(weight, (0, outs), (1, ins))
+
+
+def _is_run(positions: np.ndarray) -> bool:
+    return len(positions) > 0 and bool((np.diff(positions) == 1).all())
 
 
 def transposed(module: nn.Module | None) -> bool:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from splitfx.analysis import facts, version
+from splitfx.analysis import carry_over, facts, version
 from splitfx.editing import tidy
 from splitfx.errors import PassError, UnsupportedError
-from splitfx.graph import copy_graph, info
+from splitfx.graph import copy_graph, info, take_apart
 from splitfx.plan import Plan
-from splitfx.protocol import Note, Pass, Promise
+from splitfx.protocol import Note, Outcome, Pass, Promise
 from splitfx.verify import (
     TOLERANCE,
     cuda_devices,
@@ -74,24 +74,32 @@ def run_plan(
     The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
     """
     settled: list[Pass] = []
+    work = graph
     for number, step in enumerate(plan.passes, 1):
         progress(f"pass {number} of {len(plan.passes)}: {step.name}")
-        graph, done = run_pass(graph, step, verify)
+        work, done = _run(work, step, verify)
         settled.append(done)
-    info(graph).plan = Plan(settled, plan.input_shape)
-    return graph
+    if work is not graph:
+        take_apart(work, graph)
+    info(work).plan = Plan(settled, plan.input_shape)
+    return work
 
 
 def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx.GraphModule, Pass]:
     """One pass on a private copy, and the pass as it decided; raises what it raises, or `VerificationError`."""
+    work, done = _run(graph, step, verify)
+    take_apart(work, graph)
+    return work, done
+
+
+def _run(graph: fx.GraphModule, step: Pass, verify: bool) -> tuple[fx.GraphModule, Pass]:
+    """As `run_pass`; what the pass left as it was may still be the very tensors of ``graph``."""
     if step.needs_eval and not in_eval(graph):
         raise UnsupportedError(f"pass '{step.name}' needs the model in eval mode: call model.eval() first")
     before = figures(graph)
     started = time.perf_counter()
-    work = copy_graph(graph)
-    same = version(work)
-    with torch.random.fork_rng(devices=cuda_devices(work)):  # a pass that draws leaves the user's generator alone
-        outcome = step.run(work, facts(work))
+    work, same = _copy_for(step, graph), facts(graph).version
+    outcome = _done(step, work, graph)
     changed = version(work) != same or not _same_values(graph, work)
     difference: float | None = None
     if changed:
@@ -118,6 +126,30 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
     return work, done
 
 
+def _copy_for(step: Pass, graph: fx.GraphModule) -> fx.GraphModule:
+    """What the pass may rewrite: private in all that it may write to, with the facts that are known already."""
+    work = copy_graph(graph, share=not step.writes_weights)
+    carry_over(facts(graph), work)
+    return work
+
+
+def _done(step: Pass, work: fx.GraphModule, lender: fx.GraphModule) -> Outcome:
+    """Run the pass on ``work``, which may hold tensors of ``lender``: those must be as they were afterwards."""
+    lent = [] if step.writes_weights else [*lender.named_parameters(), *lender.named_buffers()]
+    before = [_writes(tensor) for _, tensor in lent]
+    with torch.random.fork_rng(devices=cuda_devices(work)):  # a pass that draws leaves the user's generator alone
+        outcome = step.run(work, facts(work))
+    for (name, tensor), count in zip(lent, before, strict=True):
+        if _writes(tensor) != count:
+            raise PassError(f"pass '{step.name}' has writes_weights = False and wrote into {name} of the model")
+    return outcome
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written to; torch does not count it for tensors made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _tidied(step: Pass, work: fx.GraphModule) -> None:
     try:
         tidy(work)
@@ -127,8 +159,9 @@ def _tidied(step: Pass, work: fx.GraphModule) -> None:
 
 def _same_values(graph: fx.GraphModule, work: fx.GraphModule) -> bool:
     """Whether a pass that left the nodes alone left the weights alone too."""
-    before, after = graph.state_dict(), work.state_dict()
-    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    before, after = graph.state_dict(keep_vars=True), work.state_dict(keep_vars=True)
+    same = lambda a, b: a is b or torch.equal(a, b)  # noqa: E731
+    return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
 
 
 def _held_to_promise(
@@ -153,9 +186,11 @@ def _held_on_other_weights(done: Pass, before: fx.GraphModule) -> None:
     if not has_constants(before):
         return
     other = varied(before)
-    work = copy_graph(other)
-    with torch.random.fork_rng(devices=cuda_devices(work)):
-        outcome = done.run(work, facts(work))
+    carry_over(facts(before), other)
+    # A dense reference of its own is all that a RETRAIN pass is held to, so what it started from may be rewritten.
+    kept = done.promise is not Promise.RETRAIN or done.writes_weights
+    work = _copy_for(done, other) if kept else other
+    outcome = _done(done, work, before)
     _tidied(done, work)
     _held_to_promise(done, other, work, outcome.reference)
 

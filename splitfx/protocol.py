@@ -64,6 +64,9 @@ class Pass:
     name: ClassVar[str]
     promise: ClassVar[Promise]
     needs_eval: ClassVar[bool] = False  # True: the pipeline refuses a model in train mode before it runs the pass
+    # False: `run` puts new tensors in the place of old ones and never writes into a parameter or buffer that it was
+    # given. The pipeline then lends it the caller's own tensors instead of copying them all, and looks afterwards.
+    writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option, hint in _options(type(self)).items():
@@ -143,7 +146,7 @@ def check_options(cls: type[Pass]) -> None:
     for option, hint in _options(cls).items():
         where = f"{cls.__qualname__}.{option}"
         options.schema(hint)  # refuses hints that are not plain
-        if option in ("name", "promise", "needs_eval"):
+        if option in ("name", "promise", "needs_eval", "writes_weights"):
             raise PassError(f"{where} must be a ClassVar: the name is taken by the protocol of passes.")
         if type(None) in options.members(hint) and _default(cls, option) is not None:
             raise PassError(f"{where} allows None, so None must be its default: a plan has no word for None.")

@@ -29,12 +29,25 @@ ROUNDING = {
 SMALL = 64  # a square image of this size shows every fault of a rewrite that a larger one does
 
 
+_LARGE = (nn.Linear, nn.modules.conv._ConvNd)  # one large tensor each, of which no result is a view
+
+
 class Exact(fx.Interpreter):
     """Interprets a graph in float64 and eval mode without touching it."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self.graph_module = graph
+        self.scratch = torch.empty(0)
+
+    def lent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A large weight in float64, in the one piece of memory that the next one will take: fresh memory costs more
+        than the work done with it."""
+        if tensor.numel() < 2**16 or not tensor.dtype.is_floating_point:
+            return _double(tensor)
+        if self.scratch.numel() < tensor.numel() or self.scratch.device != tensor.device:
+            self.scratch = torch.empty(tensor.numel(), dtype=torch.float64, device=tensor.device)
+        return self.scratch[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -50,7 +63,9 @@ class Exact(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.graph_module.get_submodule(str(target))
-        held = {name: _double(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        large = "weight" if isinstance(module, _LARGE) else ""
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        held = {name: self.lent(t) if name == large else _double(t) for name, t in tensors}
         modes = {m: m.training for m in module.modules()}
         try:
             module.eval()
@@ -205,8 +220,15 @@ def _weights(graph: fx.GraphModule) -> list[torch.Tensor]:
 
 
 def _constant(tensor: torch.Tensor) -> bool:
-    alike = tensor.dtype.is_floating_point and tensor.numel() > 1 and tensor.device.type != "meta"
-    return alike and bool((tensor == tensor.flatten()[0]).all())
+    if not tensor.dtype.is_floating_point or tensor.numel() < 2 or tensor.device.type == "meta":
+        return False
+    if tensor.is_contiguous() and not _alike(tensor.flatten()[:8]):
+        return False  # most are seen at once, and large
+    return _alike(tensor)
+
+
+def _alike(tensor: torch.Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[0]).all())
 
 
 def in_eval(model: nn.Module) -> bool:

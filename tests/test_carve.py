@@ -153,7 +153,7 @@ def test_division_is_even_only_without_shared_inputs() -> None:
 
 def test_mask_keeps_the_blocks_only() -> None:
     division = Division((np.array([0, 2]), np.array([1])), (np.array([1]), np.array([0])))
-    assert division.mask(torch.ones(2, 3, 1, 1))[..., 0, 0].tolist() == [[0, 1, 0], [1, 0, 1]]
+    assert division.masked(torch.ones(2, 3, 1, 1))[..., 0, 0].tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
 # ---------------------------------------------------------------- sabotage

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +16,7 @@ from torch import fx
 import splitfx
 from splitfx.analysis import Facts
 from splitfx.editing import bypass
-from splitfx.errors import PassError, PlanError, UnsupportedError, VerificationError
+from splitfx.errors import PassError, PlanError, TraceError, UnsupportedError, VerificationError
 from splitfx.graph import copy_graph, info
 from splitfx.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group
@@ -188,3 +190,93 @@ def test_train_mode_is_kept() -> None:
     model, inputs = ZOO["residual"]()
     split = splitfx.transform(model.train(), Group(factors=(2, 2)), inputs)
     assert all(m.training for m in split.modules() if not list(m.children()))
+
+
+# ---------------------------------------------------------------- whose memory
+
+
+def places(graph: fx.GraphModule) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in (*graph.parameters(), *graph.buffers())}
+
+
+class Lends(Acts):
+    """Says that it writes into no weight."""
+
+    name: ClassVar[str] = "lends"
+    writes_weights: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Group(factors=(2, 2), lowering="branches"),
+        Group(factors=(2, 3), lowering="grouped"),
+        DropIdentity(),
+        FoldBatchNorm(),
+        Acts(act=lambda g: None),
+        Lends(act=lambda g: None),
+    ],
+    ids=lambda step: step.name,
+)
+def test_a_result_has_memory_of_its_own(step: Pass) -> None:
+    before = graph()
+    state = {key: value.clone() for key, value in before.state_dict().items()}
+    after, _ = run_pass(before, step)
+    assert not places(before) & places(after)
+    for tensor in (*after.parameters(), *after.buffers()):  # no slice that keeps a dense weight alive
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    with torch.no_grad():
+        for tensor in after.parameters():
+            tensor.add_(1)
+    assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+def test_tied_weights_stay_tied() -> None:
+    model, inputs = ZOO["tied_weights"]()
+    before = trace(model.eval(), inputs)
+    for step in (Acts(act=lambda g: None), Lends(act=lambda g: None)):
+        after, _ = run_pass(before, step)
+        for key in before.state_dict():
+            first = before.state_dict()[key].data_ptr()
+            alike = {k for k, v in before.state_dict().items() if v.data_ptr() == first}
+            assert {after.state_dict()[k].data_ptr() for k in alike} == {after.state_dict()[key].data_ptr()}
+
+
+def test_a_pass_that_writes_in_place_does_not_reach_the_model() -> None:
+    before = graph()
+    wanted = before.get_submodule("fc").weight.clone()  # type: ignore[union-attr, operator]
+    run_pass(before, Acts(act=double_weights), verify=False)
+    assert torch.equal(before.get_submodule("fc").weight, wanted)  # type: ignore[arg-type]
+
+
+def test_a_pass_that_writes_against_its_word() -> None:
+    with pytest.raises(PassError, match="'lends' has writes_weights = False and wrote into fc.weight of the model"):
+        run_pass(graph(), Lends(act=double_weights))
+
+
+def test_a_model_dies_with_its_last_name() -> None:
+    model, inputs = ZOO["residual"]()
+    before = trace(model.eval(), inputs)
+    after = run_plan(before, Plan([FoldBatchNorm(), Group(factors=(2, 2))]))
+    gone = [weakref.ref(one) for one in (model, before, after, next(model.parameters()), next(after.parameters()))]
+    del model, before, after
+    gc.collect()
+    assert [one() for one in gone] == [None] * 5
+
+
+def test_a_refused_model_dies_as_well() -> None:
+    class Refused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    model = Refused()
+    gone = weakref.ref(model)
+    with pytest.raises(TraceError):
+        trace(model, torch.ones(2, 4))
+    del model
+    gc.collect()
+    assert gone() is None

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from splitfx.analysis.memory import Memory
     from splitfx.analysis.regions import Regions
 
-__all__ = ["Facts", "facts"]
+__all__ = ["Facts", "carry_over", "facts"]
 
 
 class Facts:
     """What is known of one version of a graph. Every property is computed at most once."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, known_version: int | None = None) -> None:
         self.graph = graph
-        self.version = version(graph)
+        self.version = version(graph) if known_version is None else known_version
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _forgotten, ()
@@ -69,6 +69,20 @@ class Facts:
         return Regions(self.shapes)
 
 
+def carry_over(known: Facts, copied: fx.GraphModule) -> Facts:
+    """Facts of ``copied``, a copy of the graph of ``known`` that nothing has been done to.
+
+    Sizes and axes, which most passes ask for, are taken over node by node; nothing is computed again.
+    """
+    there = dict(zip(known.graph.graph.nodes, copied.graph.nodes, strict=True))
+    found = Facts(copied, known.version)
+    found.shapes = {there[node]: value for node, value in known.shapes.items()}
+    if "axes" in vars(known):
+        found.axes = known.axes.carried(there)
+    vars(copied)[_KEPT] = found
+    return found
+
+
 def _forgotten() -> None:
     """What a copy or a pickle of a graph has in place of the facts: they are of the original."""
 
@@ -78,9 +92,9 @@ _KEPT = "_splitfx_facts"  # in the graph's own __dict__, so that facts die with 
 
 def facts(graph: fx.GraphModule) -> Facts:
     """The facts of a graph as it is now."""
-    known = vars(graph).get(_KEPT)
-    if known is None or known.version != version(graph):
-        known = vars(graph)[_KEPT] = Facts(graph)
+    known, now = vars(graph).get(_KEPT), version(graph)
+    if known is None or known.version != now:
+        known = vars(graph)[_KEPT] = Facts(graph, now)
     return known
 
 
@@ -91,16 +105,7 @@ def version(graph: fx.GraphModule) -> int:
     parts: list[Any] = []
     for node in graph.graph.nodes:
         module = module_of(node)
-        sizes = tuple(tuple(p.shape) for p in module.parameters()) if module is not None else ()
-        parts.append(
-            (
-                node.name,
-                node.op,
-                str(node.target),
-                str(node.args),
-                str(node.kwargs),
-                sizes,
-                module.extra_repr() if module is not None else "",
-            )
-        )
+        said = () if module is None else (module.extra_repr(), *(p.shape for p in module.parameters()))
+        kwargs = str(node.kwargs) if node.kwargs else ""
+        parts.append((node.name, node.op, str(node.target), str(node.args), kwargs, said))
     return hash(tuple(parts))

@@ -10,8 +10,8 @@ an axis in doubt is left whole. One pass over the nodes and one connected-compon
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,11 @@ class Axes:
         held = self.labels.get(node)
         dim = channel_dim(held) if isinstance(held, torch.Tensor) else None
         return None if dim is None else held.flatten().numpy()  # type: ignore[union-attr]
+
+    def carried(self, there: Mapping[fx.Node, fx.Node]) -> Axes:
+        """The same of a copy of the graph: ``there`` maps each node to its copy."""
+        labels = {there[node]: held for node, held in self.labels.items()}
+        return replace(self, labels=labels, edges=[replace(e, node=there[e.node]) for e in self.edges])
 
     def writers(self) -> dict[int, list[Edge]]:
         """Edges by the axis they write."""

@@ -543,8 +543,8 @@ def test_sabotage_behind_norms_that_hide_it(monkeypatch: pytest.MonkeyPatch, shu
 
 
 def test_sabotage_mask_off_by_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Division.mask
-    monkeypatch.setattr(Division, "mask", lambda self, weight: right(self, weight).roll(1, 0))
+    right = Division.masked
+    monkeypatch.setattr(Division, "masked", lambda self, weight: right(self, weight).roll(1, 0))
     model, x = chain()
     with pytest.raises(VerificationError, match="broke its promise"):
         splitfx.transform(model, Group(factors=(2, 2, 2), lowering="grouped"), x)
