@@ -2,7 +2,7 @@
 
 Input: a dense graph and, per weighted node, a `Division`: which input channels each branch reads and which output
 channels it writes. Output: the same graph, rewritten, equal to the dense one with the weights outside the blocks set
-to zero (`mask_weights`); nothing else is promised or changed.
+to zero (`masked`); nothing else is promised or changed.
 
 One idea carries it: during the rewrite a tensor is a list of pieces (`splitfx.pieces`). Weighted nodes ask for the
 arrangement that they want (one piece per branch, or one piece in any order, folded into their weights); elementwise
@@ -50,51 +50,51 @@ class Division:
         count = sum(map(len, self.ins))
         return len(sizes) == 1 and count == len(np.unique(np.concatenate(self.ins)))
 
-    def masked(self, weight: torch.Tensor) -> torch.Tensor:
-        """A dense weight [out, in, ...] with zeros where it is removed; ``weight`` stays as it is."""
-        kept = _zeros(weight)
+    def clear(self, weight: torch.Tensor) -> torch.Tensor:
+        """Set a dense weight [out, in, ...] to zero where it is removed, in place."""
+        everything = np.arange(weight.shape[1])
         for i, o in zip(self.ins, self.outs, strict=True):
-            if len(o) and len(i) and o[-1] - o[0] + 1 == len(o) and i[-1] - i[0] + 1 == len(i):
-                kept[o[0] : o[-1] + 1, i[0] : i[-1] + 1] = weight[o[0] : o[-1] + 1, i[0] : i[-1] + 1]
+            removed = np.setdiff1d(everything, i)
+            if len(o) and o[-1] - o[0] + 1 == len(o):
+                rows, index = weight[o[0] : o[-1] + 1], torch.as_tensor(removed, device=weight.device)
+                rows.index_fill_(1, index, 0)
             else:
-                block = torch.as_tensor(o, device=weight.device)[:, None], torch.as_tensor(i, device=weight.device)
-                kept[block] = weight[block]
-        return kept
-
-
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros of this size; on a CPU the pages that nothing is written to take no memory."""
-    if like.device.type != "cpu":
-        return like.new_zeros(like.shape)
-    return torch.from_numpy(np.zeros(like.numel() * like.element_size(), np.uint8)).view(like.dtype).view(like.shape)
+                weight[np.ix_(o, removed)] = 0
+        return weight
 
 
 Divisions = Mapping[fx.Node, Division]
 
 
-def mask_weights(graph: fx.GraphModule, divisions: Divisions) -> None:
-    """Put weights that are zero outside the blocks in the place of the layers' own, which are not written to.
+class Masked(nn.Module):
+    """A layer whose weights outside the blocks count as zero: masked when it is called, so it takes no memory."""
 
-    Nodes with existing groups keep all their weights: their groups lie whole within the branches.
-    """
-    done: set[str] = set()
-    for node, division in divisions.items():
-        module = module_of(node)
-        assert module is not None
-        if getattr(module, "groups", 1) == 1 and str(node.target) not in done:
-            weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            turned = narrow.transposed(module)  # its weight is [in, out, ...]
-            dense = weight.detach().transpose(0, 1) if turned else weight.detach()
-            kept = division.masked(dense)
-            module.weight = nn.Parameter(kept.transpose(0, 1) if turned else kept, weight.requires_grad)
-        done.add(str(node.target))
+    def __init__(self, layer: nn.Module, division: Division) -> None:
+        super().__init__()
+        self.layer, self.division, self.training = layer, division, layer.training
+
+    def clear(self, weight: torch.Tensor) -> torch.Tensor:
+        """Set the removed part of a weight of this layer's size to zero, in place."""
+        self.division.clear(weight.transpose(0, 1) if narrow.transposed(self.layer) else weight)
+        return weight
+
+    def weight(self) -> torch.Tensor:
+        return self.clear(self.layer.weight.detach().clone())  # type: ignore[operator, union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
 
 
 def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
-    """The dense reference of a graph that is about to be carved: a copy that shares all but the masked weights."""
+    """The dense reference of a graph that is about to be carved: a copy that shares every weight.
+
+    Layers with existing groups keep all their weights: their groups lie whole within the branches.
+    """
     copied = copy_graph(graph, share=True)
-    nodes = zip(graph.graph.nodes, copied.graph.nodes, strict=True)
-    mask_weights(copied, {new: divisions[old] for old, new in nodes if old in divisions})
+    for node, division in divisions.items():
+        layer = copied.get_submodule(str(node.target))
+        if getattr(layer, "groups", 1) == 1 and not isinstance(layer, Masked):
+            set_path(copied, str(node.target), Masked(layer, division))
     return copied
 
 

@@ -17,6 +17,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from splitfx.canonical import is_opaque
+from splitfx.carve import Masked
 from splitfx.errors import VerificationError
 from splitfx.graph import TensorSpec, attribute, copy_graph, info, layer
 
@@ -40,14 +41,15 @@ class Exact(fx.Interpreter):
         self.graph_module = graph
         self.scratch = torch.empty(0)
 
-    def lent(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A large weight in float64, in the one piece of memory that the next one will take: fresh memory costs more
-        than the work done with it."""
-        if tensor.numel() < 2**16 or not tensor.dtype.is_floating_point:
-            return _double(tensor)
-        if self.scratch.numel() < tensor.numel() or self.scratch.device != tensor.device:
-            self.scratch = torch.empty(tensor.numel(), dtype=torch.float64, device=tensor.device)
-        return self.scratch[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
+    def lent(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of a weight in float64; large ones take turns in one piece of memory, which is cheaper than new."""
+        if not weight.dtype.is_floating_point:
+            return weight.detach().clone()
+        if weight.numel() < 2**16:
+            return weight.detach().to(torch.float64, copy=True)
+        if self.scratch.numel() < weight.numel() or self.scratch.device != weight.device:
+            self.scratch = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
+        return self.scratch[: weight.numel()].view(weight.shape).copy_(weight.detach())
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -63,9 +65,15 @@ class Exact(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.graph_module.get_submodule(str(target))
-        large = "weight" if isinstance(module, _LARGE) else ""
+        masked = module if isinstance(module, Masked) else None
+        module = masked.layer if masked is not None else module
+        own = module.weight if isinstance(module, _LARGE) else None
         tensors = (*module.named_parameters(), *module.named_buffers())
-        held = {name: self.lent(t) if name == large else _double(t) for name, t in tensors}
+        held = {name: self.lent(t) if t is own else _double(t) for name, t in tensors}
+        if masked is not None:
+            masked.clear(held["weight"])
+        if len(args) == 1 and not kwargs and _depthwise(module):
+            return _each_channel(module, args[0], held["weight"], held.get("bias"))  # type: ignore[arg-type]
         modes = {m: m.training for m in module.modules()}
         try:
             module.eval()
@@ -73,6 +81,32 @@ class Exact(fx.Interpreter):
         finally:
             for m, mode in modes.items():
                 m.training = mode
+
+
+def _depthwise(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv2d or module.groups != module.in_channels:
+        return False
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _each_channel(module: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A depthwise convolution tap by tap: in float64 torch runs one convolution per channel, thirty times slower."""
+    down, across = module.padding
+    assert isinstance(down, int)
+    assert isinstance(across, int)
+    x = torch.nn.functional.pad(x, (across, across, down, down))
+    x = x.repeat_interleave(module.out_channels // module.in_channels, 1)
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    rows, columns = (size - span for size, span in zip(x.shape[2:], spans, strict=True))
+    if rows < 1 or columns < 1:
+        raise RuntimeError(f"the kernel does not fit an input of {tuple(x.shape)}")
+    found = (x.new_zeros(1) if bias is None else bias)[:, None, None]
+    for i in range(module.kernel_size[0]):
+        for j in range(module.kernel_size[1]):
+            top, left = i * module.dilation[0], j * module.dilation[1]
+            part = x[:, :, top : top + rows : module.stride[0], left : left + columns : module.stride[1]]
+            found = torch.addcmul(found, part, weight[:, 0, i, j, None, None])
+    return found
 
 
 class Misfit(Exception):

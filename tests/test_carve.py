@@ -14,7 +14,7 @@ from splitfx import carve as carving
 from splitfx import narrow
 from splitfx.analysis import facts
 from splitfx.analysis.partition import WHOLE
-from splitfx.carve import Division, carve, mask_weights
+from splitfx.carve import Division, carve, masked
 from splitfx.graph import copy_graph
 from splitfx.ops import text
 from splitfx.passes import Group
@@ -56,8 +56,7 @@ def random_divisions(graph: fx.GraphModule, factor: int, rng: np.random.Generato
 
 
 def check(graph: fx.GraphModule, x: torch.Tensor, divisions: dict[fx.Node, Division], how: str) -> None:
-    mask_weights(graph, divisions)
-    reference = copy_graph(graph)
+    reference = masked(graph, divisions)
     carve(graph, divisions, dict.fromkeys(divisions, how))
     oracle.assert_equal_outputs(graph, reference, x)
 
@@ -153,7 +152,7 @@ def test_division_is_even_only_without_shared_inputs() -> None:
 
 def test_mask_keeps_the_blocks_only() -> None:
     division = Division((np.array([0, 2]), np.array([1])), (np.array([1]), np.array([0])))
-    assert division.masked(torch.ones(2, 3, 1, 1))[..., 0, 0].tolist() == [[0, 1, 0], [1, 0, 1]]
+    assert division.clear(torch.ones(2, 3, 1, 1))[..., 0, 0].tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
 # ---------------------------------------------------------------- sabotage

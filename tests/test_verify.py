@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from splitfx.errors import VerificationError
 from splitfx.graph import TensorSpec, copy_graph, info
 from splitfx.tracing import trace
-from splitfx.verify import Exact, difference, in_double, in_eval, random_flat, require_equal, run_exact
+from splitfx.verify import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
 from tests.models import ZOO, conv_bn, image
 from tests.oracle import assert_equal, leaves, run
 
@@ -154,3 +155,26 @@ def test_exact_names_the_layer() -> None:
     made = graph("plain")
     with pytest.raises(Exception, match="body.0.0: "):
         Exact(made).run(torch.zeros(1, 5, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("outs", "kernel", "options"),
+    [
+        (6, 3, {"padding": 1}),
+        (6, (3, 5), {"stride": (2, 1), "padding": (0, 2), "bias": False}),
+        (12, 3, {"dilation": 2, "padding": 2}),
+        (18, 1, {}),
+    ],
+)
+def test_depthwise_convs_tap_by_tap(outs: int, kernel: Any, options: dict[str, Any]) -> None:
+    conv = nn.Sequential(nn.Conv2d(6, outs, kernel, groups=6, **options))
+    x = torch.randn(2, 6, 11, 9, dtype=torch.float64)
+    with torch.no_grad():
+        found = run_exact(trace(conv.eval(), image(2, 6, 11, 9)), [x])
+        assert_equal(found, [conv.double()(x)])
+
+
+def test_a_depthwise_conv_that_does_not_fit() -> None:
+    made = trace(nn.Sequential(nn.Conv2d(6, 6, 5, groups=6)).eval(), image(2, 6, 9, 9))
+    with pytest.raises(Misfit, match="does not fit"):
+        run_exact(made, [torch.randn(2, 6, 4, 9, dtype=torch.float64)])

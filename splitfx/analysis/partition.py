@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from splitfx.analysis.axes import Axes, Edge
 
@@ -36,54 +38,66 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
     reasons = dict(whole)
     branch = np.full(len(axes.channel), WHOLE)
     by_unit = np.full(len(axes.unit), WHOLE)
-    readers: dict[int, list[int]] = {}
-    for index, edge in enumerate(edges):
-        for unit in np.unique(axes.unit[edge.ins]).tolist():
-            readers.setdefault(unit, []).append(index)
-    for family in _families(axes, touched):
-        names = touched[np.isin(axes.axis[touched], family)]
+    readers = _Readers(axes, edges)
+    for names in _families(axes, touched):
+        family = np.unique(axes.axis[names]).tolist()
         kept = next((reasons[a] for a in family if a in reasons), None)
-        items = np.unique(axes.unit[names])
+        items, first = np.unique(axes.unit[names], return_index=True)
         if kept is None and len(items) < factor:
             kept = f"{len(items)} {'channels' if len(items) == len(names) else 'groups'}, fewer than {factor} branches"
         if kept is not None:
-            reasons.update({int(a): kept for a in family})
+            reasons.update(dict.fromkeys(family, kept))
             continue
-        _deal(axes, readers, names, factor, by_unit)
+        _deal(readers, items[np.argsort(first)], factor, by_unit)
     branch[touched] = by_unit[axes.unit[touched]]
     return Partition(factor, branch, reasons)
 
 
 def _families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
-    """Axes that share a unit are divided together."""
-    parent = {int(a): int(a) for a in np.unique(axes.axis[names])}
-
-    def root(a: int) -> int:
-        while parent[a] != a:
-            parent[a] = a = parent[parent[a]]
-        return a
-
+    """The names, in order, of each set of axes that share a unit: those are divided together."""
+    known, place = np.unique(axes.axis[names], return_inverse=True)
     order = np.argsort(axes.unit[names], kind="stable")
-    unit, axis = axes.unit[names][order], axes.axis[names][order]
-    for i in np.flatnonzero((unit[1:] == unit[:-1]) & (axis[1:] != axis[:-1])):
-        parent[root(int(axis[i]))] = root(int(axis[i + 1]))
-    groups: dict[int, list[int]] = {}
-    for a in parent:
-        groups.setdefault(root(a), []).append(a)
-    return [np.array(g) for g in groups.values()]
+    unit, axis = axes.unit[names][order], place[order]
+    pairs = np.flatnonzero((unit[1:] == unit[:-1]) & (axis[1:] != axis[:-1]))
+    size = len(known), len(known)
+    links = coo_matrix((np.ones(len(pairs), dtype=np.int8), (axis[pairs], axis[pairs + 1])), shape=size)
+    family = connected_components(links, directed=False)[1][place]
+    order = np.argsort(family, kind="stable")
+    return np.split(names[order], np.flatnonzero(np.diff(family[order])) + 1)
 
 
-def _deal(axes: Axes, readers: Mapping[int, list[int]], names: np.ndarray, factor: int, by_unit: np.ndarray) -> None:
-    """Deal the items of one family out; contiguous where every reader reads them all."""
-    first: dict[int, int] = {}
-    for name, unit in zip(names.tolist(), axes.unit[names].tolist(), strict=True):
-        first[unit] = min(first.get(unit, name), name)
-    items = sorted(first, key=lambda u: (readers.get(u, []), first[u]))
-    if len({tuple(readers.get(u, ())) for u in first}) == 1:
-        for g, part in enumerate(np.array_split(np.array(items), factor)):
+class _Readers:
+    """Which edges read each unit, in order."""
+
+    def __init__(self, axes: Axes, edges: Sequence[Edge]) -> None:
+        read = [np.unique(axes.unit[e.ins]) for e in edges]
+        unit, edge = np.concatenate(read), np.repeat(np.arange(len(read)), [len(r) for r in read])
+        order = np.argsort(unit, kind="stable")
+        self.edge = edge[order]
+        places = np.arange(len(axes.unit))
+        self.start, self.end = (np.searchsorted(unit[order], places, side) for side in ("left", "right"))  # type: ignore[call-overload]
+
+    def of(self, unit: int) -> list[int]:
+        return self.edge[self.start[unit] : self.end[unit]].tolist()
+
+    def alike(self, units: np.ndarray) -> bool:
+        """Every edge that reads one of the units reads them all."""
+        start, count = self.start[units], self.end[units] - self.start[units]
+        if (count != count[0]).any():
+            return False
+        return bool(
+            (self.edge[start[:, None] + np.arange(count[0])] == self.edge[start[0] : start[0] + count[0]]).all()
+        )
+
+
+def _deal(readers: _Readers, items: np.ndarray, factor: int, by_unit: np.ndarray) -> None:
+    """Deal the items of one family, in the order of their channels, out; contiguous where every reader reads all."""
+    if readers.alike(items):
+        for g, part in enumerate(np.array_split(items, factor)):
             by_unit[part] = g
         return
-    by_unit[items] = np.arange(len(items)) % factor  # in turn: every reader's share is even to within one
+    dealt = sorted(items.tolist(), key=readers.of)
+    by_unit[dealt] = np.arange(len(dealt)) % factor  # in turn: every reader's share is even to within one
 
 
 # ---------------------------------------------------------------- the order that keeps the most weight mass
@@ -115,7 +129,7 @@ def most_mass(
     """
     rng = np.random.default_rng(seed)
     divided = np.flatnonzero(start.branch != WHOLE)
-    families = [divided[np.isin(axes.axis[divided], f)] for f in _families(axes, divided)] if len(divided) else []
+    families = _families(axes, divided) if len(divided) else []
     best, value = start.branch, kept_mass(edges, start.branch)
     for trial in range(restarts):
         branch = start.branch.copy()

@@ -16,7 +16,7 @@ import splitfx
 from splitfx import narrow
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.carve import Division
+from splitfx.carve import Division, Masked
 from splitfx.editing import tidy
 from splitfx.errors import PlanError, VerificationError
 from splitfx.graph import copy_graph
@@ -57,8 +57,11 @@ def assert_masked_dense(graph: fx.GraphModule, step: Group, x: torch.Tensor) -> 
     assert outcome.reference is not None, [n.what for n in outcome.notes]
     outcome.reference.recompile()
     oracle.assert_equal_outputs(split, outcome.reference, x)
-    dense, masked = graph.state_dict(), outcome.reference.state_dict()
-    for key, value in masked.items():
+    dense, kept = graph.state_dict(), outcome.reference.state_dict()
+    layers = {path: m for path, m in outcome.reference.named_modules() if isinstance(m, Masked)}
+    assert layers
+    kept |= {f"{path}.weight": m.weight().detach() for path, m in layers.items()}
+    for key, value in kept.items():
         if key in dense and value.shape == dense[key].shape:  # else a fusion, or a conv that it widens
             assert torch.equal(value[value != 0], dense[key][value != 0]), f"{key} is not the dense weight"
     return split, outcome
@@ -402,8 +405,7 @@ def test_mass_order_keeps_more() -> None:
     for order in ("given", "mass"):
         _, outcome = grouped(graph, Group((1, 2, 1), "keep", lowering="branches", order=order))  # type: ignore[arg-type]
         assert outcome.reference is not None
-        state = outcome.reference.state_dict()
-        kept.append(sum(float(state[f"{p}.weight"].square().sum()) for p in ("body.3.0", "body.4.0")))
+        kept.append(sum(float(m.weight().square().sum()) for m in outcome.reference.modules() if isinstance(m, Masked)))
     assert kept[1] > kept[0]
 
 
@@ -543,8 +545,8 @@ def test_sabotage_behind_norms_that_hide_it(monkeypatch: pytest.MonkeyPatch, shu
 
 
 def test_sabotage_mask_off_by_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Division.masked
-    monkeypatch.setattr(Division, "masked", lambda self, weight: right(self, weight).roll(1, 0))
+    right = Division.clear
+    monkeypatch.setattr(Division, "clear", lambda self, weight: weight.copy_(right(self, weight).roll(1, 0)))
     model, x = chain()
     with pytest.raises(VerificationError, match="broke its promise"):
         splitfx.transform(model, Group(factors=(2, 2, 2), lowering="grouped"), x)
