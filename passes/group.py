@@ -30,7 +30,7 @@ from splitfx.calibrate import activations, solve_fusions
 from splitfx.carve import Division, carve, masked
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
-from splitfx.fusion import fusion_layer, squares, widen_readers
+from splitfx.fusion import Selection, fusion_layer, squares, widen_readers
 from splitfx.graph import layer, module_of, set_path
 from splitfx.lowering import Lowering, choose_lowering
 from splitfx.ops import Channel, op, op_name
@@ -116,8 +116,10 @@ class _Job:
             self.fuse(block)
         reference = masked(self.graph, self.divisions)
         self.solve(reference, dense)
-        for node in self.fusions:  # no write into the graph may reach what it is compared with
-            set_path(reference, str(node.target), copy.deepcopy(module_of(node)))
+        for node, source in self.fusions.items():  # no write into the graph may reach what it is compared with
+            fusion = self.graph.get_submodule(str(node.target))
+            apart = copy.deepcopy(fusion) if dense else Selection(source, fusion)
+            set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
         carve(self.graph, self.divisions, lowering)
         if self.options.lowering != "auto":

@@ -32,6 +32,18 @@ def fusion_layer(graph: fx.GraphModule, sizes: tuple[int, ...], source: np.ndarr
     return fusion
 
 
+class Selection(nn.Module):
+    """What a fusion does at first, said without a weight: output channel j is input channel ``source[j]``."""
+
+    def __init__(self, source: np.ndarray, fusion: nn.Module) -> None:
+        super().__init__()
+        self.training = fusion.training
+        self.register_buffer("source", torch.as_tensor(source, device=next(fusion.parameters()).device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, self.source)  # type: ignore[arg-type]
+
+
 def widen_readers(readers: list[fx.Node], divisions: dict[fx.Node, Division], width: int) -> np.ndarray:
     """Widen the convs that read a fusion to ``width``: each branch gets the channels that its own rows weigh most.
 

@@ -109,9 +109,10 @@ def _seconds(
     stride, padding, dilation = options
     narrow = (sizes[0], block[1], *sizes[2:])
     parts = [torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
-    weights = [torch.randn(block, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
     whole = torch.cat(parts, 1).contiguous(memory_format=layout)
-    together = torch.cat(weights).contiguous(memory_format=layout)
+    together = torch.full((branches * block[0], *block[1:]), 0.1, dtype=dtype, device=device)
+    together = together.contiguous(memory_format=layout)
+    weights = together.chunk(branches)
 
     def grouped() -> None:
         convolve(whole, together, None, stride, padding, dilation, branches)
