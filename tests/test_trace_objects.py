@@ -1,0 +1,103 @@
+"""A traced graph holds the user's own objects under the user's names, and the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitfx.tracing import private_copy, split_inputs, trace
+from tests import oracle
+from tests.models import plain
+from tests.traced import every_model, made, trace_module
+
+
+@every_model
+def test_parameters_are_the_users_own(name: str) -> None:
+    model, inputs = made(name)
+    graph = trace(model, inputs)
+    assert list(graph.state_dict()).sort() == list(model.state_dict()).sort()
+    assert set(graph.state_dict()) == set(model.state_dict())
+    ours = dict(graph.named_parameters(remove_duplicate=False))
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        assert ours[key] is parameter
+    for key, buffer in model.named_buffers(remove_duplicate=False):
+        assert dict(graph.named_buffers(remove_duplicate=False))[key] is buffer
+
+
+@every_model
+def test_original_checkpoint_loads(name: str) -> None:
+    model, inputs = made(name)
+    graph = trace(copy.deepcopy(model), inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    graph.load_state_dict(model.state_dict())
+    oracle.assert_equal_outputs(graph.eval(), model.eval(), inputs)
+
+
+@every_model
+def test_modes_are_copied_layer_by_layer(name: str) -> None:
+    model, inputs = made(name)
+    flags = {path: m.training for path, m in model.named_modules()}
+    graph = trace(model, inputs)
+    assert graph.training == model.training
+    for path, module in graph.named_modules():
+        assert module.training == flags.get(path, module.training), path
+
+
+@every_model
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_untouched(name: str, training: bool) -> None:
+    model, inputs = made(name)
+    model.train(training)
+    calls: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append("run")) for m in model.children()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = snapshot(model)
+    values = copy.deepcopy(model.state_dict())
+    given = copy.deepcopy(split_inputs(inputs))
+    trace(model, inputs)
+    assert snapshot(model) == before
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, values[key]), key
+    assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
+    oracle.assert_equal(split_inputs(inputs), given)
+    assert len(hooks) == len(model._modules) or name == "shared_module"
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Everything of a model that tracing could change, by identity."""
+
+    def one(module: nn.Module) -> Any:
+        held = {k: (id(v), getattr(v, "_version", 0)) for k, v in vars(module).items() if not isinstance(v, dict)}
+        inner = {k: {n: id(v) for n, v in d.items()} for k, d in vars(module).items() if isinstance(d, dict)}
+        return held, inner
+
+    return {path: one(module) for path, module in model.named_modules()}
+
+
+def test_compiled_model_keeps_its_names() -> None:
+    model, inputs = plain()
+    assert set(trace(torch.compile(model), inputs).state_dict()) == set(model.state_dict())  # type: ignore[arg-type]
+
+
+def test_copied_parameters_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_module, "private_copy", lambda m: copy.deepcopy(m).eval())
+    with pytest.raises(AssertionError):
+        test_parameters_are_the_users_own("plain")
+
+
+def test_untied_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untied(model: nn.Module) -> nn.Module:
+        private = private_copy(model)
+        private.same.weight = nn.Parameter(private.same.weight.detach().clone())  # type: ignore[union-attr]
+        return private
+
+    monkeypatch.setattr(trace_module, "private_copy", untied)
+    with pytest.raises(AssertionError):
+        test_parameters_are_the_users_own("tied_weights")
