@@ -156,6 +156,8 @@ class _Temporaries:
 def is_composite(node: fx.Node) -> bool:
     """The node's operator is made of others, so it may hold temporaries."""
     if node.op == "call_module":
+        if op_name(node) == "batch_norm" and getattr(module_of(node), "running_mean", None) is not None:
+            return False  # one kernel in eval mode, of which fake tensors would run every step
         return op_name(node) not in _PASS_THROUGH
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
