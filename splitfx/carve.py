@@ -25,7 +25,7 @@ from splitfx import narrow
 from splitfx.analysis import Facts, facts
 from splitfx.analysis.moves import channel_dim, move
 from splitfx.analysis.shapes import shape
-from splitfx.editing import reorder, tidy
+from splitfx.editing import reorder_nodes
 from splitfx.graph import copy_graph, module_of, set_path
 from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
 from splitfx.pieces import Deferred, Pieces, Value
@@ -101,7 +101,8 @@ def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
 def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:
     """Rewrite ``graph`` in place; ``lowering`` says ``"grouped"`` or ``"branches"`` per divided node.
 
-    A node whose division is not even is lowered to branches whatever ``lowering`` says.
+    A node whose division is not even is lowered to branches whatever ``lowering`` says. What nobody reads any more
+    is dropped by `splitfx.editing.tidy`, which the pipeline calls.
     """
     _Carver(graph, facts(graph), divisions, lowering).run()
 
@@ -126,10 +127,10 @@ class _Carver(Pieces):
             set_path(self.graph, path, nn.Module())
         for path, module in self.modules.items():
             set_path(self.graph, path, module)
-        self.graph.graph = self.new
         if self.branch:
-            reorder(self.graph, self.rank)
-        tidy(self.graph)
+            self.new.owning_module = self.graph
+            reorder_nodes(self.new, self.rank)
+        self.graph.graph = self.new
 
     def rank(self, node: fx.Node) -> tuple[int, ...]:
         """Branch after branch, so that one branch's feature maps die before the next branch's are made."""

@@ -148,7 +148,12 @@ def _descends(node: fx.Node, ancestor: fx.Node) -> bool:
 
 def reorder(graph: fx.GraphModule, key: Callable[[fx.Node], tuple[int, ...]]) -> None:
     """Sort the nodes by ``key`` as far as their dependencies, and the order of overwriting, allow."""
-    nodes = list(graph.graph.nodes)
+    reorder_nodes(graph.graph, key)
+
+
+def reorder_nodes(graph: fx.Graph, key: Callable[[fx.Node], tuple[int, ...]]) -> None:
+    """`reorder` for a graph that is not compiled yet; its ``owning_module`` holds the modules that it calls."""
+    nodes = list(graph.nodes)
     if any(n.meta.get("writes_view") for n in nodes):
         return  # a write through a view is ordered by position alone
     place = {n: i for i, n in enumerate(nodes)}
@@ -168,7 +173,7 @@ def reorder(graph: fx.GraphModule, key: Callable[[fx.Node], tuple[int, ...]]) ->
     left = {n: len(needs[n]) for n in nodes}
     ready = [(n.op != "placeholder", *key(n), place[n]) for n in nodes if not left[n]]
     heapq.heapify(ready)
-    cursor = graph.graph._root
+    cursor = graph._root
     while ready:
         node = nodes[heapq.heappop(ready)[-1]]
         if cursor.next is not node:

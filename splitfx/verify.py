@@ -8,6 +8,7 @@ reduced image size where the graph allows it, else at the traced one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ ROUNDING = {
     torch.bfloat16: 1e-1,
     torch.float16: 1e-2,
 }  # of weights, through a deep network
+STRIPS = 16  # in which a tiled stage runs at least: a small image must not be a single strip
 SMALL = 64  # a square image of this size shows every fault of a rewrite that a larger one does
 
 
@@ -69,7 +71,9 @@ class Exact(fx.Interpreter):
         module = masked.layer if masked is not None else module
         own = module.weight if isinstance(module, _LARGE) else None
         tensors = (*module.named_parameters(), *module.named_buffers())
-        held = {name: self.lent(t) if t is own else _double(t) for name, t in tensors}
+        if not module._modules:  # the same, without the search
+            tensors = (*module._parameters.items(), *module._buffers.items())
+        held = {name: self.lent(t) if t is own else _double(t) for name, t in tensors if t is not None}
         if masked is not None:
             masked.clear(held["weight"])
         if len(args) == 1 and not kwargs and _depthwise(module):
@@ -77,7 +81,9 @@ class Exact(fx.Interpreter):
         modes = {m: m.training for m in module.modules()}
         try:
             module.eval()
-            return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
+            in_strips = getattr(module, "in_strips", nullcontext)
+            with in_strips(STRIPS):
+                return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
         finally:
             for m, mode in modes.items():
                 m.training = mode

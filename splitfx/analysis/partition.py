@@ -74,8 +74,9 @@ class _Readers:
         unit, edge = np.concatenate(read), np.repeat(np.arange(len(read)), [len(r) for r in read])
         order = np.argsort(unit, kind="stable")
         self.edge = edge[order]
-        places = np.arange(len(axes.unit))
-        self.start, self.end = (np.searchsorted(unit[order], places, side) for side in ("left", "right"))  # type: ignore[call-overload]
+        count = np.bincount(unit, minlength=len(axes.unit))
+        self.end = np.cumsum(count)
+        self.start = self.end - count
 
     def of(self, unit: int) -> list[int]:
         return self.edge[self.start[unit] : self.end[unit]].tolist()
