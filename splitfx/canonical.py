@@ -86,7 +86,7 @@ def canonicalise(
 
     ``seen`` is how the model behaves in train mode. ``found`` is completed with aliases and notes.
     """
-    exported: fx.GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
+    exported = _unlifted(program, private)
     raiser = Raiser(exported, private, model, seen)
     graph = raiser.run()
     root = nn.Module()
@@ -119,22 +119,57 @@ def input_specs(inputs: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
     return tuple(TensorSpec.of(v) if isinstance(v, torch.Tensor) else v for v in leaves), spec
 
 
+def _unlifted(program: torch.export.ExportedProgram, private: nn.Module) -> fx.GraphModule:
+    """The exported graph, reading weights as attributes instead of taking them as inputs.
+
+    As ``ExportedProgram.module()``, without its search among a module's siblings, which is quadratic in a long chain,
+    and without compiling what is never run; where there is more to do than that, it is left to torch.
+    """
+    signature = program.graph_signature
+    kinds = {s.kind.name for s in (*signature.input_specs, *signature.output_specs)}
+    if not _is_plain(program) or not kinds <= {"USER_INPUT", "PARAMETER", "BUFFER", "CONSTANT_TENSOR", "USER_OUTPUT"}:
+        return program.module(check_guards=False)  # type: ignore[return-value]
+    exported = program.graph_module
+    holes = exported.graph.find_nodes(op="placeholder")
+    for hole, spec in zip(holes, signature.input_specs, strict=True):
+        if spec.kind.name == "USER_INPUT":
+            continue
+        path = str(spec.target)
+        with exported.graph.inserting_after(hole):
+            read = exported.graph.create_node("get_attr", path)
+        read.meta = hole.meta
+        hole.replace_all_uses_with(read)
+        exported.graph.erase_node(hole)
+        if not _holds(private, path):  # a constant of the model's code
+            set_path(exported, path, program.constants[path])
+    return exported
+
+
+def _holds(root: Any, path: str) -> bool:
+    for part in path.split("."):
+        root = getattr(root, part, None)
+    return root is not None
+
+
+def _is_plain(program: torch.export.ExportedProgram) -> bool:
+    """Positional tensors in and a tensor or a tuple of tensors out."""
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    assert in_spec is not None
+    args_spec, kwargs_spec = in_spec.children()
+    if kwargs_spec.children() or not all(c.is_leaf() for c in args_spec.children()) or out_spec is None:
+        return False
+    return out_spec.is_leaf() or (out_spec.type is tuple and all(c.is_leaf() for c in out_spec.children()))
+
+
 def _signature(graph: fx.Graph, exported: fx.GraphModule, program: torch.export.ExportedProgram) -> None:
     """Plain positional tensors in and a tensor or tuple out need no pytree code around the graph."""
-    codegen = exported.graph._codegen
-    assert program.call_spec.in_spec is not None
-    args_spec, kwargs_spec = program.call_spec.in_spec.children()
-    out_spec = program.call_spec.out_spec
-    plain_in = not kwargs_spec.children() and all(c.is_leaf() for c in args_spec.children())
-    plain_out = out_spec is not None and (
-        out_spec.is_leaf() or (out_spec.type is tuple and all(c.is_leaf() for c in out_spec.children()))
-    )
-    if not (plain_in and plain_out):
-        graph.set_codegen(codegen)
+    if not _is_plain(program):
+        graph.set_codegen(exported.graph._codegen)
         return
     graph.set_codegen(CodeGen())
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     values = output.args[0]
+    out_spec = program.call_spec.out_spec
     assert isinstance(values, tuple | list)
     assert out_spec is not None
     output.args = (values[0],) if out_spec.is_leaf() else (tuple(values),)
