@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo test slow zoo bench lint clean
+.PHONY: help env demo test slow zoo bench bench-tile lint clean
 
 help:
-	@echo "make demo | test | slow | zoo | bench | lint | env | clean"
+	@echo "make demo | test | slow | zoo | bench | bench-tile | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -25,6 +25,9 @@ zoo: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.run
+
+bench-tile: $(STAMP)
+	$(PY) -m benchmarks.run tile
 
 lint: $(STAMP)
 	$(PY) -m ruff check --quiet .

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from splitfx.errors import MissingExtraError
 from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx
 from splitfx.measuring import alternate, measure
-from splitfx.passes import Group
+from splitfx.passes import FoldBatchNorm, Group, Tile
 from splitfx.plan import Plan
 from splitfx.profiling import profile
 from splitfx.report.table import seconds, size, table, wrap
@@ -51,6 +51,8 @@ class Setting:
     batches: tuple[int, ...]
     runs: int
     models: tuple[str, ...]
+    tiled: int = 2048  # pixels of the images that are tiled
+    tiled_models: tuple[str, ...] = ("resnet18", "resnet50", "mobilenet_v2", "vgg16", "efficientnet_b0")
 
     def image(self, batch: int = 1, **options: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -58,7 +60,7 @@ class Setting:
 
 
 GPU = Setting("cuda", 224, (1, 16), 30, ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "convnext_tiny", "swin_t"))
-DRY = Setting("cpu", 64, (1,), 2, ("resnet18", "mobilenet_v2"))
+DRY = Setting("cpu", 64, (1,), 2, ("resnet18", "mobilenet_v2"), 128, ("resnet18",))
 
 
 def model_of(name: str) -> nn.Module:
@@ -189,7 +191,40 @@ def onnxruntime(setting: Setting) -> Iterator[Row]:
                 )
 
 
-CHECKS: tuple[Callable[[Setting], Iterator[Row]], ...] = (parity, memory, onnxruntime, latency)
+def tiling(setting: Setting) -> Iterator[Row]:
+    """Tiled to half the peak: parity, live memory, allocator peak and latency beside the folded network."""
+    pixels = setting.tiled
+    image = replace(setting, pixels=pixels).image()
+    for name in setting.tiled_models:
+        folded = transform(trace(model_of(name).to(setting.device), image), Plan([FoldBatchNorm()]), verify=False)
+        split = transform(folded, Plan([Tile()]), verify=False)
+        what, predicted = f"tiled at {pixels}", profile(split).peak_bytes
+        with torch.inference_mode():
+            got, want = split(image).double(), folded(image).double()
+        error = float((got - want).abs().max() / want.abs().max())
+        yield row("tiled parity", name, what, f"{error:.1e}", f"at most {PARITY:.0e}", error <= PARITY, value=error)
+        whole = profile(folded).peak_bytes
+        against = f"predicted {size(predicted)}, whole {size(whole)}"
+        if setting.device == "cuda":
+            for label, graph in (("whole", folded), (what, split)):
+                peak = measure(graph, image, "cuda", runs=1).peak_bytes
+                yield row(
+                    "tiled allocator peak", name, label, size(peak), against, None, value=peak, predicted=predicted
+                )
+        found = alternate({"whole": lambda g=folded: g(image), "tiled": lambda g=split: g(image)}, 5, setting.device)
+        ratio = f"x{found['tiled'] / found['whole']:.2f}"
+        yield row("tiled latency", name, what, seconds(found["tiled"]), ratio, None, value=found["tiled"], **found)
+        with tempfile.TemporaryDirectory() as folder:
+            report = check_onnx(export_onnx(split, Path(folder) / "model.onnx"), split, runs=5)
+        for one in report.rows:
+            ok = None if one.verdict.startswith("unavailable") else one.ok
+            took = "-" if one.median_ms is None else f"{one.median_ms:.2f} ms"
+            yield row(
+                "tiled onnxruntime", name, f"{what} on {one.provider}", took, one.verdict, ok, value=one.median_ms
+            )
+
+
+CHECKS: tuple[Callable[[Setting], Iterator[Row]], ...] = (parity, memory, onnxruntime, tiling, latency)
 
 
 def row(check: str, model: str, what: str, figure: str, against: str, ok: bool | None, **values: Any) -> Row:

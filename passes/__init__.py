@@ -3,5 +3,6 @@
 from splitfx.passes.drop_identity import DropIdentity
 from splitfx.passes.fold_batchnorm import FoldBatchNorm
 from splitfx.passes.group import Group
+from splitfx.passes.tile import Tile
 
-__all__ = ["DropIdentity", "FoldBatchNorm", "Group"]
+__all__ = ["DropIdentity", "FoldBatchNorm", "Group", "Tile"]

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from splitfx.profiling import Profile, profile
     from splitfx.report.html import inspect_html
     from splitfx.storage import load, save
+    from splitfx.tiling.pareto import Curve, pareto
+    from splitfx.tiling.sources import RowSource
+    from splitfx.tiling.stream import stream
     from splitfx.tracing import trace
 
 __version__ = "0.1.0"
@@ -59,12 +62,16 @@ _HOME = {
     "splitfx.profiling": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
+    "splitfx.tiling.pareto": ["pareto", "Curve"],
+    "splitfx.tiling.sources": ["RowSource"],
+    "splitfx.tiling.stream": ["stream"],
     "splitfx.tracing": ["trace"],
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "Comparison",
+    "Curve",
     "ExportError",
     "Explanation",
     "Measurement",
@@ -73,6 +80,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "RowSource",
     "RuntimeReport",
     "SplitfxError",
     "TraceError",
@@ -86,9 +94,11 @@ __all__ = [
     "inspect_html",
     "load",
     "measure",
+    "pareto",
     "profile",
     "save",
     "session_options",
+    "stream",
     "trace",
     "transform",
 ]

@@ -137,7 +137,7 @@ class _Recorder(TorchFunctionMode):
         if not usual or (weight is not None and weight.requires_grad and not x.requires_grad):
             return func(*args, **kwargs)  # torch shall judge
         if given.get("training"):
-            F._verify_batch_size(x.size())
+            F._verify_batch_size(x.size())  # pyright: ignore[reportAttributeAccessIssue]
         return x.clone()
 
 

@@ -120,6 +120,7 @@ TABLE: dict[str, Op] = {
     ),
     **_rows("scaled_dot_product_attention", Spatial.UNKNOWN, Channel.CONTRACT, macs=True),
     **_rows("matmul bmm mm addmm baddbmm einsum", Spatial.UNKNOWN, Channel.UNKNOWN, macs=True),
+    **_rows("tiled", Spatial.UNKNOWN, Channel.UNKNOWN),
     **_rows("embedding", Spatial.UNKNOWN, Channel.UNKNOWN),
     **_rows("cumsum topk sort argmax argsort gather index", Spatial.UNKNOWN, Channel.UNKNOWN, per_output=1),
     **_rows(
@@ -167,8 +168,10 @@ _PER_CHANNEL = ("batch_norm", "instance_norm", "group_norm", "prelu")
 def op_name(node: fx.Node) -> str:
     """The table name of a node's operation; empty for structure and for what has no aten name."""
     if node.op == "call_module":
-        # A module of another class in a canonical graph is a train-dependent leaf, one tensor in and one out.
-        return _MODULES.get(type(module_of(node)), "leaf")  # type: ignore[arg-type]
+        kind = type(module_of(node))
+        # A module of another class in a canonical graph is a train-dependent leaf, one tensor in and one out; one that
+        # a pass made says what it is.
+        return _MODULES.get(kind) or getattr(kind, "op_name", "leaf")  # type: ignore[arg-type]
     if node.op != "call_function":
         return ""
     if getattr(node.target, "__name__", "") == "getitem":

@@ -1,7 +1,7 @@
 """A canonical graph as plain data (JSON types), so that it runs again without the class it came from.
 
-Does: writes nodes, layers and pytree structure; `splitfx.rebuild` reads them. The tables of what may be in a
-stored program are here, for both.
+Does: writes nodes, layers, tiled stages with their schedules, and pytree structure; `splitfx.rebuild` reads them.
+The tables of what may be in a stored program are here, for both.
 Refuses: what has no plain form (operators outside aten and torchvision, subgraphs, layers of the user's own
 that do more than pass their input on in eval mode): `NoPlainForm`.
 Promises: nothing in the data names a file, a module to import or code to run.
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.raising import FunctionalBatchNorm
+from splitfx.tiling.executor import Tiled
 
 LAYERS = {
     name: getattr(nn, name)
@@ -79,6 +80,8 @@ FUNCTIONS = {
         for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
     },
 }
+TILED = "Tiled"  # a stage with its schedule: a graph within the graph
+TILED_SWITCHES = ("checkpoint",)  # what else a tiled stage is told, yes or no
 _NAMES = {target: name for name, target in FUNCTIONS.items()}
 
 
@@ -96,10 +99,8 @@ def to_plain(gm: fx.GraphModule) -> dict[str, Any]:
         tree = {"args": list(known.orig_args), "in": _spec(known.in_spec), "out": _spec(known.out_spec)}
     elif type(codegen) is not CodeGen:
         raise NoPlainForm(f"the graph uses {type(codegen).__name__}")
-    called = sorted({str(node.target) for node in gm.graph.nodes if node.op == "call_module"})
     return {
-        "nodes": [_node(node) for node in gm.graph.nodes],
-        "layers": {path: _layer(path, gm.get_submodule(path)) for path in called},
+        **_graph(gm),
         "tree": tree,
         "info": {
             "inputs": [_input(one) for one in info.inputs],
@@ -112,6 +113,14 @@ def to_plain(gm: fx.GraphModule) -> dict[str, Any]:
             "untouched": list(info.untouched),
             "aliases": dict(info.aliases),
         },
+    }
+
+
+def _graph(gm: fx.GraphModule) -> dict[str, Any]:
+    called = sorted({str(node.target) for node in gm.graph.nodes if node.op == "call_module"})
+    return {
+        "nodes": [_node(node) for node in gm.graph.nodes],
+        "layers": {path: _layer(path, gm.get_submodule(path)) for path in called},
     }
 
 
@@ -146,6 +155,10 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
             "class": kind.__name__,
             "options": {name: _option(module, name) for name in layer_options(kind)},
         }
+    if isinstance(module, Tiled) and kind is Tiled:
+        schedule = {one.name: getattr(module.schedule, one.name) for one in fields(module.schedule)}
+        switches = {name: bool(getattr(module, name)) for name in TILED_SWITCHES if hasattr(module, name)}
+        return {"class": TILED, "options": {"schedule": _value(schedule), **switches}, **_graph(module.stage)}
     full = f"{kind.__module__}.{kind.__qualname__}"
     if full in STOCHASTIC:
         return {"class": full, "options": {name: getattr(module, name) for name in STOCHASTIC[full]}}

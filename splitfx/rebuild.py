@@ -9,6 +9,7 @@ falls back to full unpickling), which is why stored programs are not its archive
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections import namedtuple
@@ -22,14 +23,18 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError
-from splitfx.program import FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, layer_options
+from splitfx.program import FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, TILED, TILED_SWITCHES, layer_options
 from splitfx.protocol import Note
+from splitfx.tiling.executor import Tiled
+from splitfx.tiling.schedule import Schedule
+
+Values = Mapping[str, tuple[str, torch.Tensor]]
 
 _PATH = re.compile(r"[\w \-+:@#/]+(\.[\w \-+:@#/]+)*")  # no quotes: fx writes these into generated code
 _OPERATOR = re.compile(r"(\w+)\.(\w+)\.(\w+)")
 
 
-def from_plain(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tensor]]) -> fx.GraphModule:
+def from_plain(plain: Mapping[str, Any], values: Values) -> fx.GraphModule:
     """The graph of `to_plain` with `values`: path -> (kind, tensor), kind one of parameter, buffer, constant.
 
     Parameters must come as nn.Parameter, one object per tied group. Raises `ExportError` for anything not
@@ -52,22 +57,8 @@ def from_plain(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.T
         raise ExportError(f"the stored program is damaged ({type(error).__name__}: {error}).") from error
 
 
-def _build(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tensor]]) -> fx.GraphModule:
-    root = nn.Module()
-    for path, layer in sorted(plain["layers"].items(), key=lambda item: item[0].count(".")):
-        graphs.set_path(root, _checked_path(path), _make_layer(path, layer))
-    for path, (kind, tensor) in values.items():
-        _install(root, _checked_path(path), kind, tensor)
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-    for one in plain["nodes"]:
-        known = {"call_module": plain["layers"], "get_attr": values}.get(one["op"])
-        if known is not None and one["target"] not in known:
-            raise ExportError(f"the stored program has no layer or tensor {one['target']!r}.")
-        nodes[one["name"]] = _make_node(graph, one, nodes)
-    if plain["tree"] is not None:
-        graph.set_codegen(_codegen(plain["tree"]))
-    gm = fx.GraphModule(root, graph, _identifier(plain["info"]["model_class"]))
+def _build(plain: Mapping[str, Any], values: Values) -> fx.GraphModule:
+    gm = _graph(plain, values, _identifier(plain["info"]["model_class"]))
     info = gm.meta[graphs.INFO] = _make_info(plain["info"])
     for alias, path in info.aliases.items():
         _checked_path(alias)
@@ -75,12 +66,72 @@ def _build(plain: Mapping[str, Any], values: Mapping[str, tuple[str, torch.Tenso
             raise ExportError(f"the stored program has an alias of something that is no layer or tensor: {path}.")
     graphs.restore_aliases(gm)
     gm._register_deepcopy_hook(graphs.restore_aliases)
+    return gm.eval()
+
+
+def _graph(plain: Mapping[str, Any], values: Values, name: str) -> fx.GraphModule:
+    """Layers and nodes, with the tensors at their places; a tiled stage is a graph within this one."""
+    root = nn.Module()
+    layers: Mapping[str, Any] = plain["layers"]
+    tiled = tuple(f"{path}." for path, layer in layers.items() if layer["class"] == TILED)
+    for path, layer in sorted(layers.items(), key=lambda item: item[0].count(".")):
+        module = _tiled(path, layer, values) if layer["class"] == TILED else _make_layer(path, layer)
+        graphs.set_path(root, _checked_path(path), module)
+    for path, (kind, tensor) in values.items():
+        if not path.startswith(tiled):
+            _install(root, _checked_path(path), kind, tensor)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for one in plain["nodes"]:
+        known = {"call_module": layers, "get_attr": values}.get(one["op"])
+        if known is not None and one["target"] not in known:
+            raise ExportError(f"the stored program has no layer or tensor {one['target']!r}.")
+        nodes[one["name"]] = _make_node(graph, one, nodes)
+    if plain.get("tree") is not None:
+        graph.set_codegen(_codegen(plain["tree"]))
+    gm = fx.GraphModule(root, graph, name)
     for path, (kind, _) in values.items():
         if kind == "constant":  # fx registers every buffer it copies as persistent
-            parent, _, name = path.rpartition(".")
-            gm.get_submodule(parent)._non_persistent_buffers_set.add(name)
+            parent, _, last = path.rpartition(".")
+            gm.get_submodule(parent)._non_persistent_buffers_set.add(last)
     gm.graph.lint()
-    return gm.eval()
+    return gm
+
+
+def _tiled(path: str, layer: Mapping[str, Any], values: Values) -> Tiled:
+    """A stage and its schedule. Stages do not nest."""
+    if any(inner["class"] == TILED for inner in layer["layers"].values()):
+        raise ExportError(f"the stored program has a tiled stage inside the tiled stage {path}.")
+    options = dict(layer["options"])
+    schedule = _schedule(path, _read(options.pop("schedule"), {}))
+    unknown = [name for name, value in options.items() if name not in TILED_SWITCHES or not isinstance(value, bool)]
+    if unknown:
+        raise ExportError(f"the stored tiled stage {path} has unknown options: {', '.join(unknown)}.")
+    start = f"{path}.stage."
+    own = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    found = Tiled(_graph(layer, own, "Stage"), schedule)
+    for name, value in options.items():
+        setattr(found, name, value)
+    return found
+
+
+def _schedule(path: str, given: Any) -> Schedule:
+    """The stored schedule, if it is one: whole numbers, and a number of bytes."""
+    count = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least  # noqa: E731
+    counts = lambda value: isinstance(value, tuple) and all(count(one, 1) for one in value)  # noqa: E731
+    fits = {
+        "rows": lambda value: count(value, 0),
+        "every": counts,
+        "tiles": lambda value: counts(value) and len(value) == 2,
+        "recompute": lambda value: (isinstance(value, float) and value >= 0) or count(value, 0),
+    }
+    known = {one.name for one in dataclasses.fields(Schedule)} & set(fits)
+    if not isinstance(given, dict) or not set(given) <= known:
+        raise ExportError(f"the stored tiled stage {path} has a schedule that this splitfx does not know.")
+    wrong = [name for name, value in given.items() if not fits[name](value)]
+    if wrong:
+        raise ExportError(f"the stored tiled stage {path} has an unusable schedule: see {', '.join(wrong)}.")
+    return Schedule(**given)
 
 
 def _make_layer(path: str, layer: Mapping[str, Any]) -> nn.Module:

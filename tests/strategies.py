@@ -183,3 +183,134 @@ def networks(draw: st.DrawFn, length: int = 6) -> tuple[nn.Module, torch.Tensor]
             buffer.uniform_(0.5, 1.5)
     sizes = draw(st.tuples(st.integers(13, 21), st.integers(13, 21)))
     return model.double().eval(), torch.randn(2, 3, *sizes, dtype=torch.float64)
+
+
+class Spread(nn.Module):
+    """What a pooled branch of ASPP does: one value a channel, resized to the map again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(F.adaptive_avg_pool2d(x, 1)).relu()
+        return torch.cat([x, F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)], 1)
+
+
+class Resize(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(x, **self.options)
+
+
+class ChannelsLast(nn.Module):
+    """Layer norm and linear over channels, as in ConvNeXt."""
+
+    def __init__(self, width: int, wanted: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, wanted)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.linear(self.norm(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+
+class Skip(nn.Module):
+    """Down, and up again beside what was there."""
+
+    def __init__(self, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(self.down(x))
+        return torch.cat([x, F.interpolate(y, size=x.shape[2:], mode="nearest")], 1)
+
+
+@st.composite
+def maps(draw: st.DrawFn, width: int, whole: bool) -> tuple[nn.Module, int]:
+    """A step that tiling has a rule for and splitting has not; ``whole``: it may reduce over the map."""
+    kinds = ["pad", "resize", "window", "transposed", "last", "skip", "pool", "adaptive"]
+    kind = draw(st.sampled_from(kinds + ["norm", "spread", "gate"] * whole))
+    wanted = draw(st.integers(3, 8))
+    pair = lambda low, high: draw(st.tuples(st.integers(low, high), st.integers(low, high)))  # noqa: E731
+    if kind == "pad":
+        mode = draw(st.sampled_from(("constant", "reflect", "replicate")))
+        sides = draw(st.tuples(*[st.integers(-1 if mode == "constant" else 0, 3)] * 4))
+        return Call(lambda x: F.pad(x, sides, mode=mode)), width
+    if kind == "resize":
+        mode = draw(st.sampled_from(("nearest", "nearest-exact", "bilinear", "bicubic")))
+        corners = {"align_corners": draw(st.booleans())} if mode.startswith("bi") else {}
+        factor: dict[str, Any] = {"scale_factor": draw(st.sampled_from((0.6, 1.3, 2.0)))}
+        size = {"size": pair(5, 24)} if draw(st.booleans()) else factor
+        return Resize(mode=mode, **corners, **size), width
+    if kind == "window":
+        k, dilation = pair(1, 4), pair(1, 2)
+        most = min(d * (n - 1) for d, n in zip(dilation, k, strict=True)) + 2
+        conv = nn.Conv2d(width, wanted, k, pair(1, 3), draw(st.integers(most // 2, most)), dilation)
+        return conv, wanted
+    if kind == "transposed":
+        stride = draw(st.integers(1, 3))
+        extra = draw(st.integers(0, stride - 1))
+        return nn.ConvTranspose2d(width, wanted, pair(1, 4), stride, output_padding=extra, dilation=pair(1, 2)), wanted
+    if kind == "last":
+        return ChannelsLast(width, wanted), wanted
+    if kind == "skip":
+        return Skip(draw(convs(width, wanted, 2)), draw(convs(wanted, wanted))), width + wanted
+    if kind == "pool":
+        k, ceil = draw(st.integers(2, 3)), draw(st.booleans())
+        options = {"stride": draw(st.integers(1, 3)), "padding": draw(st.integers(0, 1)), "ceil_mode": ceil}
+        average = nn.AvgPool2d(k, count_include_pad=draw(st.booleans()), **options)
+        return draw(st.sampled_from((average, nn.MaxPool2d(k, **options)))), width
+    if kind == "adaptive":
+        return nn.AdaptiveAvgPool2d(pair(3, 9)), width
+    if kind == "norm":
+        groups = [g for g in (1, 2, 3) if width % g == 0]
+        norm = nn.GroupNorm(draw(st.sampled_from(groups)), width)
+        return draw(st.sampled_from((norm, nn.InstanceNorm2d(width)))), width
+    if kind == "spread":
+        return Spread(width), width + 3
+    return SqueezeExcite(width, 3), width
+
+
+class Call(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@st.composite
+def tileable(draw: st.DrawFn, whole: bool, length: int = 6) -> tuple[nn.Module, torch.Tensor]:
+    """A network of which every layer has a rule for tiling, on an image of odd sizes; as `networks` otherwise."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    width = draw(st.integers(3, 9))
+    layers: list[nn.Module] = [draw(convs(3, width))]
+    for _ in range(draw(st.integers(1, length))):
+        layer, width = draw(maps(width, whole) if draw(st.booleans()) else steps(width))
+        layers.append(layer)
+    model = nn.Sequential(*layers)
+    if not whole:
+        model = nn.Sequential(*(layer for layer in model if not isinstance(layer, SqueezeExcite)))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    sizes = draw(st.tuples(st.integers(9, 30), st.integers(9, 30)))
+    return model.double().eval(), torch.randn(draw(st.integers(1, 2)), 3, *sizes, dtype=torch.float64)
+
+
+@st.composite
+def schedules(draw: st.DrawFn, grids: bool) -> Any:
+    """How to tile: steps, firings, recomputation, and a grid where nothing reduces over the map."""
+    from splitfx.tiling.schedule import Schedule
+
+    tiles = draw(st.tuples(st.integers(1, 3), st.integers(1, 3))) if grids else (1, 1)
+    every = tuple(draw(st.lists(st.integers(1, 4), max_size=6)))
+    recompute = draw(st.sampled_from((float("inf"), 0.0, 20_000.0)))
+    return Schedule(draw(st.integers(0 if tiles != (1, 1) else 1, 12)), every, tiles, recompute)

@@ -21,7 +21,12 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(p.stem for p in EXAMPLES.glob("*.py")) == ["01_vgg16", "02_train", "03_inspect"]
+    assert sorted(p.stem for p in EXAMPLES.glob("*.py")) == [
+        "01_vgg16",
+        "02_train",
+        "03_inspect",
+        "04_stream_large_image",
+    ]
 
 
 def test_vgg16_runs_twice_in_one_folder(
@@ -53,3 +58,9 @@ def test_inspect_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     page = example("03_inspect").main(tmp_path, size=64)
     assert page.read_text().startswith("<!doctype html>")
     assert "5 blocks" in capsys.readouterr().out
+
+
+def test_a_large_image_is_streamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logits, path = example("04_stream_large_image").main(tmp_path, size=256)
+    assert logits.shape == (1, 1000)
+    assert path.exists()

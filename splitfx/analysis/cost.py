@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.shapes import shape
-from splitfx.graph import attribute, layer, module_of
+from splitfx.graph import TensorSpec, attribute, layer, module_of
 from splitfx.ops import Op, bind, op, op_name
 
 
@@ -78,8 +78,11 @@ def cost(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Cost:
     for node in graph.graph.nodes:
         row, macs, ops = op(node), 0, 0
         try:
-            macs = _macs(node, shapes) if row.macs else 0
-            ops = macs + _elementwise(node, row, shapes)
+            if row.name == "tiled":
+                macs, ops = _inside(node, shapes)
+            else:
+                macs = _macs(node, shapes) if row.macs else 0
+                ops = macs + _elementwise(node, row, shapes)
         except _CannotCount as reason:
             uncounted.append(Uncounted(layer(node), _name(node), str(reason)))
         rows[node] = NodeCost(_new_parameters(node, graph, seen), macs, ops, _bytes(shapes[node]))
@@ -102,6 +105,16 @@ def kernels(graph: fx.GraphModule, kernel: tuple[int, ...] = (3, 3), without: tu
         if tuple(module.kernel_size) == kernel and not any(fnmatch(layer(node), one) for one in without):
             total += module.in_channels // module.groups * module.out_channels
     return total
+
+
+def _inside(node: fx.Node, shapes: dict[fx.Node, Any]) -> tuple[int, int]:
+    """What the graph inside a tiled stage costs; rows that it computes twice count once."""
+    from splitfx.analysis.shapes import shapes as shapes_of
+
+    module: Any = module_of(node)
+    given = tuple(TensorSpec(tuple(v.shape), v.dtype, str(v.device)) for v in (shapes[n] for n in node.all_input_nodes))
+    found = cost(module.stage, shapes_of(module.stage, given))
+    return found.macs, found.ops
 
 
 def _new_parameters(node: fx.Node, graph: fx.GraphModule, seen: set[int]) -> int:

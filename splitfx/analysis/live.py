@@ -39,8 +39,11 @@ class LiveStorage(TorchDispatchMode):
         fresh = [t for t in made if key(t) not in self._watched and key(t) not in self._state]
         if fresh:
             # A view of a tensor never seen before (a constant of the model) is state, not a new value.
-            given = {key(t) for t in pytree.tree_leaves((args, kwargs)) if has_storage(t)}
-            self._state |= given - self._watched.keys()
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                if has_storage(tensor) and key(tensor) not in self._watched and key(tensor) not in self._state:
+                    self._state.add(key(tensor))
+                    # its place in memory may be taken by a new value once it is gone
+                    weakref.finalize(tensor.untyped_storage(), self._state.discard, key(tensor))
             for tensor in fresh:
                 self._add(tensor)
         return result

@@ -118,12 +118,21 @@ class _Temporaries:
         self.known: dict[Any, int] = {}
 
     def __call__(self, node: fx.Node) -> int:
+        if op_name(node) == "tiled":
+            return self._tiled(node)
         if node.op not in ("call_function", "call_module") or not is_composite(node):
             return 0
         signature = self._signature(node)
         if signature not in self.known:
             self.known[signature] = self._run(node)
         return self.known[signature]
+
+    def _tiled(self, node: fx.Node) -> int:
+        """What a tiled stage holds beyond its inputs and results, counted from its instructions."""
+        module: Any = module_of(node)
+        given = tuple(self.shapes[n] for n in node.all_input_nodes)
+        apart = [*given, *pytree.tree_leaves(self.shapes[node])]
+        return max(0, module.program(given).peak - sum(t.numel() * t.element_size() for t in apart))
 
     def _values(self, node: fx.Node) -> tuple[Any, Any]:
         return map_arg((node.args, node.kwargs), lambda n: self.shapes[n])

@@ -58,6 +58,8 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if op_name(node) == "batch_norm":
             return torch.empty_like(args[0])  # type: ignore[arg-type]  # as large as what it reads; the kernel's own rule is slow to ask
+        if op_name(node) == "tiled":
+            module = module.get_submodule("stage")  # the same values, without running every piece
         held = {name: weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 

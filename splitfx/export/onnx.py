@@ -2,7 +2,7 @@
 
 Does: exports in eval mode from a private copy, with a dynamic batch dimension where the graph has one,
 readable input and output names, the user's layer paths on the nodes, weights in a second file when they
-pass 2 GB; runs onnx.checker.
+pass 2 GB; tiled stages written out piece by piece, for the traced sizes (`tiles`); runs onnx.checker.
 Refuses: opsets that the exporter does not write, a dynamic batch that the graph does not have, a file
 already there.
 Promises: the split is not changed; the file holds no stack traces and no paths of this machine; a failed
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, MissingExtraError
+from splitfx.export import tiles
 from splitfx.files import check_target, written_whole
 
 # What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
@@ -73,9 +74,9 @@ def export_onnx(
     _need_packages()
     gm = _traced(split, example_inputs)
     with _quiet():
-        exported, fixed = _export(gm, dynamic_batch)
+        exported, fixed, tiled = _export(gm, dynamic_batch)
         program = _convert(exported, opset, _output_names(exported))
-    _finish(program, gm, exported, fixed)
+    _finish(program, gm, exported, fixed, tiled)
     _write(program.model, target, external_data, overwrite)
     if fixed and dynamic_batch is None:
         warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
@@ -111,23 +112,28 @@ def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
     return trace(split, example_inputs)
 
 
-def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.ExportedProgram, str]:
-    """The exported program of a private eval copy, and why its batch is fixed ("" when it is free)."""
+def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.ExportedProgram, str, list[str]]:
+    """The exported program of a private eval copy, why its batch is fixed ("" when it is free), and what its
+    tiled stages became.
+    """
     copy = graphs.copy_graph(gm, share=True).eval()
+    tiled = tiles.write_out(copy, LAYER)
     for node in copy.graph.nodes:
         # "custom" is the one entry of a node's meta that torch.export hands on to the exported graph.
         node.meta["custom"] = {LAYER: graphs.layer(node)}
     if asked is False:
-        return _follow(copy, graphs.random_inputs(gm), None), "fixed on request"
+        return _follow(copy, graphs.random_inputs(gm), None), "fixed on request", tiled
     if graphs.info(gm).dynamic == "none":
         why = "the model was traced with a fixed batch size"
+    elif tiled:
+        why = "its tiled stage is written out for the traced sizes"
     else:
         exported, why = _with_free_batch(copy, gm)
         if exported is not None:
-            return exported, ""
+            return exported, "", tiled
     if asked:
         raise ExportError(f"the batch cannot be dynamic: {why}. Leave dynamic_batch out to export the traced size.")
-    return _follow(copy, graphs.random_inputs(gm), None), why
+    return _follow(copy, graphs.random_inputs(gm), None), why, tiled
 
 
 def _with_free_batch(copy: fx.GraphModule, gm: fx.GraphModule) -> tuple[torch.export.ExportedProgram | None, str]:
@@ -233,7 +239,9 @@ def _is_tensor_output(exported: torch.export.ExportedProgram, index: int) -> boo
     return isinstance(user[index].arg, torch.export.graph_signature.TensorArgument)
 
 
-def _finish(program: Any, gm: fx.GraphModule, exported: torch.export.ExportedProgram, fixed: str) -> None:
+def _finish(
+    program: Any, gm: fx.GraphModule, exported: torch.export.ExportedProgram, fixed: str, tiled: list[str]
+) -> None:
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
     layers = {node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes}
@@ -243,6 +251,7 @@ def _finish(program: Any, gm: fx.GraphModule, exported: torch.export.ExportedPro
     plan = info.plan.to_toml() if info.plan is not None else None
     batch = f"fixed: {fixed}" if fixed else "dynamic"
     record = {"splitfx": _version(), "model": info.model_class, "batch": batch, "plan": plan}
+    record |= {"tiles": tiled} if tiled else {}
     model.metadata_props.clear()
     model.metadata_props["splitfx"] = json.dumps(record)
     model.doc_string = None

@@ -1,9 +1,9 @@
 """One onnxruntime session in a process of its own: does the provider start, and what memory does a run take.
 
-Run as `python -m splitfx.export.probe '{"provider": ..., "model": ..., "inputs": ..., "threads": ...}'`;
-answers with one JSON line. A fresh process because allocators keep what earlier runs took, so a second
-measurement shows less or nothing, and because onnxruntime reports a provider that does not start only on
-stderr.
+Run as `python -m splitfx.export.probe '{"provider": ..., "model": ..., "inputs": ..., "threads": ...}'`, with
+`"default_options": true` for onnxruntime's own session options; answers with one JSON line. A fresh process
+because allocators keep what earlier runs took, so a second measurement shows less or nothing, and because
+onnxruntime reports a provider that does not start only on stderr.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def _session(model: Any, request: dict[str, Any]) -> Any:
 
     from splitfx.export.sessions import CPU, session_options
 
+    options = session_options(request.get("threads"))
+    if request.get("default_options"):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = request.get("threads") or 0, 3
     chosen: list[Any] = [(request["provider"], request.get("provider_options", {}))]
     chosen += [] if request["provider"] == CPU else [CPU]
-    return ort.InferenceSession(model, sess_options=session_options(request.get("threads")), providers=chosen)
+    return ort.InferenceSession(model, sess_options=options, providers=chosen)
 
 
 def _arrays(path: str) -> dict[str, Any]:

@@ -35,8 +35,10 @@ class ProviderRow:
 
     verdict: "ok", "mismatch: ..." or "unavailable: why". torch_ms, torch_p90_ms: the module in eager mode,
     on the provider's device, same inputs and thread count.
-    peak_bytes: the most that one run added to the loaded model, in a fresh process; load_bytes: the loaded
-        model.
+    peak_bytes: the most that one run added to the loaded model, in a fresh process with `session_options()`;
+        load_bytes: the loaded model.
+    default_peak_bytes: the same with onnxruntime's own options; measured for files with tiled stages.
+    tiles: what each tiled stage of the model became in the file.
     fallback: nodes that ran on another provider, as "name (op on provider)".
     """
 
@@ -50,7 +52,9 @@ class ProviderRow:
     peak_bytes: int | None = None
     load_bytes: int | None = None
     peak_why: str = ""
+    default_peak_bytes: int | None = None
     fallback: tuple[str, ...] = ()
+    tiles: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -99,6 +103,7 @@ class RuntimeReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: {'ok' if self.ok else 'NOT ok'}"]
         lines += [f"  fed {one}" for one in self.inputs]
+        lines += [f"  {one}" for one in next((row.tiles for row in self.rows if row.tiles), ())]
         lines += [
             f"  {self.runs} runs, {self.threads} CPU thread{'s' * (self.threads != 1)}",
             "",
@@ -121,6 +126,9 @@ class RuntimeReport:
 
 def _remarks(row: ProviderRow) -> list[str]:
     lines = [] if row.ok else [f"{row.provider}: {row.verdict}"]
+    if row.default_peak_bytes is not None:
+        peak = row.default_peak_bytes / 2**20
+        lines.append(f"{row.provider}: peak with onnxruntime's default options {peak:.2f} MiB; see session_options()")
     if row.peak_why:
         lines.append(f"{row.provider}: no peak memory: {row.peak_why}")
     shown = row.fallback[:5]

@@ -150,7 +150,8 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
     bench.say(f"{name}: timing")
     median, p90 = _timed(_runner(session, feed, provider), bench.runs)
     torch_median, torch_p90 = _torch_times(model, call, provider, bench.runs)
-    row = ProviderRow(name, verdict, found, median, p90, torch_median, torch_p90)
+    tiles = sessions.tiles(session)
+    row = ProviderRow(name, verdict, found, median, p90, torch_median, torch_p90, tiles=tiles)
     del session
     bench.say(f"{name}: peak memory, in a fresh process")
     row = _with_memory(row, bench, provider, feed)
@@ -262,17 +263,20 @@ def _with_memory(row: ProviderRow, bench: _Bench, provider: str, feed: dict[str,
 
     stored = bench.folder / "inputs.npz"
     numpy.savez(stored, allow_pickle=False, **feed)
-    found = sessions.probe(
-        {
-            "provider": provider,
-            "provider_options": sessions.provider_options(provider),
-            "threads": bench.threads,
-            "model": str(bench.path),
-            "inputs": str(stored),
-        }
-    )
+    request = {
+        "provider": provider,
+        "provider_options": sessions.provider_options(provider),
+        "threads": bench.threads,
+        "model": str(bench.path),
+        "inputs": str(stored),
+    }
+    found = sessions.probe(request)
     why = found.get("peak_why") or found.get("why", "")
-    return replace(row, peak_bytes=found.get("peak_bytes"), load_bytes=found.get("load_bytes"), peak_why=why)
+    row = replace(row, peak_bytes=found.get("peak_bytes"), load_bytes=found.get("load_bytes"), peak_why=why)
+    if not row.tiles:
+        return row
+    bench.say(f"{row.provider}: peak memory with onnxruntime's default options")
+    return replace(row, default_peak_bytes=sessions.probe({**request, "default_options": True}).get("peak_bytes"))
 
 
 def _fallback(bench: _Bench, provider: str, feed: dict[str, Any]) -> tuple[str, ...]:

@@ -46,7 +46,9 @@ def session_options(threads: int | None = None) -> Any:
     threads: intra-op threads; None leaves onnxruntime's choice (one per core).
 
     `enable_mem_reuse` and `enable_mem_pattern` are off: the reuse planner holds buffers until their last
-    re-user and matches only equal shapes, which costs more than it saves once a graph runs in many parts.
+    re-user and matches only equal shapes, which costs more than it saves once a graph runs in many parts, and
+    the pattern takes one block for everything from the second run on. The arena stays on: without it runs are
+    slower and hold more.
     Warnings of the graph optimiser are silenced; errors are not. Raises `MissingExtraError` without
     onnxruntime.
     """
@@ -154,6 +156,16 @@ def open_session(path: Path, provider: str, options: Any) -> Any:
     if session.get_providers()[0] != provider:
         raise ExportError(f"onnxruntime fell back from {short_name(provider)} to {session.get_providers()[0]}.")
     return session
+
+
+def tiles(session: Any) -> tuple[str, ...]:
+    """What the tiled stages of an exported graph became in its file; nothing where it has none, or is not ours."""
+    try:
+        record = json.loads(session.get_modelmeta().custom_metadata_map.get("splitfx", "{}"))
+    except ValueError:
+        return ()  # another program's entry of this name
+    found = record.get("tiles", []) if isinstance(record, dict) else []
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def feeds(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> dict[str, Any]:

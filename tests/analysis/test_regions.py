@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from splitfx.analysis import facts
-from splitfx.analysis.regions import Region, Regions
+from splitfx.analysis.regions import Edge, Region, Regions
 from splitfx.graph import output_node
 from splitfx.tracing import trace
 
@@ -105,7 +105,8 @@ def test_needs_cover_what_is_read(name: str, axis: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["3x3", "stride 2", "avg pool, ceil", "bilinear up", "reflect", "transposed", "concat"]
+    "name",
+    ["3x3", "stride 2", "avg pool, ceil", "bilinear up", "reflect", "transposed", "concat", "all padding", "pad"],
 )
 def test_forward_is_the_inverse_of_backward(name: str) -> None:
     graph, node = last_map(CASES[name])
@@ -126,6 +127,36 @@ def test_padding_is_counted_only_at_borders() -> None:
     assert regions.needs(node, 0, Region(8, 11))[operand] == Region(7, 11, 0, 1)
 
 
+def test_rows_of_padding_alone_need_the_row_beside_it() -> None:
+    """No piece is ever empty, and all of it is padding."""
+    graph, node = last_map(CASES["all padding"])
+    regions, operand = facts(graph).regions, node.all_input_nodes[0]
+    edge = regions.edge(node, operand, 0)
+    assert edge.need(0, 2) == (0, 1, 3, 0)
+    assert edge.need(14, 16) == (10, 11, 0, 3)
+    assert edge.reach(0) == 0
+    assert edge.first(15) == 10
+
+
+def test_where_the_rows_lie() -> None:
+    """Maps with channels behind, reductions over channels alone, and weights, which are no maps."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x.permute(0, 2, 3, 1).softmax(-1)
+        z = y.mean(3, keepdim=True).permute(0, 3, 1, 2)
+        weight = torch.ones(2, 2, 1, 1, dtype=x.dtype).exp()
+        return F.conv2d(x, weight) * z * x.amax((1,), keepdim=True) + x.transpose(2, 3).transpose(2, 3)
+
+    graph, _ = last_map(Call(forward))
+    regions = facts(graph).regions
+    found = {n.name: regions.dims[n] for n in graph.graph.nodes if n.op == "call_function"}
+    assert found["permute"] == found["softmax"] == found["mean"] == (1, 2)
+    assert found["permute_1"] == found["amax"] == found["mul"] == (2, 3)
+    assert found["transpose"] == (3, 2)
+    assert found["exp"] is None
+    assert regions.barrier(output_node(graph).all_input_nodes[0]) == ""
+
+
 def test_barriers_say_why() -> None:
     pooled = trace(nn.Sequential(nn.Conv2d(2, 2, 3), nn.AdaptiveAvgPool2d(1)), torch.randn(1, 2, 11, 10))
     node = output_node(pooled).all_input_nodes[0]
@@ -135,12 +166,12 @@ def test_barriers_say_why() -> None:
 
 
 def test_sabotage_a_halo_one_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Regions._need
+    honest = Edge.need
 
-    def short(self, node, operand, axis, piece):  # type: ignore[no-untyped-def]
-        found = honest(self, node, operand, axis, piece)
-        return Region(found.start, found.stop - 1) if len(found) > 1 else found
+    def short(self: Edge, start: int, stop: int) -> tuple[int, int, int, int]:
+        first, last, *pads = honest(self, start, stop)
+        return (first, last - 1, *pads) if last - first > 1 else (first, last, *pads)  # type: ignore[return-value]
 
-    monkeypatch.setattr(Regions, "_need", short)
+    monkeypatch.setattr(Edge, "need", short)
     with pytest.raises(AssertionError):
         test_needs_cover_what_is_read("3x3", 0)

@@ -1,0 +1,218 @@
+"""Tile: the memory-hungry part of a network runs piece by piece, with the same output.
+
+`stream` feeds rows and keeps line buffers, so nothing is computed twice and the depth of the cut is free; `grid` cuts
+the result into tiles and computes their halos again. A byte budget is enough: the planner finds the schedule that runs
+fastest within it, and the least feasible budget is named where it cannot be met. What lies between two operations that
+read whole maps is one stage; every stage that is over budget is tiled. See `splitfx.tiling`.
+
+Promise EQUAL, for a model in eval mode. ``halo="zero"`` is the approximate split of the paper and promises nothing:
+`splitfx.tiling.zero` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from splitfx.analysis import Facts
+from splitfx.errors import PlanError, nearest
+from splitfx.graph import layer, module_of
+from splitfx.ops import op_name
+from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.report.table import size as words
+from splitfx.tiling import planner
+from splitfx.tiling.extract import install, stages
+from splitfx.tiling.planner import Candidates
+from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.stage import Kind
+
+Nodes = list[fx.Node]
+
+
+@dataclass(frozen=True)
+class Tile(Pass):
+    """Run the network piece by piece below a budget of memory, with the same output.
+
+    ``budget``: the most bytes of live tensors, inputs counted and parameters not, as in "64 MiB"; "least" for the
+    least possible; empty: half of what the model takes now, or the least that is possible. ``mode``: "stream" keeps
+    line buffers, "grid" computes halos twice, "auto" lets the planner choose. By hand instead: ``until`` names the last
+    layer that is tiled, ``rows`` the input rows of a step, ``every`` the steps between two firings of each group of
+    layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes from which a map that waits for a reduction is
+    computed twice instead of being kept (-1: never).
+
+    ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
+    their activations; norms and dropout inside must be in eval mode.
+
+    ``stages`` is what the planner decided, so that a saved plan gives the same graph: for each stage rows, grid (2),
+    recompute and every; an empty entry is a stage left as it is.
+    """
+
+    name: ClassVar[str] = "tile"
+    promise: ClassVar[Promise] = Promise.EQUAL
+    needs_eval: ClassVar[bool] = True
+
+    budget: str = ""
+    mode: Literal["auto", "stream", "grid"] = "auto"
+    until: str = ""
+    rows: int = 0
+    grid: tuple[int, int] = (1, 1)
+    every: tuple[int, ...] = ()
+    recompute: int = -1
+    checkpoint: bool = False
+    stages: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget and self.budget != "least":
+            planner.parse_bytes(self.budget)
+        if self.rows < 0 or min(self.grid) < 1 or any(e < 1 for e in self.every):
+            raise PlanError("pass 'tile': rows, grid and every are counts: rows at least 0, the others at least 1")
+        if self.budget and (self.by_hand or self.stages):
+            raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
+        for stage in self.stages:
+            if stage and (len(stage) < 4 or stage[0] < 0 or min(stage[1:3]) < 1 or any(e < 1 for e in stage[4:])):
+                raise PlanError(
+                    f"pass 'tile': {stage} is no stage: it needs rows, grid rows, grid columns, recompute, every ..."
+                )
+
+    @property
+    def by_hand(self) -> bool:
+        return self.rows > 0 or self.grid != (1, 1)
+
+    def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        found, roles = stages(graph, facts.regions)
+        notes = [Note(where, f"not tiled: {why}", "declined") for where, why in _declined(graph, roles.why)]
+        if self.until:
+            found = _until(found, self.until)
+        if not found:
+            why = next((f" ({reason})" for reason in roles.why.values() if reason), "")
+            nothing = f"no layer works on rows of a map: nothing to tile{why}"
+            return Outcome((*notes, Note("model", nothing, "declined")))
+        decided = self._decided(graph, facts, found)
+        for number, (nodes, (schedule, note)) in enumerate(zip(found, decided, strict=True), 1):
+            where = f"{layer(nodes[0])} to {layer(nodes[-1])}"
+            notes.append(Note(where, note, "did" if schedule is not None else "info"))
+            if schedule is not None:
+                name = "tiled" if len(found) == 1 else f"tiled_{number}"
+                tiled = module_of(install(graph, nodes, schedule, name))
+                tiled.checkpoint = self.checkpoint  # type: ignore[union-attr]
+        settled = replace(
+            self, budget="", mode="auto", rows=0, grid=(1, 1), every=(), recompute=-1,
+            stages=tuple(_plain(schedule) for schedule, _ in decided),
+        )  # fmt: skip
+        return Outcome(tuple(notes), settled=None if self.by_hand or settled == self else settled)
+
+    def _decided(self, graph: fx.GraphModule, facts: Facts, found: list[Nodes]) -> list[tuple[Schedule | None, str]]:
+        """For each stage its schedule, None where it stays as it is, and what a note says."""
+        if self.stages:
+            if len(self.stages) != len(found):
+                raise PlanError(
+                    f"pass 'tile': the plan was made for {len(self.stages)} stages, this model has {len(found)}: leave "
+                    "`stages` out and give a budget"
+                )
+            return [(_read(one), _how(_read(one))) for one in self.stages]
+        if self.by_hand:
+            schedule = Schedule(
+                self.rows, self.every, self.grid, float("inf") if self.recompute < 0 else self.recompute
+            )
+            for nodes in found:
+                self._check_grid(Candidates(graph, facts, nodes))
+            return [(schedule, _how(schedule)) for _ in found]
+        if self.budget and self.budget != "least":
+            return self._within(graph, facts, found, planner.parse_bytes(self.budget))
+        decided = []
+        for nodes in found:
+            candidates = Candidates(graph, facts, nodes)
+            goal = (
+                candidates.untiled().peak_bytes
+                if self.budget
+                else min(facts.memory.peak_bytes // 2, candidates.untiled().peak_bytes)
+            )
+            plan = planner.least(candidates, self.mode) if self.budget else planner.half(candidates, goal, self.mode)
+            decided.append((plan.schedule, plan.words()))
+        return decided
+
+    def _within(
+        self, graph: fx.GraphModule, facts: Facts, found: list[Nodes], budget: int
+    ) -> list[tuple[Schedule | None, str]]:
+        inside = {n for nodes in found for n in nodes}
+        memory = facts.memory
+        whole = [n for n in graph.graph.nodes if n not in inside and n.op not in ("placeholder", "get_attr", "output")]
+        tall = max(whole, key=lambda n: memory.live_bytes[n], default=None)
+        if tall is not None and memory.live_bytes[tall] > budget:
+            raise PlanError(
+                f"pass 'tile': a budget of {words(budget)} cannot be met: {layer(tall)} ({op_name(tall)}) needs "
+                f"{words(memory.live_bytes[tall])} and reads whole maps, so it is not tiled"
+            )
+        plans = [planner.plan(Candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
+        return [(plan.schedule, plan.words()) for plan in plans]
+
+    def _check_grid(self, candidates: Candidates) -> None:
+        """Raise `PlanError` where the grid cannot be laid over what the stage gives."""
+        if self.grid == (1, 1):
+            return
+        stage = candidates.stage(float("inf"))
+        whole = next((k for k in stage.kernels if k.kind is Kind.REDUCE and stage.phases > 1), None)
+        if whole is not None:
+            raise PlanError(
+                f"pass 'tile': a grid needs every tile to stand alone, but {layer(whole.node)} ({op_name(whole.node)}) "
+                "reduces over the whole map and layers behind it read the result: use rows, or until=... before it"
+            )
+        for kernel in stage.exits:
+            if kernel.dims is not None and any(n > size for n, size in zip(self.grid, kernel.sizes, strict=True)):
+                raise PlanError(
+                    f"pass 'tile': a grid of {self.grid[0]} x {self.grid[1]} tiles is larger than the map of "
+                    f"{kernel.sizes[0]} x {kernel.sizes[1]} that {layer(kernel.node)} gives"
+                )
+
+
+def _declined(graph: fx.GraphModule, why: dict[fx.Node, str]) -> Iterator[tuple[str, str]]:
+    """Where a stage ends: the first operations behind tiled ones, with the reason, and not all that follow them."""
+    for node in graph.graph.nodes:
+        behind = any(not why.get(n) and n.op not in ("get_attr", "placeholder") for n in node.all_input_nodes)
+        if why.get(node) and node.op != "output" and behind:
+            yield layer(node), why[node]
+
+
+def _until(found: list[Nodes], last: str) -> list[Nodes]:
+    """The stage that holds a layer, as far as what that layer reads; earlier stages whole."""
+    names = [layer(n) for nodes in found for n in nodes]
+    if last not in names:
+        raise PlanError(f"pass 'tile': no layer {last!r} can be tiled.{nearest(last, names)}")
+    place = next(i for i, nodes in enumerate(found) if any(layer(n) == last for n in nodes))
+    nodes = found[place]
+    inside, kept = set(nodes), set[fx.Node]()
+    waiting = [next(n for n in reversed(nodes) if layer(n) == last)]
+    while waiting:
+        node = waiting.pop()
+        if node in inside and node not in kept:
+            kept.add(node)
+            waiting.extend(node.all_input_nodes)
+    for node in nodes:  # a split is no value of its own: its parts come along
+        if op_name(node) == "getitem" and node.all_input_nodes[0] in kept:
+            kept.add(node)
+    return [*found[:place], [n for n in nodes if n in kept]]
+
+
+def _plain(schedule: Schedule | None) -> tuple[int, ...]:
+    if schedule is None:
+        return ()
+    recompute = -1 if schedule.recompute == float("inf") else int(schedule.recompute)
+    return schedule.rows, *schedule.tiles, recompute, *schedule.every
+
+
+def _read(plain: tuple[int, ...]) -> Schedule | None:
+    if not plain:
+        return None
+    rows, down, across, recompute, *every = plain
+    return Schedule(rows, tuple(every), (down, across), float("inf") if recompute < 0 else float(recompute))
+
+
+def _how(schedule: Schedule | None) -> str:
+    if schedule is None:
+        return "left as it is"
+    rows = f"{schedule.rows} rows a step" if schedule.rows else "whole tiles"
+    return rows + (f", {schedule.tiles[0]} x {schedule.tiles[1]} tiles" if schedule.tiles != (1, 1) else "")

@@ -1,0 +1,319 @@
+"""Tile: what its options do, that a saved plan gives the same graph, and every way to ask for nonsense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import splitfx
+from splitfx.analysis import facts
+from splitfx.errors import PlanError, SplitfxError, UnsupportedError, VerificationError
+from splitfx.graph import info
+from splitfx.ops import op_name
+from splitfx.passes.tile import Tile
+from splitfx.pipeline import run_pass
+from splitfx.plan import Plan
+from splitfx.report.table import size as words
+from splitfx.tiling import executor
+from splitfx.tiling.executor import Execution, Tiled
+from splitfx.tiling.schedule import Run
+from splitfx.tracing import trace
+from tests import oracle
+from tests.models import ZOO, Head, Residual, conv_bn, image
+
+
+class Net(nn.Module):
+    """Named layers, a residual, an attention over the last map: the end is no stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.down = conv_bn(3, 8), Residual(8, 8), Residual(8, 12, 2)
+        self.last, self.fc = nn.Conv2d(12, 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.down(self.block(self.stem(x))))
+        weights = x.flatten(2).softmax(2)
+        return self.fc((x.flatten(2) * weights).sum(2))
+
+
+def net(size: tuple[int, int] = (48, 40)) -> tuple[fx.GraphModule, torch.Tensor]:
+    torch.manual_seed(0)
+    x = image(1, 3, *size)
+    return trace(Net().eval(), x), x
+
+
+def tiles(split: fx.GraphModule) -> list[Tiled]:
+    found = [split.get_submodule(str(n.target)) for n in split.graph.nodes if op_name(n) == "tiled"]
+    return [m for m in found if isinstance(m, Tiled)]
+
+
+def inside(split: fx.GraphModule) -> set[str]:
+    return {str(n.target) for n in tiles(split)[0].stage.graph.nodes if n.op == "call_module"}
+
+
+def notes(split: fx.GraphModule, kind: str) -> list[str]:
+    return [f"{n.where}: {n.what}" for n in info(split).steps[-1].notes if n.kind == kind]
+
+
+# ---------------------------------------------------------------- what it does
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"budget": "least"},
+        {"rows": 1},
+        {"rows": 4, "every": (2, 1)},
+        {"rows": 0, "grid": (2, 2)},
+        {"rows": 3, "grid": (1, 2)},
+        {"mode": "grid", "budget": "least"},
+        {"mode": "stream", "budget": "least"},
+        {"rows": 2, "until": "block.main.0"},
+    ],
+)
+def test_equal_and_smaller(options: dict[str, Any]) -> None:
+    graph, _ = net()
+    split, settled = run_pass(graph, Tile(**options))
+    assert tiles(split)
+    for batch in (1, 3):
+        oracle.assert_equal_outputs(split, graph, image(batch, 3, 48, 40))
+    step = info(split).steps[-1]
+    assert step.difference is not None
+    assert step.difference <= 1e-12
+    less = 0 if "until" in options else 1  # there the peak is in what stays outside
+    assert step.after.peak_bytes <= step.before.peak_bytes - less
+    assert facts(split).cost.macs >= facts(graph).cost.macs * 0.99
+    again, _ = run_pass(graph, settled)
+    assert [t.schedule for t in tiles(again)] == [t.schedule for t in tiles(split)]
+    assert Plan.from_toml(Plan([settled]).to_toml()) == Plan([settled])
+
+
+def test_the_stage_ends_where_whole_maps_are_read() -> None:
+    split, _ = run_pass(net()[0], Tile(rows=4))
+    assert "last" in inside(split)
+    assert "fc" not in inside(split)
+    assert any("flatten" in n for n in notes(split, "declined")), notes(split, "declined")
+
+
+def test_a_plan_says_what_it_predicts() -> None:
+    split, _ = run_pass(net()[0], Tile(budget="least"))
+    assert any("predicted peak" in n and "rows a step" in n for n in notes(split, "did"))
+
+
+def test_half_the_peak_by_default() -> None:
+    graph, _ = net((160, 128))
+    split, _ = run_pass(graph, Tile())
+    assert facts(split).memory.peak_bytes <= facts(graph).memory.peak_bytes / 2
+
+
+def test_a_budget_is_kept() -> None:
+    graph, _ = net((160, 128))
+    before = facts(graph).memory.peak_bytes
+    for share in (0.3, 0.6):
+        split, _ = run_pass(graph, Tile(budget=f"{int(before * share)} B"))
+        assert facts(split).memory.peak_bytes <= before * share
+
+
+def test_a_large_budget_leaves_the_model_alone() -> None:
+    split, _ = run_pass(net()[0], Tile(budget="1 GiB"))
+    assert not tiles(split)
+    assert not info(split).steps[-1].changed
+    assert any("left as it is" in n for n in notes(split, "info"))
+
+
+def test_parameters_keep_their_names_and_are_the_users_own() -> None:
+    model = Net().eval()
+    split = splitfx.transform(model, Tile(rows=4), image(1, 3, 48, 40))
+    own = model.state_dict()
+    found = {key.replace("tiled.stage.", ""): value for key, value in split.state_dict().items()}
+    assert found.keys() == own.keys()
+    for key, value in found.items():
+        assert torch.equal(value, own[key])
+
+
+def test_until_inside_a_residual_has_two_outputs() -> None:
+    """The first conv of the block and the block's input, which the sum behind the stage reads."""
+    graph, x = net()
+    split, _ = run_pass(graph, Tile(rows=2, until="block.main.0"))
+    assert inside(split) >= {"stem.0", "block.main.0"}
+    assert "block.main.3" not in inside(split)
+    assert len(tiles(split)[0](x)) == 2
+
+
+def test_until_a_split_takes_its_parts_along() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.part = nn.Conv2d(3, 6, 3), nn.Module()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = self.conv(x).chunk(2, 1)
+            return torch.cat([b.relu(), a], 1).flatten(1).cumsum(1)
+
+    graph = trace(Halves().eval(), image())
+    for node in graph.graph.nodes:
+        if op_name(node) == "chunk":
+            node.meta["layer"] = "part"
+    split, _ = run_pass(graph, Tile(rows=2, until="part"))
+    oracle.assert_equal_outputs(split, graph, image())
+
+
+def test_what_follows_can_still_be_written_to() -> None:
+    """An in-place layer behind the stage overwrites what the stage gives, not what it holds."""
+
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            z = y.cumsum(2)
+            y.add_(1)
+            return y.flip(2) + z
+
+    graph = trace(Ends().eval(), image())
+    split, _ = run_pass(graph, Tile(rows=2))
+    oracle.assert_equal_outputs(split, graph, image())
+
+
+def test_train_mode_is_refused_when_it_runs() -> None:
+    graph, x = net()
+    split, _ = run_pass(graph, Tile(rows=4))
+    with pytest.raises(UnsupportedError, match="train mode"):
+        split.train()(x)
+    with pytest.raises(UnsupportedError, match="eval mode"):
+        run_pass(trace(Net().train(), x), Tile(rows=4))
+
+
+# ---------------------------------------------------------------- nonsense
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no number": ({"budget": "small"}, "a budget is a number of bytes with its unit"),
+    "no unit": ({"budget": "64"}, "with its unit, such as '64 MiB'"),
+    "nothing": ({"budget": "0 MiB"}, "more than 0 bytes"),
+    "negative": ({"budget": "-2 MiB"}, "a budget is a number"),
+    "rows below zero": ({"rows": -1}, "counts"),
+    "an empty grid": ({"grid": (0, 1)}, "counts"),
+    "every zero": ({"rows": 1, "every": (0,)}, "counts"),
+    "both": ({"budget": "1 MiB", "rows": 3}, "not both"),
+    "both, grid": ({"budget": "least", "grid": (2, 2)}, "not both"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(name: str) -> None:
+    options, message = BAD[name]
+    with pytest.raises(PlanError, match=message):
+        Tile(**options)
+
+
+def test_a_budget_below_the_floor_says_the_floor() -> None:
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
+    graph = trace(model.eval(), image(1, 3, 64, 48))
+    with pytest.raises(PlanError, match=r"the least is ([\d.]+ \w+), reached at \d") as found:
+        run_pass(graph, Tile(budget="10 B"))
+    least = str(found.value).split("the least is ")[1].split(",")[0]
+    split, _ = run_pass(graph, Tile(budget="least"))
+    assert words(facts(split).memory.peak_bytes) == least
+
+
+def test_a_budget_below_what_cannot_be_tiled_says_so() -> None:
+    with pytest.raises(PlanError, match="cannot be met"):
+        run_pass(net()[0], Tile(budget="100 B"))
+
+
+def test_a_grid_larger_than_the_map() -> None:
+    with pytest.raises(PlanError, match=r"a grid of 1 x 21 tiles is larger than the map of 24 x 20 that last gives"):
+        run_pass(net()[0], Tile(grid=(1, 21)))
+
+
+def test_a_grid_over_a_gate() -> None:
+    model, x = ZOO["squeeze_excite"]()
+    graph = trace(model.eval(), x)
+    with pytest.raises(PlanError, match=r"body.1 \(mean\) reduces over the whole map.*until"):
+        run_pass(graph, Tile(grid=(2, 2)))
+    with pytest.raises(SplitfxError, match="grid"):
+        run_pass(graph, Tile(mode="grid", budget="least"))
+    split, _ = run_pass(graph, Tile(grid=(2, 2), until="body.0.2"))
+    oracle.assert_equal_outputs(split, graph, x)
+
+
+def test_an_unknown_layer() -> None:
+    with pytest.raises(PlanError, match=r"no layer 'block.main.1x' can be tiled. Did you mean 'block.main.1'?"):
+        run_pass(net()[0], Tile(rows=1, until="block.main.1x"))
+
+
+def test_a_layer_that_is_not_tiled() -> None:
+    with pytest.raises(PlanError, match="no layer 'fc' can be tiled"):
+        run_pass(net()[0], Tile(rows=1, until="fc"))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.Conv1d(3, 4, 3), nn.Conv3d(3, 4, 1), nn.LSTM(4, 3)])
+def test_models_without_maps(model: nn.Module) -> None:
+    shape = {nn.Conv1d: (2, 3, 9), nn.Conv3d: (2, 3, 4, 5, 6)}.get(type(model), (2, 5, 4))
+    try:
+        graph = trace(model.eval(), image(*shape))
+    except SplitfxError:
+        return
+    split, _ = run_pass(graph, Tile(rows=1))
+    assert not tiles(split)
+    assert any("nothing to tile" in n for n in notes(split, "declined"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (5, 4)])
+def test_inputs_smaller_than_the_receptive_field(size: tuple[int, int]) -> None:
+    graph, _ = net()
+    split, _ = run_pass(graph, Tile(rows=3, every=(1, 2)))
+    oracle.assert_equal_outputs(split, graph, image(2, 3, *size))
+    for step in (Tile(rows=1), Tile(), Tile(budget="least")):
+        small = trace(Net().eval(), image(1, 3, *size))
+        oracle.assert_equal_outputs(run_pass(small, step)[0], small, image(1, 3, *size))
+
+
+def test_inputs_that_do_not_fit() -> None:
+    split, _ = run_pass(trace(nn.Sequential(nn.Conv2d(3, 4, 5)).eval(), image(1, 3, 16, 16)), Tile(rows=2))
+    with pytest.raises(UnsupportedError, match="do not fit"):
+        split(image(1, 3, 4, 4))
+
+
+def test_a_plan_for_another_number_of_stages() -> None:
+    with pytest.raises(PlanError, match="stages"):
+        run_pass(net()[0], Tile(stages=((2, 1, 1, -1, 1), (2, 1, 1, -1, 1), (2, 1, 1, -1))))
+
+
+@pytest.mark.parametrize("stage", [(1,), (-1, 1, 1, -1), (2, 0, 1, -1), (2, 1, 1, -1, 0)])
+def test_a_plan_with_an_odd_stage(stage: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="stage"):
+        Tile(stages=(stage,))
+
+
+# ---------------------------------------------------------------- the oracle notices
+
+
+def test_sabotage_is_noticed_by_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the halo lost in every piece: no wrong graph leaves the pipeline."""
+    honest = Execution.compute
+
+    def careless(self: Execution, one: Any) -> None:
+        honest(self, one)
+        if one.rows[0] > 0 and one.kernel.rule is not None:
+            self.registers[one.dst] = F.pad(self.registers[one.dst][:, :, 1:], (0, 0, 1, 0))
+
+    monkeypatch.setitem(executor._ACTIONS, Run, careless)
+    with pytest.raises(VerificationError):
+        run_pass(net()[0], Tile(rows=4))
+
+
+def test_classifier_head_is_part_of_the_stage() -> None:
+    """A global pool consumes rows: the last map is never there, and the classifier runs on what it gives."""
+    torch.manual_seed(0)
+    graph = trace(Head(nn.Sequential(conv_bn(3, 8), Residual(8, 12, 2)), 12).eval(), image(1, 3, 64, 64))
+    split, _ = run_pass(graph, Tile(rows=1))
+    assert {op_name(n) for n in split.graph.nodes if n.op.startswith("call")} <= {"tiled", "getitem"}
+    assert "fc" in inside(split)

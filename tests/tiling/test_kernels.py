@@ -1,0 +1,191 @@
+"""Every spatial rule: a piece is what the whole would be there, and holds the bytes that were predicted."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from splitfx.analysis import taps
+from splitfx.analysis.regions import Edge
+from splitfx.tiling import executor, kernels
+from splitfx.tiling.executor import Execution
+from splitfx.tiling.reductions import Reduction
+from splitfx.tiling.schedule import Run, Schedule
+from tests import oracle
+from tests.tiling import cases
+from tests.tiling.cases import PHASES, RULES, SPLIT
+from tests.tiling.trial import GRIDS, STREAMS, assert_equal, error, peaks, tile, traced
+
+QUICK = [STREAMS[1], STREAMS[2], GRIDS[0], GRIDS[3]]
+EVERYTHING = {**RULES, **PHASES, **SPLIT}
+
+
+@cache
+def case(name: str) -> tuple[fx.GraphModule, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, cases.C, 3, padding=1), EVERYTHING[name]())
+    for path, buffer in model.named_buffers():
+        if path.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+        elif path.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return traced(model, torch.randn(2, 3, 19, 17))
+
+
+def schedules(name: str) -> list[Schedule]:
+    """A few for every rule; the others change from rule to rule."""
+    if name in RULES:
+        return [*QUICK, [*STREAMS, *GRIDS][sum(map(ord, name)) % 11]]
+    return [STREAMS[1], STREAMS[2], STREAMS[5]]
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_pieces_are_exact(name: str) -> None:
+    graph, inputs = case(name)
+    for schedule in schedules(name):
+        trial = tile(graph, schedule)
+        assert_equal(trial.split, graph, inputs)
+    assert (trial.outside == []) == (name not in CUT), f"outside: {trial.outside}"
+    if name in PHASES:
+        assert "conv2d" in trial.inside
+
+
+# What reads whole maps; the others in `SPLIT` turned out to need no cut.
+UNCUT = "concat of images, max over channels, transposed map, sizes, norm over channels, groups as images, types, area"
+CUT = set(SPLIT) - {*UNCUT.split(", "), "power pool", "in place, swapped"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_schedule(name: str) -> None:
+    graph, inputs = case(name)
+    for schedule in [*STREAMS, *(GRIDS if name not in PHASES else [])]:
+        assert_equal(tile(graph, schedule).split, graph, inputs)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_predicted_bytes_are_held(name: str) -> None:
+    """In float32, to the byte but for tables of indices and numbers per channel."""
+    graph, inputs = case(name)
+    given = tuple(t.float() for t in oracle.leaves(inputs))
+    for schedule in schedules(name)[:3]:
+        predicted, measured = peaks(tile(graph, schedule).tiled.float(), given)
+        assert abs(predicted - measured) <= 0.02 * measured + 400, f"{schedule}: {predicted} predicted, {measured} held"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in EVERYTHING if not n.startswith("in place")]
+)  # which has no gradient, tiled or not
+def test_with_gradients(name: str) -> None:
+    """Where gradients are wanted nothing may be overwritten, and other code runs; the gradients are the same."""
+    graph, inputs = case(name)
+    trial = tile(graph, QUICK[0] if name not in RULES else QUICK[len(name) % 4])
+    assert_equal(trial.split, graph, inputs, grad=True)
+    found = [gradients(module, inputs) for module in (trial.split, graph)]
+    assert found[0].keys() == found[1].keys()
+    largest = max(float(grad.abs().max()) for grad in found[1].values())  # in front of a norm some are zero
+    for key, grad in found[1].items():
+        assert float((found[0][key] - grad).abs().max()) <= 1e-12 * largest, key
+
+
+def gradients(module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+    x = oracle.leaves(inputs)[0].clone().requires_grad_()
+    module.zero_grad()
+    total = sum(
+        (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in oracle.leaves(module(x))
+    )
+    total.backward()  # type: ignore[union-attr]
+    named = {path.replace("tiled.stage.", ""): p.grad for path, p in module.named_parameters()}
+    return {path: grad for path, grad in {**named, "input": x.grad}.items() if grad is not None}
+
+
+# ---------------------------------------------------------------- the tests notice
+
+
+def off(name: str, schedule: Schedule) -> float:
+    """How far a case is from the untiled one; infinite where it breaks."""
+    graph, inputs = case(name)
+    try:
+        with torch.no_grad():
+            return error(oracle.run(tile(graph, schedule).split, inputs), oracle.run(graph, inputs))
+    except (RuntimeError, IndexError, ValueError):
+        return float("inf")
+
+
+def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution whose last row is replaced by padding."""
+    honest = Edge.need
+
+    def short(self: Edge, start: int, stop: int) -> tuple[int, int, int, int]:
+        first, last, above, below = honest(self, start, stop)
+        return (first, last - 1, above, below + 1) if last - first > 2 else (first, last, above, below)
+
+    assert off("conv 3x3", STREAMS[1]) == 0
+    monkeypatch.setattr(Edge, "need", short)
+    assert off("conv 3x3", STREAMS[1]) > 1e-3
+    assert off("conv 3x3", GRIDS[0]) > 1e-3
+
+
+def test_sabotage_padding_inside_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A halo of zeros, as in approximate tiling."""
+    honest = Execution.compute
+
+    def zeroed(self: Execution, one: Any) -> None:
+        for register, (first, _) in zip(one.srcs, one.starts, strict=True):
+            if first > 0 and self.registers[register].shape[2] > 1:
+                self.registers[register] = self.registers[register].clone()
+                self.registers[register][:, :, 0] = 0
+        honest(self, one)
+
+    monkeypatch.setitem(executor._ACTIONS, Run, zeroed)
+    assert off("conv 3x3", STREAMS[1]) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "size"), [("avg pool without padding", 9), ("avg pool ceil stride 3", 4)])
+def test_sabotage_a_wrong_divisor(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every window divided by the size of the kernel."""
+    assert off(name, STREAMS[1]) <= 1e-15
+    monkeypatch.setattr(kernels, "pool_pads_itself", lambda *_: False)
+    assert off(name, STREAMS[1]) <= 1e-15, "the other way to the same numbers"
+    honest = torch.Tensor.div_
+    monkeypatch.setattr(torch.Tensor, "div_", lambda self, by: honest(self, torch.full_like(by, size)))
+    assert off(name, STREAMS[1]) > 1e-3
+
+
+def test_sabotage_rows_let_go_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line buffers that forget the first row that is read again."""
+    honest = Edge.first
+    monkeypatch.setattr(Edge, "first", lambda self, row: min(self.size, honest(self, row) + 1))
+    assert off("conv 3x3", STREAMS[0]) > 1e-3
+
+
+def test_sabotage_a_resize_that_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinates from the size of the piece."""
+    honest = taps.resize_taps
+
+    def anew(node: fx.Node, axis: int, count: int, size: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+        rows, weights = honest(node, axis, count, size, dtype)
+        return rows, weights if axis else np.roll(weights, 1, 1)
+
+    monkeypatch.setattr(kernels, "resize_taps", anew)
+    assert off("bilinear up", STREAMS[1]) > 1e-3
+
+
+def test_sabotage_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics without what the tiles differ by."""
+    honest = Reduction._moments
+
+    def careless(self: Any, x: torch.Tensor) -> None:
+        before = self.squares
+        honest(self, x)
+        if before is not None:
+            self.squares = before + (x.var((2, 3), correction=0) * x[0, 0].numel()).reshape(before.shape)
+
+    assert off("instance norm", STREAMS[1]) <= 1e-13
+    monkeypatch.setattr(Reduction, "_moments", careless)
+    assert off("instance norm", STREAMS[1]) > 1e-3

@@ -1,0 +1,160 @@
+"""The planner: budgets as words, what it predicts is what is held, the least is least, time is traded for bytes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from splitfx.analysis import facts
+from splitfx.errors import PlanError
+from splitfx.tiling import planner
+from splitfx.tiling.extract import install, stages
+from splitfx.tiling.planner import Candidates, Point, Schedule, front, parse_bytes
+from splitfx.tracing import trace
+from tests.tiling.cases import PHASES
+from tests.tiling.test_stage import UNet
+from tests.tiling.trial import peaks
+
+
+def body() -> nn.Module:
+    torch.manual_seed(0)
+    conv = lambda i, o, s=1: nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.ReLU())  # noqa: E731
+    layers = [conv(3, 16), conv(16, 16), nn.MaxPool2d(2), conv(16, 32), conv(32, 32, 2), conv(32, 48)]
+    return nn.Sequential(*layers, nn.Conv2d(48, 4, 1))
+
+
+MODELS: dict[str, Any] = {
+    "chain": body,
+    "u-net": UNet,
+    "gate": lambda: nn.Sequential(nn.Conv2d(3, 6, 3), PHASES["two gates"](), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+}
+
+
+@cache
+def candidates(name: str) -> Candidates:
+    graph = trace(MODELS[name]().eval(), torch.randn(1, 3, 96, 80))
+    known = facts(graph)
+    return Candidates(graph, known, stages(graph, known.regions)[0][0])
+
+
+def held(name: str, schedule: Schedule) -> int:
+    """Bytes that the stage holds under a schedule, followed tensor by tensor."""
+    found = candidates(name)
+    graph: fx.GraphModule = trace(MODELS[name]().eval(), torch.randn(1, 3, 96, 80))
+    nodes = stages(graph, facts(graph).regions)[0][0]
+    tiled: Any = graph.get_submodule(str(install(graph, nodes, schedule).target))
+    assert len(nodes) == len(found.nodes)
+    return peaks(tiled, (torch.randn(1, 3, 96, 80),))[1]
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("64 MiB", 2**26),
+        ("1.5GiB", 3 * 2**29),
+        ("100 kb", 100_000),
+        ("12 B", 12),
+        (" 2 mib ", 2**21),
+        ("3 GB", 3 * 10**9),
+    ],
+)
+def test_budgets(text: str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["64", "MiB", "many", "-3 MiB", "0 MiB", "0.1 B", "1e3 MiB", "64 MiBs", "nan MiB", "5 TiBit"]
+)
+def test_bad_budgets(text: str) -> None:
+    with pytest.raises(PlanError, match="budget"):
+        parse_bytes(text)
+
+
+# ---------------------------------------------------------------- what is planned
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_are_held(name: str) -> None:
+    for point in (planner.least(candidates(name)).point, *candidates(name).curve()[:3]):
+        if point.schedule is not None:
+            assert abs(held(name, point.schedule) - point.peak_bytes) <= 0.02 * point.peak_bytes + 600
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_least_is_less(name: str) -> None:
+    least = planner.least(candidates(name))
+    before = candidates(name).untiled()
+    given = 3 * 96 * 80 * 4
+    assert least.point.peak_bytes - given < (before.peak_bytes - given) / {"chain": 3, "u-net": 2, "gate": 1.4}[name]
+    assert least.before == before
+
+
+def test_budgets_are_kept_and_less_costs_more_time() -> None:
+    found, seconds = candidates("chain"), []
+    before, least = found.untiled().peak_bytes, planner.least(found).point.peak_bytes
+    for share in (0.7, 0.4, 0.2, 0.05):
+        budget = int(least + share * (before - least))
+        plan = planner.plan(found, budget)
+        assert plan.schedule is not None
+        assert plan.point.peak_bytes <= budget
+        seconds.append(plan.point.seconds)
+    assert seconds == sorted(seconds)
+
+
+def test_a_budget_that_is_kept_already_tiles_nothing() -> None:
+    plan = planner.plan(candidates("chain"), 10**9)
+    assert plan.schedule is None
+    assert "left as it is" in plan.words()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_that_cannot_be_met_says_what_can(name: str) -> None:
+    with pytest.raises(PlanError, match=r"cannot be met: the least is [\d.]+ KiB, reached at \S+"):
+        planner.plan(candidates(name), 1000)
+
+
+def test_half_or_the_least() -> None:
+    found = candidates("chain")
+    assert planner.half(found, 1000).point == planner.least(found).point
+    enough = found.untiled().peak_bytes // 2
+    assert planner.half(found, enough).point.peak_bytes <= enough
+
+
+def test_plans_are_deterministic() -> None:
+    candidates.cache_clear()
+    first = planner.least(candidates("u-net"))
+    candidates.cache_clear()
+    assert planner.least(candidates("u-net")) == first
+
+
+def test_grids() -> None:
+    point = planner.least(candidates("chain"), "grid").point
+    assert point.schedule is not None
+    assert point.schedule.rows == 0
+    assert point.peak_bytes < candidates("chain").untiled().peak_bytes
+
+
+def test_a_grid_over_a_reduction_is_refused() -> None:
+    with pytest.raises(PlanError, match="reduction over the map"):
+        planner.least(candidates("gate"), "grid")
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [Point(b, s, None, "") for b, s in ((5, 1.0), (1, 9.0), (3, 3.0), (3, 4.0), (4, 3.0), (2, 9.0))]
+    assert [(p.peak_bytes, p.seconds) for p in front(points)] == [(1, 9.0), (3, 3.0), (5, 1.0)]
+
+
+def test_wide_images_are_cut_into_bands() -> None:
+    """Where one row of everything is too much, column bands go below it."""
+    graph = trace(body().eval(), torch.randn(1, 3, 48, 640))
+    known = facts(graph)
+    found = Candidates(graph, known, stages(graph, known.regions)[0][0])
+    strips = min(found.point(Schedule(1, (), t)).peak_bytes for t in ((1, 1),))
+    assert min(p.peak_bytes for p in map(found.point, found.bands(Schedule(1)))) < strips

@@ -1,0 +1,304 @@
+"""Whole stages: several inputs and outputs, users of many kinds, phases, what is left outside and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from splitfx.analysis import facts
+from splitfx.analysis.shapes import shapes
+from splitfx.graph import TensorSpec
+from splitfx.tiling.extract import stages
+from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.stage import Kind, Roles, compile_stage
+from splitfx.tracing import trace
+from tests import oracle
+from tests.models import ZOO, image
+from tests.tiling.cases import PHASES, SPLIT, Call, call
+from tests.tiling.trial import GRIDS, STREAMS, Trial, assert_equal, peaks, tile, traced
+
+SOME = [STREAMS[0], STREAMS[2], STREAMS[5]]
+
+
+def check(model: nn.Module, inputs: Any, grids: bool = True, grad: bool = True) -> Trial:
+    """The model tiled in many ways, in float64; the last trial."""
+    graph, inputs = traced(model, inputs)
+    for schedule in [*SOME, *(GRIDS[::2] if grids else [])]:
+        trial = tile(graph, schedule)
+        assert_equal(trial.split, graph, inputs)
+        if grad:
+            assert_equal(trial.split, graph, inputs, grad=True)
+    return trial
+
+
+def conv3(i: int, o: int, **options: Any) -> nn.Module:
+    return nn.Conv2d(i, o, 3, padding=1, **options)
+
+
+# ---------------------------------------------------------------- the odd tiny models
+
+BARRED = {"tied_weights": "no map", "attention": "no map", "in_place_views": "order"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - set(BARRED)))
+def test_odd_models(name: str) -> None:
+    model, inputs = ZOO[name]()
+    graph, inputs = traced(model, inputs)
+    for schedule in SOME:
+        assert_equal(tile(graph, schedule).split, graph, inputs)
+
+
+@pytest.mark.parametrize("name", sorted(BARRED))
+def test_nothing_to_tile(name: str) -> None:
+    graph, _ = traced(*ZOO[name]())
+    assert stages(graph, facts(graph).regions)[0] == []
+
+
+def test_a_write_through_a_view_says_why_nothing_is_tiled() -> None:
+    graph, _ = traced(*ZOO["in_place_views"]())
+    reasons = set(Roles(graph, facts(graph).regions).why.values())
+    assert any("overwrites a value through a view" in why for why in reasons)
+
+
+# ---------------------------------------------------------------- inputs and outputs
+
+
+class Ends(nn.Module):
+    """Two images and a vector in; a dict of maps and vectors out, one of which is read again inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv3(3, 4), conv3(2, 4, stride=2), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> dict[str, Any]:
+        left = self.a(x).relu()
+        right = self.b(y) + self.c(z)[:, :, None, None]
+        both = left + right
+        return {"left": left, "maps": [both, F.max_pool2d(both, 3, 2)], "mean": both.mean((2, 3)), "z": z}
+
+
+def test_several_inputs_and_outputs() -> None:
+    trial = check(Ends(), (image(2, 3, 13, 10), image(2, 2, 25, 20), image(2, 5)), grids=False)
+    assert trial.tiled.stage.graph.find_nodes(op="placeholder")
+
+
+def test_outputs_of_a_grid_that_are_read_inside() -> None:
+    """Tiles of such an output overlap: each holds what the other output needs of it."""
+
+    def forward(x: torch.Tensor, a: nn.Module, b: nn.Module) -> tuple[torch.Tensor, ...]:
+        y = a(x).relu()
+        z = b(y)
+        return y, z, z + y
+
+    check(Call(forward, conv3(3, 4), conv3(4, 4)), image(2, 3, 13, 11))
+
+
+def test_an_output_that_is_the_input_itself() -> None:
+    def forward(x: torch.Tensor, drop: nn.Module, a: nn.Module) -> tuple[torch.Tensor, ...]:
+        x = drop(x)
+        return x, a(x)
+
+    check(Call(forward, nn.Dropout(0.5), conv3(3, 4)), image(2, 3, 13, 11))
+
+
+def test_an_output_twice() -> None:
+    def forward(x: torch.Tensor, a: nn.Module, drop: nn.Module) -> tuple[torch.Tensor, ...]:
+        y = a(x)
+        return y, drop(y), y
+
+    check(Call(forward, conv3(3, 4), nn.Dropout()), image(2, 3, 13, 11))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_other_sizes_than_the_traced(batch: int) -> None:
+    """A stage serves every size that its layers accept; instructions are made for each."""
+    model = nn.Sequential(conv3(3, 4, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), conv3(4, 5))
+    graph, _ = traced(model, image(2, 3, 31, 27))
+    trial = tile(graph, STREAMS[1])
+    for size in ((31, 27), (8, 40), (5, 3), (63, 64)):
+        x = image(batch, 3, *size).double()
+        with torch.no_grad():
+            oracle.assert_equal(trial.tiled(x)[0], model(x))
+
+
+def test_channels_last_inputs() -> None:
+    graph, _ = traced(nn.Sequential(conv3(3, 4), nn.MaxPool2d(2), conv3(4, 6)), image(2, 3, 16, 14))
+    x = image(2, 3, 16, 14).double().contiguous(memory_format=torch.channels_last)
+    for schedule in (*SOME, *GRIDS):
+        with torch.no_grad():
+            oracle.assert_equal(tile(graph, schedule).split(x), graph(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_number_types(dtype: torch.dtype) -> None:
+    model = nn.Sequential(conv3(3, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(6, 5, 1))
+    graph = trace(model.eval(), image(2, 3, 17, 15))
+    split = tile(graph, STREAMS[1]).split.to(dtype)
+    x = image(2, 3, 17, 15).to(dtype)
+    with torch.no_grad():
+        oracle.assert_equal(split(x), graph.to(dtype)(x))
+
+
+# ---------------------------------------------------------------- networks
+
+
+class UNet(nn.Module):
+    def __init__(self, up: str = "transposed") -> None:
+        super().__init__()
+        self.down = nn.ModuleList([conv3(3, 4), conv3(4, 6), conv3(6, 8)])
+        make = (
+            (lambda i, o: nn.ConvTranspose2d(i, o, 2, 2)) if up == "transposed" else (lambda i, o: nn.Conv2d(i, o, 1))
+        )
+        self.up = nn.ModuleList([make(8, 6), make(6, 4)])
+        self.out = nn.ModuleList([conv3(12, 6), conv3(8, 4)])
+        self.kind = up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.down[0](x).relu()
+        second = self.down[1](F.max_pool2d(first, 2)).relu()
+        y = self.down[2](F.max_pool2d(second, 2)).relu()
+        for up, out, skip in zip(self.up, self.out, (second, first), strict=True):
+            y = up(y)
+            if y.shape[2:] != skip.shape[2:]:
+                y = F.interpolate(y, size=skip.shape[2:], mode="bilinear", align_corners=self.kind == "corners")
+            y = out(torch.cat([skip, y], 1)).relu_()
+        return y
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear", "corners"])
+def test_u_net(up: str) -> None:
+    trial = check(UNet(up), image(2, 3, 27, 22))
+    assert trial.outside == []
+    assert trial.phases == 1
+
+
+def test_sizes_that_follow_from_the_input() -> None:
+    model = call(lambda x, m: F.interpolate(m(x), size=(x.shape[2] + 3, x.shape[3] * 2)), lambda: conv3(3, 4))()
+    assert check(model, image(2, 3, 12, 9)).outside == []
+
+
+class Computed(nn.Module):
+    """A weight, a scale and a shift that follow from parameters: made once, outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 3, padding=1, bias=False), conv3(6, 4)
+        self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.conv.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        y = F.conv2d(x, w, padding=1) * self.scale.exp().reshape(1, -1, 1, 1)
+        y = (y.permute(0, 2, 3, 1) + self.shift.square().view(1, 1, 1, 6)).permute(0, 3, 1, 2)
+        return self.last(y.relu())
+
+
+def test_computed_weights() -> None:
+    trial = check(Computed(), image(2, 3, 15, 12))
+    assert trial.inside.count("conv2d") == 2
+    assert "std" in trial.outside or "var" in trial.outside
+    assert not {"mul", "conv2d", "permute"} & set(trial.outside)
+
+
+def test_weights_that_follow_from_the_image_are_a_barrier() -> None:
+    def forward(x: torch.Tensor, a: nn.Module, b: nn.Module) -> torch.Tensor:
+        y = a(x)
+        weight = b(y.mean((0, 2, 3))).view(4, 4, 1, 1)
+        return F.conv2d(y, weight)
+
+    check(Call(forward, conv3(3, 4), nn.Linear(4, 16)), image(2, 3, 15, 12), grids=False)
+
+
+def test_gradients_are_switched_where_they_were() -> None:
+    """A backbone under no_grad is tiled; what comes behind keeps its gradients, and the backbone gets none."""
+    model, inputs = ZOO["no_grad_backbone"]()
+    graph, inputs = traced(model, inputs)
+    split = tile(graph, STREAMS[1]).split
+    split(oracle.leaves(inputs)[0]).sum().backward()
+    with_gradient = {path for path, p in split.named_parameters() if p.grad is not None}
+    assert with_gradient == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_dropout_that_is_always_on_is_no_alias(train: bool) -> None:
+    model = call(lambda x, m: F.dropout(m(x), 0.5, training=train), lambda: conv3(3, 4))()
+    graph, inputs = traced(model, image())
+    assert ("dropout" in tile(graph, STREAMS[1]).outside) == train
+    assert_equal(tile(graph, STREAMS[1]).split, graph, inputs)
+
+
+class Halving(nn.Module):
+    """A leaf that does something in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training else x[:, :, ::2]
+
+
+def test_a_leaf_that_is_not_the_identity() -> None:
+    check(nn.Sequential(conv3(3, 4), Halving(), nn.ReLU()), image(), grids=False)
+
+
+# ---------------------------------------------------------------- roles and phases
+
+REASONS = {
+    "circular": "circular padding",
+    "instance norm with running statistics": "running statistics",
+    "softmax over W": "no spatial rule",
+    "mean over H": "reduces over",
+    "flip": "no spatial rule",
+    "concat of rows": "no spatial rule",
+    "pad channels": "padding of channels",
+    "pool with indices": "more than a map",
+    "group norm channels last": "channels in front",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), SPLIT[name]())
+    graph = trace(model.eval(), image(2, 3, 19, 17))
+    assert any(REASONS[name] in why for why in Roles(graph, facts(graph).regions).why.values())
+
+
+def compiled(model: nn.Module, x: torch.Tensor, recompute: float = float("inf")) -> Any:
+    graph = trace(model.eval(), x)
+    trial = tile(graph, Schedule())
+    return compile_stage(trial.tiled.stage, shapes(trial.tiled.stage, (TensorSpec.of(x),)), recompute)
+
+
+@pytest.mark.parametrize(
+    ("name", "phases"),
+    [("mean", 1), ("gate", 2), ("two gates", 3), ("group norm", 2), ("aspp", 2), ("spread", 2), ("mean of a gate", 2)],
+)
+def test_phases(name: str, phases: int) -> None:
+    stage = compiled(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), PHASES[name]()), image(2, 3, 19, 17))
+    assert stage.phases == phases
+    for kernel in stage.kernels:
+        assert all(k.phase <= kernel.phase for k, _, _ in kernel.reads)
+        if kernel.kind is Kind.ROWS:
+            assert all(k.phase < kernel.phase for k in kernel.takes if k.kind is not Kind.SOURCE)
+
+
+def test_a_map_behind_its_own_reduction_is_computed_twice() -> None:
+    """With ``recompute`` the second phase starts from the image again, and nothing large waits."""
+    x = image(2, 3, 64, 48)
+    model = nn.Sequential(conv3(3, 6), PHASES["gate"](), nn.Conv2d(6, 2, 1, stride=4))
+    once, twice = compiled(model, x), compiled(model, x, 0.0)
+    assert sum(k.again for k in once.kernels) == 0
+    assert sum(k.again for k in twice.kernels) > 0
+    graph = trace(model, x)
+    kept, again = (peaks(tile(graph, Schedule(4, recompute=r)).tiled, (x,)) for r in (float("inf"), 0.0))
+    assert again[1] < kept[1] / 2
+
+
+def test_stage_is_deterministic() -> None:
+    names = [[k.name for k in compiled(UNet(), image(2, 3, 27, 22)).kernels] for _ in range(2)]
+    assert names[0] == names[1]
+
+
+def test_padding_larger_than_the_map() -> None:
+    check(nn.Sequential(nn.Conv2d(3, 4, 3, padding=9), nn.MaxPool2d(2)), image(2, 3, 2, 3))

@@ -1,0 +1,107 @@
+"""Random networks under random schedules: equal in float64, and the predicted peak is what is held in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from splitfx.analysis import facts
+from splitfx.errors import SplitfxError
+from splitfx.tiling.extract import stages
+from splitfx.tiling.schedule import Schedule
+from splitfx.tracing import trace
+from tests import oracle
+from tests.strategies import networks, schedules, tileable
+from tests.tiling.trial import assert_equal, peaks, tile
+
+relaxed = settings(
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def runs(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the drawn layers fit the drawn image."""
+    try:
+        with torch.no_grad():
+            return bool(min(model(x).shape) > 0)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def check(model: nn.Module, x: torch.Tensor, schedule: Schedule, complete: bool) -> None:
+    assume(runs(model, x))
+    graph = trace(model, x)
+    trial = tile(graph, schedule)
+    assert_equal(trial.split, graph, x)
+    if complete:
+        assert trial.outside == [], trial.outside
+    assert_peak(trial.tiled.float(), x.float(), schedule)
+
+
+def assert_peak(tiled: Any, x: torch.Tensor, schedule: Schedule) -> None:
+    predicted, measured = peaks(tiled, (x,))
+    assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
+
+
+@given(tileable(whole=False), schedules(grids=True))
+@settings(relaxed, max_examples=25)
+def test_grids(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=True)
+
+
+@given(tileable(whole=True), schedules(grids=False))
+@settings(relaxed, max_examples=25)
+def test_streams(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=True)
+
+
+@given(networks(), schedules(grids=False))
+@settings(relaxed, max_examples=15)
+def test_networks_of_the_other_passes(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(tileable(whole=False, length=9), schedules(grids=True))
+@settings(relaxed, max_examples=400, derandomize=False)
+def test_many_grids(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(tileable(whole=True, length=9), schedules(grids=False))
+@settings(relaxed, max_examples=400, derandomize=False)
+def test_many_streams(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=True)
+
+
+@given(networks(length=4), st.sampled_from(["", "least", "1 GiB", "3 KiB"]))
+@settings(relaxed, max_examples=10)
+def test_the_pass_plans_for_any_network(network: Any, budget: str) -> None:
+    """Equal and within the budget, or a word of splitfx's own."""
+    from splitfx.passes.tile import Tile
+    from splitfx.pipeline import run_pass
+
+    model, x = network
+    assume(runs(model, x))
+    graph = trace(model.float(), x.float())
+    if budget == "3 KiB":
+        with pytest.raises(SplitfxError, match="cannot be met"):
+            run_pass(graph, Tile(budget=budget))
+        return
+    split, _ = run_pass(graph, Tile(budget=budget))
+    assert facts(split).memory.peak_bytes <= facts(graph).memory.peak_bytes
+    with torch.no_grad():
+        oracle.assert_equal(split(x.float()), graph(x.float()))
+
+
+def test_a_network_without_maps_has_no_stage() -> None:
+    graph = trace(nn.Sequential(nn.Linear(5, 4), nn.ReLU()), torch.randn(3, 5))
+    assert stages(graph, facts(graph).regions)[0] == []

@@ -1,0 +1,303 @@
+"""A tiled graph as an ONNX file: the same outputs, less memory, and nothing in it that only copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import splitfx
+from splitfx.analysis.shapes import shapes
+from splitfx.errors import ExportError
+from splitfx.export import sessions, tiles
+from splitfx.export.onnx import LAYER, export_onnx
+from splitfx.export.runtime import check_onnx
+from splitfx.graph import TensorSpec, copy_graph
+from splitfx.passes import FoldBatchNorm, Tile
+from splitfx.pipeline import run_pass
+from splitfx.tiling.executor import Tiled
+from tests import oracle
+from tests.models import Residual, conv_bn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+class Pools(nn.Module):
+    """Strides, dilation, a pool that rounds up, an average over its padding, a concat, and odd sizes everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, stride=2, padding=3)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.wide, self.far = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.mean = nn.AvgPool2d(3, 2, padding=1)
+        self.last = nn.Conv2d(16, 4, (5, 1), padding=(2, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.stem(x).relu())
+        return self.last(self.mean(torch.cat([self.wide(x), self.far(x).sigmoid()], 1)))
+
+
+class Residuals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.down = conv_bn(3, 8), Residual(8, 8), Residual(8, 8), Residual(8, 12, 2)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.down(self.two(self.one(self.stem(x)))).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """A gate over the whole map right behind the first layer: nothing to cut into strips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return self.last(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+
+def tiled(model: nn.Module, size: tuple[int, int], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    torch.manual_seed(0)
+    graph = splitfx.trace(model.eval(), torch.randn(1, 3, *size))
+    graph = run_pass(graph, FoldBatchNorm())[0]
+    return graph, run_pass(graph, Tile(**options or {"rows": 16}))[0]
+
+
+def stage_of(split: fx.GraphModule, size: tuple[int, int]) -> tuple[fx.GraphModule, tiles._Finder]:
+    stage = next(m for m in split.modules() if isinstance(m, Tiled)).stage.double()
+    return stage, tiles._Finder(stage, shapes(stage, (TensorSpec((1, 3, *size), torch.float64),)))
+
+
+def plans(split: fx.GraphModule, size: tuple[int, int]) -> list[tiles.Plan]:
+    _, finder = stage_of(split, size)
+    return [p for cut in finder.cuts() for count in (2, 3, 5, 8) if (p := finder.plan(cut, count)) is not None]
+
+
+# ---------------------------------------------------------------- strips
+
+
+@pytest.fixture
+def any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MORE", 100.0)
+
+
+@pytest.mark.parametrize("size", [(96, 32), (131, 29)])
+@pytest.mark.parametrize("model", [Pools, Residuals])
+def test_strips_are_exact_at_every_cut(model: type[nn.Module], size: tuple[int, int], any_cost: None) -> None:
+    split = tiled(model(), size)[1]
+    stage, _ = stage_of(split, size)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    found = plans(split, size)
+    assert len({p.cut for p in found}) >= 5
+    for plan in found:
+        oracle.assert_equal(tiles.Strips(stage, plan)(x), stage(x))
+        heights = [s.stop - s.start for s in plan.strips]
+        assert len(set(heights)) == len(heights), "equal heights have equal shapes, which the runtime keeps"
+
+
+def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch, any_cost: None) -> None:
+    size = (96, 32)
+    split = tiled(Residuals(), size)[1]
+    stage, _ = stage_of(split, size)
+    need = tiles._Finder._need
+
+    def short(self: tiles._Finder, inside: Any, low: int, high: int) -> tuple[int, int]:
+        first, last = need(self, inside, low, high)
+        return first, last - 1 if last < size[0] else last
+
+    monkeypatch.setattr(tiles._Finder, "_need", short)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    wrong = [p for p in plans(split, size) if oracle.difference(tiles.Strips(stage, p)(x), stage(x))]
+    assert wrong
+
+
+class Tall(nn.Module):
+    """A constant as tall as the map: a strip of the map is not a map of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.place = nn.Parameter(torch.randn(1, 8, 96, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.conv(x) + self.place)
+
+
+def test_what_has_a_place_in_the_map_is_not_cut(any_cost: None) -> None:
+    size = (96, 32)
+    for model in (Tall(), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3))):
+        split = tiled(model, size, rows=96)[1] if isinstance(model, Tall) else tiled(model, size)[1]
+        if any(isinstance(m, Tiled) for m in split.modules()):
+            assert all(p.cut.target in ("conv", "0") for p in plans(split, size))
+
+
+# ---------------------------------------------------------------- files
+
+
+def record(path: Path) -> tuple[list[Any], list[str]]:
+    """Nodes, and how often each operation is there."""
+    nodes = list(onnx.load(path).graph.node)
+    return nodes, [n.op_type for n in nodes]
+
+
+@pytest.mark.filterwarnings("ignore:.*fixed batch size")
+def test_a_file_of_strips(tmp_path: Path) -> None:
+    split = tiled(Residuals(), (192, 64))[1]
+    path = export_onnx(split, tmp_path / "m.onnx")
+    nodes, kinds = record(path)
+    strips = kinds.count("Slice") // 2
+    assert strips >= 2
+    assert kinds.count("Concat") == 1
+    assert "Pad" not in kinds
+    layers = [p.value for n in nodes for p in n.metadata_props if p.key == LAYER]
+    assert layers.count("stem.0") == strips
+    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    assert report.ok
+    assert report.rows[0].tiles[0].startswith(f"tiled: {strips} strips up to ")
+    assert report.rows[0].tiles[0] in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*fixed batch size")
+@pytest.mark.parametrize(
+    "options", [{"rows": 8, "every": (1, 2)}, {"rows": 16, "recompute": 0}, {"budget": "least"}], ids=str
+)
+def test_a_file_of_steps(tmp_path: Path, options: dict[str, Any]) -> None:
+    split = tiled(Gated(), (48, 40), **options)[1]
+    path = export_onnx(split, tmp_path / "m.onnx")
+    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    assert report.ok
+    assert "steps" in report.rows[0].tiles[0]
+    layers = {p.value for n in record(path)[0] for p in n.metadata_props if p.key == LAYER}
+    assert {"stem", "gate", "last"} <= layers
+
+
+@pytest.mark.filterwarnings("ignore:.*fixed batch size")
+def test_no_node_of_a_file_does_nothing(tmp_path: Path) -> None:
+    for model, size in ((Gated(), (48, 40)), (Residuals(), (192, 64))):
+        path = export_onnx(tiled(model, size, rows=8)[1], tmp_path / "m.onnx", overwrite=True)
+        graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+        known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.input)}
+        for node in graph.node:
+            assert node.op_type != "Identity"
+            assert node.op_type != "Slice" or known[node.input[0]] != known[node.output[0]]
+            assert node.op_type != "Concat" or len(node.input) > 1
+
+
+def test_a_grid_and_an_output_that_is_read_again(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.a(x)
+            return y, self.b(y.relu())
+
+    for options in ({"grid": (2, 3)}, {"rows": 3}):
+        split = tiled(Both(), (22, 19), **options)[1]
+        with pytest.warns(UserWarning, match="fixed batch size"):
+            path = export_onnx(split, tmp_path / "m.onnx", overwrite=True)
+        assert check_onnx(path, split, providers=["cpu"], runs=1).ok
+
+
+def test_the_batch_is_fixed_and_says_so(tmp_path: Path) -> None:
+    split = tiled(Residuals(), (64, 32))[1]
+    with pytest.raises(ExportError, match="batch cannot be dynamic: its tiled stage is written out"):
+        export_onnx(split, tmp_path / "m.onnx", dynamic_batch=True)
+    with pytest.warns(UserWarning, match="fixed batch size: its tiled stage is written out"):
+        export_onnx(split, tmp_path / "m.onnx")
+    export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False, overwrite=True)
+    shape = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [1, 3, 64, 32]
+
+
+def test_too_many_steps_are_made_fewer_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = tiled(Gated(), (48, 40), rows=2)[1]
+    monkeypatch.setattr(tiles, "LIMIT", 60)
+    path = export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
+    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    assert report.ok
+    assert "rows at a time instead of 2 rows, which would be more than 60" in report.rows[0].tiles[0]
+    monkeypatch.setattr(tiles, "LIMIT", 3)
+    with pytest.raises(ExportError, match="tiled has more than 3 steps under every schedule"):
+        export_onnx(split, tmp_path / "other.onnx", dynamic_batch=False)
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_the_split_is_not_changed(tmp_path: Path) -> None:
+    split = tiled(Residuals(), (64, 32))[1]
+    stage = next(m for m in split.modules() if isinstance(m, Tiled))
+    metas = [dict(n.meta) for n in stage.stage.graph.nodes]
+    known = dict(stage._programs)
+    state = {key: value.clone() for key, value in split.state_dict().items()}
+    export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
+    assert next(m for m in split.modules() if isinstance(m, Tiled)) is stage
+    assert [dict(n.meta) for n in stage.stage.graph.nodes] == metas
+    assert stage._programs == known
+    assert all(torch.equal(value, state[key]) for key, value in split.state_dict().items())
+
+
+def test_a_saved_and_loaded_graph_exports(tmp_path: Path) -> None:
+    loaded = splitfx.load(splitfx.save(tiled(Residuals(), (64, 32))[1], tmp_path / "split"))
+    path = export_onnx(loaded, tmp_path / "m.onnx", dynamic_batch=False)
+    assert check_onnx(path, loaded, providers=["cpu"], runs=1).ok
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_a_file_takes_half_the_memory(tmp_path: Path) -> None:
+    """In fresh processes: the tiled file below half of the untiled one with either options."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1), nn.ReLU())
+    model.append(nn.MaxPool2d(8)).append(nn.Conv2d(48, 8, 1))
+    graph, split = tiled(model, (512, 512), rows=64)
+    plain = export_onnx(graph, tmp_path / "plain.onnx", dynamic_batch=False)
+    path = export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
+    row = check_onnx(path, split, providers=["cpu"], runs=1).rows[0]
+    untiled = check_onnx(plain, graph, providers=["cpu"], runs=1).rows[0]
+    assert untiled.default_peak_bytes is None
+    assert not untiled.tiles
+    if row.peak_bytes is None or untiled.peak_bytes is None:
+        pytest.skip(row.peak_why or untiled.peak_why)
+    assert row.default_peak_bytes is not None
+    assert row.peak_bytes < untiled.peak_bytes / 2
+    assert row.default_peak_bytes < untiled.peak_bytes / 2
+
+
+def test_a_foreign_record_in_a_file_is_no_matter() -> None:
+    class Meta:
+        def __init__(self, text: str) -> None:
+            self.custom_metadata_map = {"splitfx": text}
+
+    class Session:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def get_modelmeta(self) -> Meta:
+            return Meta(self.text)
+
+    for text in ("not JSON", "[]", '{"tiles": 3}', "{}"):
+        assert sessions.tiles(Session(text)) == ()
+    assert sessions.tiles(Session('{"tiles": ["tiled: 2 strips"]}')) == ("tiled: 2 strips",)
+
+
+def test_a_copy_with_shared_tensors_is_what_is_written_out() -> None:
+    split = tiled(Residuals(), (192, 64))[1]
+    copied = copy_graph(split, share=True).eval()
+    said = tiles.write_out(copied, LAYER)
+    assert len(said) == 1
+    assert not tiles.is_tiled(copied)
+    assert tiles.is_tiled(split)
+    assert sorted(copied.state_dict()) == sorted(split.state_dict())
+    x = torch.randn(1, 3, 192, 64)
+    with torch.no_grad():
+        oracle.assert_equal(copied(x), split(x))

@@ -1,0 +1,230 @@
+"""The approximate split: what it computes, where it refuses, what it costs, and its pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+import splitfx
+from splitfx.analysis import facts
+from splitfx.editing import tidy
+from splitfx.errors import PlanError, SplitfxError, UnsupportedError
+from splitfx.graph import copy_graph
+from splitfx.report.plots import plot_halo, plot_pareto
+from splitfx.tiling.compare_halo import compare_halo, halo_table
+from splitfx.tiling.extract import stages
+from splitfx.tiling.planner import Point
+from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.zero import ZeroHalo, install_zero
+
+
+class Small(nn.Module):
+    """Three convs, two strides, a pooled classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.third, self.fc = nn.Conv2d(12, 12, 3, padding=1), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def image(height: int = 32, width: int = 24) -> torch.Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def split_at(
+    model: nn.Module, last: str, grid: tuple[int, int], x: torch.Tensor
+) -> tuple[ZeroHalo, torch.fx.GraphModule]:
+    graph = copy_graph(splitfx.trace(model, x))
+    nodes = stages(graph, facts(graph).regions)[0][0]
+    stop = next(i for i, n in enumerate(nodes) if n.name == last)
+    call = install_zero(graph, nodes[: stop + 1], grid)
+    tidy(graph)
+    found = graph.get_submodule(str(call.target))
+    assert isinstance(found, ZeroHalo)
+    return found, graph
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_tile_is_an_image_of_its_own(model: nn.Module, grad: bool) -> None:
+    x = image()
+    split, _ = split_at(model, "relu_1", (2, 3), x)
+    with torch.set_grad_enabled(grad):
+        (found,) = split(x)
+        for r in range(2):
+            for c in range(3):
+                tile = x[:, :, 16 * r : 16 * r + 16, 8 * c : 8 * c + 8]
+                wanted = torch.relu(model.second(torch.relu(model.first(tile))))  # type: ignore[operator]
+                torch.testing.assert_close(found[:, :, 8 * r : 8 * r + 8, 4 * c : 4 * c + 4], wanted)
+
+
+def test_the_rest_runs_whole_and_the_output_is_another_one(model: nn.Module) -> None:
+    x = image()
+    _, graph = split_at(model, "relu_1", (2, 2), x)
+    with torch.no_grad():
+        off = (graph(x) - model(x)).abs().max()
+        _, whole = split_at(model, "relu_1", (1, 1), x)
+        torch.testing.assert_close(whole(x), model(x))
+    assert 1e-4 < off < 1
+
+
+def test_inner_edges_are_wrong_and_the_middle_of_tiles_is_right(model: nn.Module) -> None:
+    x = image()
+    split, _ = split_at(model, "relu", (2, 2), x)
+    with torch.no_grad():
+        off = (split(x)[0] - torch.relu(model.first(x))).abs().amax((0, 1))  # type: ignore[operator]
+    assert off[15:17].max() > 1e-3
+    assert off[:15, :11].max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "words"),
+    [
+        ((3, 2), (32, 24), "32×24 pixels are not divided by 3 x 2 tiles"),
+        ((2, 5), (32, 24), "32×24 pixels are not divided by 2 x 5 tiles"),
+        ((2, 2), (30, 24), "layer second: tiles give 8×6 each, and 2 x 2 of them are not the map's 15×12"),
+    ],
+)
+def test_sizes_that_the_grid_or_a_stride_does_not_divide_are_refused(
+    model: nn.Module, grid: tuple[int, int], size: tuple[int, int], words: str
+) -> None:
+    split, _ = split_at(model, "relu_1", grid, image(*size))
+    with pytest.raises(PlanError, match=re.escape(words)):
+        split(image(*size))
+
+
+def test_a_grid_of_nothing_and_a_combine_layer_without_a_map_are_refused(model: nn.Module) -> None:
+    split, _ = split_at(model, "relu_1", (1, 1), image())
+    with pytest.raises(PlanError, match="both at least 1"):
+        ZeroHalo(split.stage, (0, 2))
+    pooled, _ = split_at(model, "mean", (2, 2), image())
+    with pytest.raises(PlanError, match="gives no map"):
+        pooled(image())
+
+
+def test_the_comparison_has_a_row_for_every_combine_layer(model: nn.Module) -> None:
+    x = image()
+    rows = compare_halo(model, x)
+    assert [r.layer for r in rows] == ["relu", "relu_1", "relu_2"]
+    differences = [r.difference for r in rows]
+    assert differences == sorted(differences)
+    assert differences[0] > 1e-3
+    for row in rows:
+        assert row.exact_difference is not None
+        assert row.exact_difference < 1e-5
+        assert row.peak_bytes < row.unsplit_bytes
+        assert row.resized is not None
+        assert row.resized_bytes is not None
+        assert row.resized_difference is not None
+        assert row.resized_bytes <= row.peak_bytes
+        assert row.resized_difference > 1e-3
+    with torch.no_grad():
+        _, graph = split_at(model, "relu_1", (2, 2), x)
+        wanted = (graph(x) - model(x)).norm() / model(x).norm()
+    assert differences[1] == pytest.approx(float(wanted), rel=1e-4)
+    assert "relu_2" in halo_table(rows)
+
+
+def test_the_predicted_peak_is_the_measured_one(model: nn.Module) -> None:
+    from splitfx.analysis.live import LiveStorage
+
+    x = image(64, 64)
+    (row,) = compare_halo(model, x, layers=["relu_1"])
+    _, graph = split_at(model, "relu_1", (2, 2), x)
+    graph(x)
+    with torch.no_grad(), LiveStorage([x], [*graph.parameters()]) as live:
+        graph(x)
+        measured = live.peak
+    assert row.peak_bytes == measured
+
+
+def test_layers_that_cannot_be_combined_are_left_out_or_refused(model: nn.Module) -> None:
+    x = image(30, 24)
+    assert [r.layer for r in compare_halo(model, x)] == ["relu"]
+    with pytest.raises(PlanError, match="layer second"):
+        compare_halo(model, x, layers=["relu_1"])
+    with pytest.raises(PlanError, match="Did you mean 'relu_1'"):
+        compare_halo(model, x, layers=["relu_11"])
+    with pytest.raises(PlanError, match="nowhere"):
+        compare_halo(model, image(31, 23))
+
+
+def test_a_model_of_one_size_has_no_smaller_image() -> None:
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, 3)).eval()
+    (row,) = compare_halo(flat, image(8, 8))
+    assert row.resized is None
+    assert row.resized_difference is None
+
+
+def test_models_with_several_inputs_are_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    with pytest.raises(UnsupportedError, match="one input"):
+        compare_halo(Two().eval(), (image(), image()))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def texts(path: Path) -> list[str]:
+    tree = ElementTree.parse(path)
+    return [e.text or "" for e in tree.iter() if e.tag.endswith(("text", "title"))]
+
+
+def test_the_picture_of_a_comparison(model: nn.Module, tmp_path: Path) -> None:
+    plot_halo(compare_halo(model, image()), tmp_path / "halo.svg")
+    found = texts(tmp_path / "halo.svg")
+    assert {"relu", "relu_1", "relu_2", "peak memory saved (%)", "a smaller image"} <= set(found)
+    assert any(t.startswith("combined after relu_1: peak ") for t in found)
+    with pytest.raises(SplitfxError, match="already exists"):
+        plot_halo(compare_halo(model, image(), layers=["relu"]), tmp_path / "halo.svg")
+    with pytest.raises(PlanError, match="no rows"):
+        plot_halo([], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_the_picture_of_schedules_marks_the_untiled_one_and_joins_the_best(tmp_path: Path) -> None:
+    points = [
+        Point(64 << 20, 0.9, None, "a<b>"),
+        Point(8 << 20, 2.0, Schedule(4), "conv"),
+        Point(16 << 20, 1.0, Schedule(16), "conv"),
+        Point(20 << 20, 1.5, Schedule(0, (), (2, 2)), "a<b>"),
+    ]
+    plot_pareto(points, tmp_path / "pareto.svg")
+    text = (tmp_path / "pareto.svg").read_text()
+    line = re.search(r'<polyline class="line blue" points="([^"]*)"', text)
+    assert line is not None
+    assert len(line[1].split()) == 2  # the beaten one is beside the line
+    found = texts(tmp_path / "pareto.svg")
+    assert {"untiled", "4 rows a step", "16 rows a step"} <= set(found)
+    assert any("peak at a<b>" in t for t in found)
+    with pytest.raises(PlanError, match="no points"):
+        plot_pareto([], tmp_path / "none.svg")
+
+
+def test_points_lie_where_their_values_say(tmp_path: Path) -> None:
+    """Twice the bytes are as far to the right everywhere, and less time is lower."""
+    points = [Point(n << 20, 8.0 / n, Schedule(n), "") for n in (2, 4, 8)]
+    plot_pareto(points, tmp_path / "p.svg")
+    dots = re.findall(
+        r'<circle class="dot blue" cx="([\d.]+)" cy="([\d.]+)" r="5"><title>', (tmp_path / "p.svg").read_text()
+    )
+    (x1, y1), (x2, y2), (x3, y3) = [(float(a), float(b)) for a, b in dots]
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
+    assert y1 < y2 < y3

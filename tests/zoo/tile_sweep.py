@@ -1,0 +1,217 @@
+"""Every torchvision classifier and segmenter, tiled by its own plan and compared with the untiled model.
+
+``python -m tests.zoo.tile_sweep [--only PATTERN] [--jobs 2] [--missing]``
+
+A model is traced in float32 at 227x253, batch 1 (or the smallest square that it runs at, where its size is fixed), and
+`Tile()` plans for half its peak, or the least. Both graphs are then run in float64 and compared, relative to the
+largest value of each output; the tiled one runs in float32 as well, all live tensors counted. One process per model.
+
+Words: ``ok``; ``not tiled: why``; ``skipped: why``; ``differs: how much``; ``over its prediction``; ``failed: why``.
+Writes tests/zoo/tile_status.md, with ``--only`` just the rows that match.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tests import oracle
+from tests.zoo.models import create, smallest_input
+from tests.zoo.models import names as zoo
+
+STATUS = Path(__file__).with_name("tile_status.md")
+SIZE = (1, 3, 227, 253)
+LARGE = 300_000_000  # parameters
+STRICT = 1e-12
+CLOSE = 0.02  # of the predicted peak
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    model: str
+    size: str = "-"
+    word: str = "-"
+    before: str = "-"  # MiB in float32, inputs counted, parameters not
+    after: str = "-"
+    measured: str = "-"
+    error: str = "-"
+    nodes: str = "-"  # tiled of all
+    phases: str = "-"
+    planning: str = "-"  # seconds
+
+
+def names() -> list[str]:
+    return [n for n in zoo() if n.startswith("torchvision:")]
+
+
+def examine(name: str) -> Row:
+    """Tile one model and compare; never raises."""
+    row = Row(name)
+    try:
+        row.word = _examined(row)
+    except Exception as error:
+        row.word = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160].replace(
+            "|", "/"
+        )
+    return row
+
+
+def _examined(row: Row) -> str:
+    from splitfx.analysis import facts
+    from splitfx.tracing import trace
+
+    model = create(row.model).eval()
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        return "skipped: more than 300 M parameters"
+    x = torch.randn(_size(model), generator=torch.Generator().manual_seed(1))
+    row.size = "x".join(map(str, x.shape[2:]))
+    graph = trace(model, x)
+    row.before = _mib(facts(graph).memory.peak_bytes)
+    split, notes = _tiled(row, graph)
+    if split is None:
+        return "not tiled: " + next((n for n in notes if "not tiled" not in n), notes[-1] if notes else "")
+    predicted = facts(split).memory.peak_bytes
+    row.after = _mib(predicted)
+    measured = _measured(split, x)
+    row.measured = _mib(measured)
+    with torch.no_grad():
+        wide = x.double()
+        off = _error(split.double().eval()(wide), model.double()(wide))
+    row.error = f"{off:.0e}"
+    if not off <= STRICT:
+        return f"differs: by {off:.1e}"
+    return "ok" if abs(measured - predicted) <= CLOSE * measured else "over its prediction"
+
+
+def _size(model: nn.Module) -> tuple[int, ...]:
+    from splitfx.behaviour import observe
+
+    try:
+        observe(model, (torch.zeros(SIZE),), {})
+    except Exception:  # a model of one size: which one it is, it has to be asked
+        return (1, *smallest_input(model)[1:])
+    return SIZE
+
+
+def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list[str]]:
+    """The graph as `Tile()` makes it; None where it tiles nothing."""
+    from splitfx.analysis import facts
+    from splitfx.editing import tidy
+    from splitfx.graph import copy_graph
+    from splitfx.ops import op_name
+    from splitfx.passes.tile import Tile
+
+    work = copy_graph(graph)
+    started = time.perf_counter()
+    outcome = Tile().run(work, facts(work))
+    row.planning = f"{time.perf_counter() - started:.1f}"
+    notes = [note.what for note in outcome.notes]
+    tiles = [n for n in work.graph.nodes if op_name(n) == "tiled"]
+    if not tiles:
+        return None, notes
+    tidy(work)
+    stages: list[Any] = [work.get_submodule(str(n.target)) for n in tiles]
+    operations = lambda nodes: sum(n.op.startswith("call") for n in nodes)  # noqa: E731
+    row.nodes = f"{sum(operations(s.stage.graph.nodes) for s in stages)} of {operations(graph.graph.nodes)}"
+    shapes = facts(work).shapes
+    programs = [s.program(tuple(shapes[o] for o in n.all_input_nodes)) for s, n in zip(stages, tiles, strict=True)]
+    row.phases = "+".join(str(p.stage.phases) for p in programs)
+    return work, notes
+
+
+@torch.no_grad()
+def _measured(split: fx.GraphModule, x: torch.Tensor) -> int:
+    from splitfx.analysis.live import LiveStorage
+
+    split(x)  # what is made once, such as tables of a resize, is there
+    state = [*split.parameters(), *split.buffers()]
+    with LiveStorage(counted=[x], state=state) as watch:
+        split(x)
+        return watch.peak
+
+
+def _error(got: Any, expected: Any) -> float:
+    return max(oracle.error(a, b) for a, b in zip(oracle.leaves(got), oracle.leaves(expected), strict=True))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def render(rows: list[Row]) -> str:
+    good = [r for r in rows if r.word == "ok"]
+    saved = sorted(float(r.after) / float(r.before) for r in good)
+    middle = f"; peak after / before: median {saved[len(saved) // 2]:.2f}, best {saved[0]:.2f}" if saved else ""
+    lines = [
+        "# Tiled models",
+        "",
+        "Written by `python -m tests.zoo.tile_sweep`; its docstring says what the words mean. MiB are live tensors in",
+        "float32, the input counted and parameters not; the error is that of float64, relative to the largest output.",
+        "",
+        f"{len(good)} of {len(rows)} tiled and equal{middle}.",
+        "",
+        "| " + " | ".join(f.name for f in fields(Row)) + " |",
+        "|" + " --- |" * len(fields(Row)),
+    ]
+    lines += ["| " + " | ".join(astuple(r)).replace("\n", " ") + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> dict[str, Row]:
+    table = [[cell.strip() for cell in line.strip("|\n ").split(" | ")] for line in text.splitlines() if "|" in line]
+    return {cells[0]: Row(*cells) for cells in table[2:]}
+
+
+def in_own_process(name: str) -> Row:
+    command = [sys.executable, "-m", "tests.zoo.tile_sweep", "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    except subprocess.TimeoutExpired:
+        return Row(name, word="failed: took more than 30 minutes")
+    found = parse(done.stdout)
+    return found.get(name, Row(name, word=f"failed: its process ended with {done.returncode}"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.tile_sweep", description="Tile all models.")
+    parser.add_argument("--only", default="*", help="names to run, a glob (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
+    parser.add_argument("--missing", action="store_true", help="only models without a row")
+    parser.add_argument("--one", default="", help="examine one model here and print its row")
+    given = parser.parse_args(argv)
+    if given.one:
+        print(render([examine(given.one)]))
+        return 0
+    wanted = [n for n in names() if any(fnmatch.fnmatch(n, p) for p in given.only.split(","))]
+    known = parse(STATUS.read_text()) if STATUS.exists() else {}
+    wanted = [n for n in wanted if not given.missing or n not in known]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for count, row in enumerate(pool.map(in_own_process, wanted), 1):
+            known[row.model] = row
+            print(f"[{count}/{len(wanted)}] " + " ".join(astuple(row)), flush=True)
+            draft = STATUS.with_suffix(".tmp")
+            draft.write_text(render([known[n] for n in names() if n in known]))
+            os.replace(draft, STATUS)
+    bad = [n for n in wanted if known[n].word.startswith(("differs", "failed", "over"))]
+    print(f"{len(bad)} bad" + (f": {', '.join(bad)}" if bad else ""))
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
