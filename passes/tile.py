@@ -2,32 +2,34 @@
 
 `stream` feeds rows and keeps line buffers, so nothing is computed twice and the depth of the cut is free; `grid` cuts
 the result into tiles and computes their halos again. A byte budget is enough: the planner finds the schedule that runs
-fastest within it, and the least feasible budget is named where it cannot be met. What lies between two operations that
-read whole maps is one stage; every stage that is over budget is tiled. See `splitfx.tiling`.
+fastest within it, and the least feasible budget is named where it cannot be met. Everything up to the first operations
+that read whole maps is one stage; what lies behind them stays as it is. See `splitfx.tiling`.
 
-Promise EQUAL, for a model in eval mode. ``halo="zero"`` is the approximate split of the paper and promises nothing:
-`splitfx.tiling.zero` measures it.
+Promise EQUAL, for a model in eval mode. ``halo="zero"`` is the approximate split of the paper (`splitfx.tiling.zero`)
+and promises APPROXIMATE: each tile is what that image alone would give, and nothing is claimed of the model's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.errors import PlanError, nearest
-from splitfx.graph import layer, module_of
+from splitfx.graph import TensorSpec, layer, module_of
 from splitfx.ops import op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise
 from splitfx.report.table import size as words
 from splitfx.tiling import planner
-from splitfx.tiling.extract import install, stages
+from splitfx.tiling.extract import install, sources_of, stages
 from splitfx.tiling.planner import Candidates
+from splitfx.tiling.replan import HALF, Goal, sizes_of
 from splitfx.tiling.schedule import Schedule
 from splitfx.tiling.stage import Kind
+from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 
 Nodes = list[fx.Node]
 
@@ -46,8 +48,14 @@ class Tile(Pass):
     ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
     their activations; norms and dropout inside must be in eval mode.
 
-    ``stages`` is what the planner decided, so that a saved plan gives the same graph: for each stage rows, grid (2),
-    recompute and every; an empty entry is a stage left as it is.
+    ``halo``: "exact", or "zero" for the approximate split, **another function**: ``grid`` tiles, each an image of its
+    own with zeros at every edge, up to ``until``, where they are combined. `splitfx.compare_halo` says what it costs.
+
+    The budget holds at other sizes than the traced too: there a stage is planned again when it is first called, and a
+    warning says what it takes where the budget cannot be met.
+
+    ``stages`` is what the planner decided for the traced sizes, so that a saved plan gives the same graph: for each
+    stage rows, grid (2), recompute and every; an empty entry is a stage left as it is.
     """
 
     name: ClassVar[str] = "tile"
@@ -62,6 +70,7 @@ class Tile(Pass):
     every: tuple[int, ...] = ()
     recompute: int = -1
     checkpoint: bool = False
+    halo: Literal["exact", "zero"] = "exact"
     stages: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,19 +79,42 @@ class Tile(Pass):
             planner.parse_bytes(self.budget)
         if self.rows < 0 or min(self.grid) < 1 or any(e < 1 for e in self.every):
             raise PlanError("pass 'tile': rows, grid and every are counts: rows at least 0, the others at least 1")
-        if self.budget and (self.by_hand or self.stages):
+        if self.halo == "zero":
+            self._check_zero()
+        if self.by_hand and (self.budget or self.stages):
             raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
+        if self.by_hand and self.mode != "auto":
+            raise PlanError("pass 'tile': mode tells the planner what to look for; rows and grid by hand leave nothing")
+        if not self.by_hand and (self.every or self.recompute != -1):
+            raise PlanError(
+                "pass 'tile': every and recompute go with rows or grid; with a budget the planner sets them"
+            )
         for stage in self.stages:
             if stage and (len(stage) < 4 or stage[0] < 0 or min(stage[1:3]) < 1 or any(e < 1 for e in stage[4:])):
                 raise PlanError(
                     f"pass 'tile': {stage} is no stage: it needs rows, grid rows, grid columns, recompute, every ..."
                 )
 
+    def _check_zero(self) -> None:
+        object.__setattr__(self, "promise", Promise.APPROXIMATE)  # this one, not the class: see `Pass`
+        others = set(self.to_dict()) - {"halo", "grid", "until"}
+        if others:
+            raise PlanError(
+                f"pass 'tile': halo='zero' takes grid and until; {', '.join(sorted(others))} belong to 'exact'"
+            )
+        if self.grid == (1, 1) or not self.until:
+            raise PlanError(
+                "pass 'tile': halo='zero' needs grid=(rows, columns) and until=, the layer behind which the tiles are "
+                "combined; splitfx.compare_halo(model, inputs) lists what each layer costs"
+            )
+
     @property
     def by_hand(self) -> bool:
         return self.rows > 0 or self.grid != (1, 1)
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        if self.halo == "zero":
+            return self._zero(graph, facts)
         found, roles = stages(graph, facts.regions)
         notes = [Note(where, f"not tiled: {why}", "declined") for where, why in _declined(graph, roles.why)]
         if self.until:
@@ -97,13 +129,34 @@ class Tile(Pass):
             notes.append(Note(where, note, "did" if schedule is not None else "info"))
             if schedule is not None:
                 name = "tiled" if len(found) == 1 else f"tiled_{number}"
-                tiled = module_of(install(graph, nodes, schedule, name))
+                goal = None if self.by_hand else self._goal(graph, facts, nodes)
+                tiled = module_of(install(graph, nodes, schedule, name, goal))
                 tiled.checkpoint = self.checkpoint  # type: ignore[union-attr]
-        settled = replace(
-            self, budget="", mode="auto", rows=0, grid=(1, 1), every=(), recompute=-1,
-            stages=tuple(_plain(schedule) for schedule, _ in decided),
-        )  # fmt: skip
-        return Outcome(tuple(notes), settled=None if self.by_hand or settled == self else settled)
+        settled = replace(self, stages=tuple(_plain(schedule) for schedule, _ in decided)) if not self.by_hand else self
+        return Outcome(tuple(notes), settled=None if settled == self else settled)
+
+    def _goal(self, graph: fx.GraphModule, facts: Facts, nodes: Nodes) -> Goal:
+        sizes = sizes_of(tuple(_spec(facts.shapes[n]) for n in sources_of(nodes)))
+        return Goal(self.budget or HALF, self.mode, sizes, planner.around(graph, facts, nodes))
+
+    def _zero(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        places = combine_layers(graph, facts)
+        if self.until not in places:
+            raise PlanError(
+                f"pass 'tile': tiles cannot be combined behind {self.until!r}.{nearest(self.until, places)}"
+            )
+        nodes = leading_to(places[self.until])
+        first = layer(nodes[0])  # before it moves into the stage
+        sources = [facts.shapes[n] for n in sources_of(nodes)]
+        reference = unrolled(graph, facts, nodes, self.grid)
+        split = module_of(install_zero(graph, nodes, self.grid))
+        assert isinstance(split, ZeroHalo)
+        split.check(tuple(_spec(t) for t in sources))
+        what = (
+            f"{self.grid[0]} x {self.grid[1]} tiles with zeros at their edges, combined behind {self.until}: "
+            "approximate, not checked against the model; see splitfx.compare_halo"
+        )
+        return Outcome((Note(f"{first} to {self.until}", what, "did"),), reference)
 
     def _decided(self, graph: fx.GraphModule, facts: Facts, found: list[Nodes]) -> list[tuple[Schedule | None, str]]:
         """For each stage its schedule, None where it stays as it is, and what a note says."""
@@ -143,8 +196,10 @@ class Tile(Pass):
         whole = [n for n in graph.graph.nodes if n not in inside and n.op not in ("placeholder", "get_attr", "output")]
         tall = max(whole, key=lambda n: memory.live_bytes[n], default=None)
         if tall is not None and memory.live_bytes[tall] > budget:
+            least = [planner.least(Candidates(graph, facts, nodes), self.mode).point.peak_bytes for nodes in found]
             raise PlanError(
-                f"pass 'tile': a budget of {words(budget)} cannot be met: {layer(tall)} ({op_name(tall)}) needs "
+                f"pass 'tile': a budget of {words(budget)} cannot be met: the least is "
+                f"{planner.enough(max(memory.live_bytes[tall], *least))}; {layer(tall)} ({op_name(tall)}) needs "
                 f"{words(memory.live_bytes[tall])} and reads whole maps, so it is not tiled"
             )
         plans = [planner.plan(Candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
@@ -195,6 +250,10 @@ def _until(found: list[Nodes], last: str) -> list[Nodes]:
         if op_name(node) == "getitem" and node.all_input_nodes[0] in kept:
             kept.add(node)
     return [*found[:place], [n for n in nodes if n in kept]]
+
+
+def _spec(value: Any) -> TensorSpec:
+    return TensorSpec(tuple(map(int, value.shape)), value.dtype, str(value.device))
 
 
 def _plain(schedule: Schedule | None) -> tuple[int, ...]:

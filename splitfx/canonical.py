@@ -1,14 +1,15 @@
 """From an exported program to the canonical graph: signature, names, modes and what left no trace.
 
 The walk over the operators is `splitfx.raising`. Parameterless leaves that act on ``self.training``
-(DropPath, StochasticDepth) pass through torch.export as one opaque operator and come back as calls of the
-user's module. The private pieces of torch that this project leans on
-(``ExportedProgram.module(check_guards=...)``, ``nn_module_stack``, ``fx.Graph._codegen``,
-``wrap_with_set_grad_enabled``) are all in these two files.
+(DropPath, StochasticDepth), and stages of a graph that splitfx has rewritten (`splitfx.graph.Staged`), pass
+through torch.export as one opaque operator each and come back as calls of the module. The private pieces of
+torch that this project leans on (``ExportedProgram.module(check_guards=...)``, ``nn_module_stack``,
+``fx.Graph._codegen``, ``wrap_with_set_grad_enabled``) are all in these two files.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour
-from splitfx.graph import INFO, TensorSpec, TraceInfo, info, is_canonical, restore_aliases, set_path
+from splitfx.graph import INFO, Staged, TensorSpec, TraceInfo, info, is_canonical, restore_aliases, set_path
 from splitfx.notes import Note
 from splitfx.raising import Raiser
 from splitfx.schema import mutates
@@ -35,6 +36,19 @@ def _leaf(x: torch.Tensor, path: str) -> torch.Tensor:
 @_leaf.register_fake
 def _leaf_shape(x: torch.Tensor, path: str) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+_STAGES: dict[str, nn.Module] = {}  # by path: what the stages compute that are being traced
+
+
+@torch.library.custom_op("splitfx::stage", mutates_args=())
+def _stage(inputs: list[torch.Tensor], path: str) -> list[torch.Tensor]:
+    return [t.clone() for t in _STAGES[path](*inputs)]
+
+
+@_stage.register_fake
+def _stage_shapes(inputs: list[torch.Tensor], path: str) -> list[torch.Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _STAGES[path](*inputs)]
 
 
 def _reads_training(module: nn.Module) -> bool:
@@ -73,6 +87,25 @@ def opaque_leaves(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     finally:
         for _, module in leaves:
             del module.forward
+
+
+@contextmanager
+def whole_stages(model: nn.Module) -> Iterator[None]:
+    """Within, every `Staged` module of the private copy calls one opaque operator that carries its path."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Staged)]
+    for path, module in found:
+        tensors = {id(t): t for ts in (module.parameters(), module.buffers()) for t in ts}
+        _STAGES[path] = copy.deepcopy(
+            module.stage, tensors
+        ).eval()  # apart: torch.export swaps the tensors of ``model``
+        call = lambda self, *inputs, _path=path: torch.ops.splitfx.stage(list(inputs), _path)  # noqa: E731
+        module.forward = MethodType(call, module)
+    try:
+        yield
+    finally:
+        for path, module in found:
+            del module.forward
+            del _STAGES[path]
 
 
 def canonicalise(

@@ -78,6 +78,13 @@ class TraceInfo:
     plan: Any = None
 
 
+class Staged(nn.Module):
+    """A module of a rewritten graph that runs a part of it, ``stage``, in a way of its own: the same inputs and
+    outputs, a list. Tracing keeps it whole."""
+
+    stage: fx.GraphModule
+
+
 def info(graph: fx.GraphModule) -> TraceInfo:
     """The `TraceInfo` of a canonical graph; `UnsupportedError` for any other module."""
     found = getattr(graph, "meta", {}).get(INFO)

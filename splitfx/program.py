@@ -158,7 +158,8 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Tiled) and kind is Tiled:
         schedule = {one.name: getattr(module.schedule, one.name) for one in fields(module.schedule)}
         switches = {name: bool(getattr(module, name)) for name in TILED_SWITCHES if hasattr(module, name)}
-        return {"class": TILED, "options": {"schedule": _value(schedule), **switches}, **_graph(module.stage)}
+        goal = {} if module.goal is None else {"goal": _value(asdict(module.goal))}
+        return {"class": TILED, "options": {"schedule": _value(schedule), **goal, **switches}, **_graph(module.stage)}
     full = f"{kind.__module__}.{kind.__qualname__}"
     if full in STOCHASTIC:
         return {"class": full, "options": {name: getattr(module, name) for name in STOCHASTIC[full]}}

@@ -33,13 +33,15 @@ class Promise(enum.Enum):
     EQUAL = "equal"  # same function: outputs equal to the input graph's in float64
     RETRAIN = "retrain"  # same shapes, fewer connections: outputs equal to the pass's own masked dense reference
     RESHAPE = "reshape"  # another signature: declared shapes, each sub-model equal to its reference
+    APPROXIMATE = "approximate"  # another function, near: outputs equal to the pass's own plain form of it, no more
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What `Pass.run` returns.
 
-    `reference` is the dense masked model that a RETRAIN pass must equal. `settled` is the pass with what it decided
+    `reference` is what a pass must equal that does not promise EQUAL: the dense masked model of a RETRAIN pass, the
+    plain form of what an APPROXIMATE one computes. `settled` is the pass with what it decided
     by measuring written down, so that its plan gives the same graph on another machine; None: nothing was measured.
     """
 
@@ -59,7 +61,10 @@ def not_in_plan() -> Any:
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass. Subclasses are frozen dataclasses with `name`, `promise` and `run`."""
+    """Base of every pass. Subclasses are frozen dataclasses with `name`, `promise` and `run`.
+
+    ``promise`` belongs to the class; an instance whose options give up the class's promise carries its own.
+    """
 
     name: ClassVar[str]
     promise: ClassVar[Promise]

@@ -256,6 +256,10 @@ class Raiser:
                 for hooks in ("_forward_hooks", "_forward_pre_hooks"):
                     setattr(self.modules[path], hooks, copy.copy(getattr(self.users[path], hooks)))
             return self.graph.call_module(path, (self.value_of(node.args[0]),))  # type: ignore[arg-type]
+        if node.target is torch.ops.splitfx.stage.default:
+            path = str(node.args[1])
+            self.modules[path] = self.owners[path]  # private, with the user's own tensors
+            return self.graph.call_module(path, tuple(self.value_of(n) for n in node.args[0]))  # type: ignore[union-attr, arg-type]
         name = aten_name(node.target)
         if name in _DROPOUTS:
             return self.dropout(node, name)

@@ -22,10 +22,12 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
-from splitfx.errors import ExportError
+from splitfx.errors import ExportError, PlanError
 from splitfx.program import FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, TILED, TILED_SWITCHES, layer_options
 from splitfx.protocol import Note
 from splitfx.tiling.executor import Tiled
+from splitfx.tiling.planner import parse_bytes
+from splitfx.tiling.replan import HALF, Goal
 from splitfx.tiling.schedule import Schedule
 
 Values = Mapping[str, tuple[str, torch.Tensor]]
@@ -104,12 +106,13 @@ def _tiled(path: str, layer: Mapping[str, Any], values: Values) -> Tiled:
         raise ExportError(f"the stored program has a tiled stage inside the tiled stage {path}.")
     options = dict(layer["options"])
     schedule = _schedule(path, _read(options.pop("schedule"), {}))
+    goal = _goal(path, _read(options.pop("goal", None), {}))
     unknown = [name for name, value in options.items() if name not in TILED_SWITCHES or not isinstance(value, bool)]
     if unknown:
         raise ExportError(f"the stored tiled stage {path} has unknown options: {', '.join(unknown)}.")
     start = f"{path}.stage."
     own = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
-    found = Tiled(_graph(layer, own, "Stage"), schedule)
+    found = Tiled(_graph(layer, own, "Stage"), schedule, goal)
     for name, value in options.items():
         setattr(found, name, value)
     return found
@@ -117,13 +120,11 @@ def _tiled(path: str, layer: Mapping[str, Any], values: Values) -> Tiled:
 
 def _schedule(path: str, given: Any) -> Schedule:
     """The stored schedule, if it is one: whole numbers, and a number of bytes."""
-    count = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least  # noqa: E731
-    counts = lambda value: isinstance(value, tuple) and all(count(one, 1) for one in value)  # noqa: E731
     fits = {
-        "rows": lambda value: count(value, 0),
-        "every": counts,
-        "tiles": lambda value: counts(value) and len(value) == 2,
-        "recompute": lambda value: (isinstance(value, float) and value >= 0) or count(value, 0),
+        "rows": lambda value: _count(value, 0),
+        "every": lambda value: _counts(value, 1),
+        "tiles": lambda value: _counts(value, 1) and len(value) == 2,
+        "recompute": lambda value: (isinstance(value, float) and value >= 0) or _count(value, 0),
     }
     known = {one.name for one in dataclasses.fields(Schedule)} & set(fits)
     if not isinstance(given, dict) or not set(given) <= known:
@@ -132,6 +133,39 @@ def _schedule(path: str, given: Any) -> Schedule:
     if wrong:
         raise ExportError(f"the stored tiled stage {path} has an unusable schedule: see {', '.join(wrong)}.")
     return Schedule(**given)
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _counts(value: Any, least: int) -> bool:
+    return isinstance(value, tuple) and all(_count(one, least) for one in value)
+
+
+def _goal(path: str, given: Any) -> Goal | None:
+    """What the stage was planned for, if that was stored and is one."""
+    if given is None:
+        return None
+    fits = {
+        "budget": lambda value: value in (HALF, "least") or _is_budget(value),
+        "mode": lambda value: value in ("auto", "stream", "grid"),
+        "sizes": lambda value: isinstance(value, tuple) and all(_counts(one, 0) for one in value),
+        "outside": lambda value: _count(value, 0),
+    }
+    if not isinstance(given, dict) or set(given) != set(fits):
+        raise ExportError(f"the stored tiled stage {path} has a budget that this splitfx does not know.")
+    wrong = [name for name, value in given.items() if not fits[name](value)]
+    if wrong:
+        raise ExportError(f"the stored tiled stage {path} has an unusable budget: see {', '.join(wrong)}.")
+    return Goal(**given)
+
+
+def _is_budget(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and parse_bytes(value) > 0
+    except PlanError:
+        return False
 
 
 def _make_layer(path: str, layer: Mapping[str, Any]) -> nn.Module:

@@ -25,9 +25,9 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour, differences, observe, quiet
-from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves
+from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError
-from splitfx.graph import TraceInfo
+from splitfx.graph import Staged, TraceInfo
 from splitfx.notes import Note
 from splitfx.trace_errors import check_inputs, failure, reason
 
@@ -65,7 +65,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch") -> f
             private = None
             try:
                 private = prepare(model)
-                return _Attempt(model, private, inputs, front_end).graph(dynamic)
+                with whole_stages(private):
+                    return _Attempt(model, private, inputs, front_end).graph(dynamic)
             except Exception as error:
                 problems.append((front_end, private, error))
     raise TraceError(failure(model, inputs, problems)) from problems[0][2]
@@ -113,10 +114,10 @@ def symbolic_copy(model: nn.Module) -> nn.Module:
 
 
 class _LeafTracer(fx.Tracer):
-    """Symbolic tracing that keeps train-dependent modules whole, which fx would freeze in one mode."""
+    """Symbolic tracing that keeps train-dependent modules whole, which fx would freeze in one mode, and stages."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or is_opaque(m)
+        return super().is_leaf_module(m, module_qualified_name) or is_opaque(m) or isinstance(m, Staged)
 
 
 # ---------------------------------------------------------------- one front end

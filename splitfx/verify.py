@@ -166,13 +166,14 @@ def _shrunk(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:2], *(s if s <= SMALL else SMALL + s % 2 for s in shape[2:]))
 
 
-def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> float:
+def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0, small: bool = True) -> float:
     """The largest relative difference of two graphs' outputs in float64 on the same random inputs.
 
-    Relative to the largest magnitude of each output. Raises `VerificationError` when shapes differ.
+    Relative to the largest magnitude of each output. ``small``: on smaller images where the graph allows it. Raises
+    `VerificationError` when shapes differ.
     """
     worst = 0.0
-    for a, b in zip(*_both(before, after, seed), strict=True):
+    for a, b in zip(*_both(before, after, seed, small), strict=True):
         if a.shape != b.shape:
             raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
         if a.numel() == 0:
@@ -188,14 +189,16 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0) -> 
     return worst
 
 
-def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _both(
+    before: fx.GraphModule, after: fx.GraphModule, seed: int, small: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     sizes = [s.shape for s in info(before).inputs if isinstance(s, TensorSpec)]
-    for small in (True, False) if any(_shrunk(s) != s for s in sizes) else (False,):
-        inputs = random_flat(before, seed, small)
+    for shrunk in (True, False) if small and any(_shrunk(s) != s for s in sizes) else (False,):
+        inputs = random_flat(before, seed, shrunk)
         try:
             first = run_exact(before, inputs)
         except Misfit as error:
-            if small:
+            if shrunk:
                 continue  # sizes are part of this model: use the traced ones
             raise VerificationError(f"the graph before the pass does not run: {error}") from error
         try:
@@ -205,9 +208,11 @@ def _both(before: fx.GraphModule, after: fx.GraphModule, seed: int) -> tuple[lis
     raise AssertionError("unreachable: the traced sizes are always tried")
 
 
-def require_equal(name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE) -> float:
-    """The measured difference; `VerificationError` where it is beyond ``limit``."""
-    found = difference(before, after)
+def require_equal(
+    name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE, small: bool = True
+) -> float:
+    """The measured difference (see `difference`); `VerificationError` where it is beyond ``limit``."""
+    found = difference(before, after, small=small)
     if not found <= limit:
         raise VerificationError(
             f"pass '{name}' broke its promise: outputs differ by {found:.1e} of their largest value "

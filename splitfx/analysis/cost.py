@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.shapes import shape
-from splitfx.graph import TensorSpec, attribute, layer, module_of
+from splitfx.graph import Staged, TensorSpec, attribute, layer, module_of
 from splitfx.ops import Op, bind, op, op_name
 
 
@@ -78,7 +78,7 @@ def cost(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Cost:
     for node in graph.graph.nodes:
         row, macs, ops = op(node), 0, 0
         try:
-            if row.name == "tiled":
+            if isinstance(module_of(node), Staged):
                 macs, ops = _inside(node, shapes)
             else:
                 macs = _macs(node, shapes) if row.macs else 0

@@ -8,14 +8,19 @@ say. Two forms:
   ends too; nothing is cropped before the cut, where the rows that saw that padding are dropped. Strips are of unequal
   heights: onnxruntime re-uses the memory of equal shapes only, and keeps it until the last of them is done.
 - *steps*: the instructions of the stage's schedule, coarser where they would be more than `LIMIT`. For stages in
-  which nothing large can be run in strips.
+  which strips save too little; onnxruntime may then hold more than it does for the untiled graph.
 
-Promises: both compute what the stage computes; a file never holds more than about `LIMIT` steps of a stage.
+Which one, and what it was estimated to hold, is written into the file, and `check_onnx` says what it really takes.
+
+Refuses: a stage with more than `LIMIT` steps under every schedule (`ExportError`).
+Promises: both compute what the stage computes; a file never holds more than `LIMIT` steps of a stage.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +33,8 @@ from splitfx.analysis.regions import Regions
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import ExportError
 from splitfx.ops import Spatial, Window, bind, op, op_name, out_of_place
-from splitfx.tiling.executor import _ACTIONS, Execution, Program, Tiled
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.executor import Execution, Program, Tiled
+from splitfx.tiling.schedule import Instruction, Schedule
 from splitfx.tiling.stage import Stage, compile_stage
 
 LIMIT = 3000  # instructions of one stage; the exporter takes about 20 ms for each
@@ -37,7 +42,7 @@ COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # strips that are tried
 WORTH = 0.75  # of the stage's peak: less saved is no reason for strips
 COPIES = 1.25  # what is held, with copies into the runtime's blocked layout
 MORE = 0.08  # the most multiply-accumulates that halos may add
-TIME = 1.5  # a plan is worth peak x time ** TIME: 2 % more time must save 3 % of the peak
+TIME = 3  # a plan is worth peak x time ** TIME: 1 % more time must save 3 % of the peak
 
 
 def is_tiled(module: nn.Module) -> bool:
@@ -69,6 +74,11 @@ def write_out(graph: fx.GraphModule, key: str) -> list[str]:
             program, words = _program(str(node.target), tiled, inside)
             form = Steps(tiled.stage, program, key)
             said.append(f"{node.target}: {words}")
+            warnings.warn(
+                f"{node.target}: strips would save too little in ONNX, it is written out as {words}; onnxruntime may "
+                "hold more than for the untiled graph: see check_onnx",
+                stacklevel=4,
+            )
         graphs.set_path(graph, str(node.target), form.eval())
     return said
 
@@ -92,13 +102,10 @@ class _Marked(Execution):
         super().__init__(program, functional=True)
         self.key = key
 
-    def act(self, instruction: Any) -> None:
-        kernel = getattr(instruction, "kernel", None)
-        if kernel is None:
-            _ACTIONS[type(instruction)](self, instruction)
-            return
-        with annotate({self.key: graphs.layer(kernel.node)}):
-            _ACTIONS[type(instruction)](self, instruction)
+    def act(self, instruction: Instruction) -> None:
+        kernel = getattr(instruction, "kernel", None)  # `Free` has none, and makes no node
+        with annotate({self.key: graphs.layer(kernel.node)}) if kernel is not None else nullcontext():
+            super().act(instruction)
 
 
 def _program(path: str, tiled: Tiled, values: dict[fx.Node, Any]) -> tuple[Program, str]:
@@ -270,13 +277,12 @@ class _Finder:
     # ------------------------------------------------------------ one plan
 
     def plan(self, inside: tuple[fx.Node, ...], count: int) -> Plan | None:
+        """None where the strips are too low, add too much, or would not fit the rows they are to give."""
         assert self.source is not None
-        cut = inside[-1]
-        strips = self._strips(inside, count)
-        tall = dict.fromkeys(inside, 0.0)
+        cut, strips = inside[-1], self._strips(inside, count)
         if strips is None:
             return None
-        more = 0.0
+        tall, more = dict.fromkeys(inside, 0.0), 0.0  # of each map, the share that the tallest strip makes
         for strip in strips:
             rows = self._natural(inside, strip.stop - strip.start)
             if rows is None or rows[cut] < strip.skip + strip.count:
@@ -305,9 +311,10 @@ class _Finder:
             return None
         middle = rows // 2
         first, last = self._need(inside, middle, middle + 1)
-        above, below = -(-(middle * scale - first) // scale), -(-(last - (middle + 1) * scale) // scale)
+        above, below = _up(middle * scale - first, scale), _up(last - (middle + 1) * scale, scale)
         halos = [(above if i else 0) + (below if i < count - 1 else 0) for i in range(count)]
-        step = (rows + sum(halos) + sum(range(count))) // count  # heights with their halo rise by one
+        # Heights with their halo rise by one; onnxruntime was seen to run the last, tallest strip first.
+        step = (rows + sum(halos) + sum(range(count))) // count
         own = [step - (count - 1 - i) - halos[i] for i in range(count)]
         own[-1] += rows - sum(own)
         if min(own) < 1:
@@ -315,7 +322,7 @@ class _Finder:
         found, low = [], 0
         for kept in own:
             first, last = self._need(inside, low, low + kept)
-            start, stop = first // scale * scale, min(size, -(-last // scale) * scale)
+            start, stop = first // scale * scale, min(size, _up(last, scale) * scale)  # on the grid of all strides
             found.append(Strip(start, stop, low - start // scale, kept))
             low += kept
         heights = {s.stop - s.start for s in found}
@@ -345,7 +352,7 @@ class _Finder:
             if len(given) != 1:
                 return None
             length = given.pop()
-            found[node] = _windowed(self.regions.window(node), length) if node_is_window(node) else length
+            found[node] = _windowed(self.regions.window(node), length) if _is_window(node) else length
             if found[node] < 1:
                 return None
         return found
@@ -376,7 +383,7 @@ class _Finder:
         return peak
 
 
-def node_is_window(node: fx.Node) -> bool:
+def _is_window(node: fx.Node) -> bool:
     return op(node).spatial is Spatial.WINDOW
 
 
@@ -386,11 +393,16 @@ def _activated(node: fx.Node) -> bool:
     return len(users) == 1 and op(users[0]).spatial is Spatial.POINTWISE and len(users[0].all_input_nodes) == 1
 
 
+def _up(rows: int, scale: int) -> int:
+    return -(-rows // scale)
+
+
 def _windowed(rule: Window, length: int) -> int:
     span = length + rule.padding[0] + rule.padding_end[0] - rule.dilation[0] * (rule.kernel[0] - 1) - 1
     if not rule.ceil_mode:
         return span // rule.stride[0] + 1
-    count = -(-span // rule.stride[0]) + 1
+    count = _up(span, rule.stride[0]) + 1
+    # the last window has to start on the map or its padding, as torch has it
     return count - 1 if (count - 1) * rule.stride[0] >= length + rule.padding[0] else count
 
 
@@ -402,6 +414,6 @@ def _macs(node: fx.Node, values: dict[fx.Node, Any]) -> float:
     value = values[node]
     if not isinstance(value, torch.Tensor) or node.op == "get_attr":
         return 0.0
-    weight = bind(node).get("weight") if node_is_window(node) and "pool" not in op_name(node) else None
+    weight = bind(node).get("weight") if _is_window(node) and "pool" not in op_name(node) else None
     weight = values.get(weight) if isinstance(weight, fx.Node) else weight
     return float(value.numel() * (weight[0].numel() if isinstance(weight, torch.Tensor) else 1))

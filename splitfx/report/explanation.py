@@ -21,11 +21,13 @@ PROMISES = {
     "equal": "the same function",
     "retrain": "the same shapes, fewer connections; fine-tune it",
     "reshape": "another signature",
+    "approximate": "near the same function, and not checked against the model: see splitfx.compare_halo",
 }
 _AGAINST = {
     "equal": "the graph before the pass",
     "retrain": "the masked dense model",
     "reshape": "its reference",
+    "approximate": "the same parts run one by one",
 }
 _KINDS = (("did", "done"), ("declined", "declined"), ("info", "also"))
 _NAME = 26  # columns for the layer's name before a note; longer names get a line of their own

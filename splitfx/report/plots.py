@@ -114,7 +114,7 @@ def plot_pareto(points: Sequence[Point], path: str | os.PathLike[str], overwrite
         Series("best schedules", "blue", [mark(p) for p in best]),
         Series("untiled", "orange", [mark(p) for p in points if p.schedule is None], joined=False),
     ]
-    text = _chart("Peak memory and time of one stage", "peak memory", "estimated time", chart, _bytes, _time, log=True)
+    text = _chart("Peak memory and time", "peak memory", "estimated time", chart, _bytes, _time, log=True)
     _write(text, path, overwrite)
 
 
@@ -234,7 +234,7 @@ def _key(chart: list[Series]) -> list[str]:
     for series in chart:
         lines.append(f'<circle class="dot {series.colour}" cx="{at:.0f}" cy="45" r="5"/>')
         lines.append(f'<text x="{at + 10:.0f}" y="49">{escape(series.name)}</text>')
-        at += 30 + _LETTER * len(series.name)
+        at += 32 + 0.94 * _LETTER * len(series.name)
     return lines
 
 

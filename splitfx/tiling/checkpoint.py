@@ -26,7 +26,7 @@ from splitfx.analysis.shapes import shapes
 from splitfx.graph import TensorSpec, attribute, output_node, set_path
 from splitfx.tiling.executor import Execution, Program, Tiled
 from splitfx.tiling.extract import stage_graph
-from splitfx.tiling.schedule import Finish, Reduce, Schedule, Scheduler, Store, Take
+from splitfx.tiling.schedule import Finish, Instruction, Reduce, Schedule, Scheduler, Store, Take
 from splitfx.tiling.segments import Plan, divided, is_mean, overwrites
 from splitfx.tiling.stage import Kernel, Kind, Stage, compile_stage
 from splitfx.tiling.stream import perform
@@ -134,13 +134,8 @@ class _Forward(Execution):
         if one.kernel.kind is Kind.REDUCE:
             self.reduced[one.kernel] = self.registers[one.dst]
 
-    def run(self, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        for place, (kernel, tensor) in enumerate(zip(self.stage.sources, inputs, strict=True)):
-            self.registers[place] = tensor
-            self.wholes[kernel] = place
-        for instruction in self.program.instructions():
-            perform(self, instruction)
-        return [self._result(k) for k in self.stage.exits]
+    def act(self, instruction: Instruction) -> None:
+        perform(self, instruction)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -6,9 +6,11 @@ Peaks are predicted, outputs computed; how far an output is off is no accuracy, 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +20,15 @@ from torch.utils import _pytree as pytree
 
 from splitfx.analysis import facts
 from splitfx.analysis.memory import memory
-from splitfx.analysis.shapes import shape, shapes
+from splitfx.analysis.shapes import shapes
 from splitfx.api import outputs
 from splitfx.editing import tidy
 from splitfx.errors import PlanError, UnsupportedError, nearest
-from splitfx.graph import TensorSpec, copy_graph, info, is_canonical, layer
-from splitfx.ops import Spatial, in_place, is_size, op
+from splitfx.graph import TensorSpec, copy_graph, info, is_canonical
 from splitfx.report.table import dims, size, table
 from splitfx.tiling.extract import install, stages
 from splitfx.tiling.schedule import Schedule
-from splitfx.tiling.zero import Grid, install_zero
+from splitfx.tiling.zero import Grid, combine_layers, install_zero, leading_to
 from splitfx.tracing import split_inputs, trace
 
 STRIPS = 16  # steps in which the exact halo is run
@@ -52,14 +53,44 @@ class HaloRow:
     resized_difference: float | None
 
 
+@dataclass(frozen=True)
+class HaloComparison:
+    """One row for every combine layer, in order."""
+
+    rows: tuple[HaloRow, ...]
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(one) for one in self.rows], indent=2)
+
+    def __str__(self) -> str:
+        return halo_table(self.rows)
+
+    def plot(self, path: str | Path) -> None:
+        """Write memory saved against change of the output as an SVG picture. Raises `SplitfxError`."""
+        from splitfx.report.plots import plot_halo
+
+        plot_halo(self.rows, path)
+
+
 def compare_halo(
     model: nn.Module, example_inputs: Any, grid: Grid = (2, 2), layers: Sequence[str] | None = None
-) -> list[HaloRow]:
-    """What the approximate split costs at every layer where its tiles can be combined, in order; or at ``layers``.
+) -> HaloComparison:
+    """What the approximate split of an image costs at every layer where its tiles can be combined; or at ``layers``.
 
-    Raises `PlanError` for a layer where they cannot be, and where none can.
+    As Fig. 4 of Zhuang et al., *CNN Memory Optimization Inference with Splitting Image*, does with accuracies: peak
+    memory in bytes when ``grid`` rows x columns of tiles, each with zeros at its edges, run up to a layer, beside the
+    two other ways to less memory, the exact halo and a smaller image. Instead of an accuracy, which needs trained
+    weights and data: how far the output moves, as ‖a − b‖ / ‖b‖ on ``example_inputs``, one image [N, C, H, W].
+
+    ``Tile(halo="zero", grid=..., until=layer)`` makes the split of a row. Raises `TraceError`, `UnsupportedError` for a
+    model with other inputs, `PlanError` for a grid that does not divide the image, and for a layer where tiles cannot
+    be combined.
     """
-    return _Comparison(model, example_inputs, grid).rows(layers)
+    if len(grid) != 2 or any(not isinstance(n, int) or n < 1 for n in grid):
+        raise PlanError(f"a grid is rows and columns of tiles, both at least 1; got {grid}")
+    if isinstance(layers, str):
+        raise PlanError(f"layers is a list of layer names, not a text: write layers=[{layers!r}]")
+    return HaloComparison(tuple(_Comparison(model, example_inputs, grid).rows(layers)))
 
 
 def halo_table(rows: Sequence[HaloRow]) -> str:
@@ -93,7 +124,8 @@ class _Comparison:
         self._resized: dict[Grid, tuple[int, float | None]] = {}
 
     def rows(self, layers: Sequence[str] | None) -> list[HaloRow]:
-        places = self._places()
+        order = {n: i for i, n in enumerate(self.graph.graph.nodes)}
+        places = {name: order[n] for name, n in combine_layers(self.graph, facts(self.graph)).items()}
         if layers is not None:
             for name in layers:
                 if name not in places:
@@ -109,29 +141,9 @@ class _Comparison:
             raise PlanError(f"tiles can be combined nowhere: {refused}" if places else "the model has no layer for it")
         return found
 
-    def _places(self) -> dict[str, int]:
-        """Layers behind which one map carries everything, and the position of that node; of an activation, or a norm,
-        behind a layer only the last."""
-        known = facts(self.graph)
-        order = {n: i for i, n in enumerate(self.graph.graph.nodes)}
-        carrying = [n for n in known.cuts if n.op != "placeholder" and len(shape(known.shapes[n])) == 4]
-        found: dict[str, int] = {}
-        for node in carrying:
-            users = list(node.users)
-            follows = (
-                len(users) == 1 and op(users[0]).spatial is Spatial.POINTWISE and len(users[0].all_input_nodes) == 1
-            )
-            if (
-                not follows
-                and not any(in_place(u) and u.args[0] is node for u in users)
-                and min(shape(known.shapes[node])[2:]) > 1
-            ):
-                found[layer(node)] = order[node]
-        return found
-
     def _row(self, name: str, place: int) -> HaloRow:
         split = copy_graph(self.graph, share=True)
-        nodes = self._before(split, place)
+        nodes = leading_to(list(split.graph.nodes)[place])
         call = install_zero(split, nodes, self.grid)
         tidy(split)
         found: Any = split.get_submodule(str(call.target))
@@ -143,20 +155,10 @@ class _Comparison:
         difference = apart(self._outputs(split, self.image), self.wanted)
         return HaloRow(name, peak, self.unsplit, difference, *exact, small, *resized)
 
-    def _before(self, graph: fx.GraphModule, place: int) -> list[fx.Node]:
-        """The nodes that lead to the one at ``place``, in order."""
-        nodes = list(graph.graph.nodes)
-        kept, waiting = {nodes[place]}, [nodes[place]]
-        while waiting:
-            fresh = [n for n in waiting.pop().all_input_nodes if n not in kept]
-            kept.update(fresh)
-            waiting.extend(fresh)
-        return [n for n in nodes if n in kept and n.op not in ("placeholder", "get_attr") and not is_size(n)]
-
     def _exact(self, place: int) -> tuple[int | None, float | None]:
         """(peak, difference) of the same layers in strips with their halo; None where something reads whole maps."""
         split = copy_graph(self.graph, share=True)
-        nodes = self._before(split, place)
+        nodes = leading_to(list(split.graph.nodes)[place])
         able, _ = stages(split, facts(split).regions)
         if not able or not set(nodes) <= set(able[0]):
             return None, None

@@ -7,17 +7,17 @@ instructions run without overwriting anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
-from splitfx.graph import TensorSpec, layer, module_of
+from splitfx.graph import Staged, TensorSpec
 from splitfx.ops import out_of_place
 from splitfx.tiling.kernels import Calls
 from splitfx.tiling.reductions import Reduction
@@ -36,6 +36,9 @@ from splitfx.tiling.schedule import (
     Take,
 )
 from splitfx.tiling.stage import Kernel, Kind, Stage, compile_stage, overwriting
+
+if TYPE_CHECKING:
+    from splitfx.tiling.replan import Goal
 
 KEPT = 20_000  # instructions of one input size that are kept; longer lists are made anew at every call
 
@@ -59,11 +62,14 @@ class Program:
         return self._kept if self._kept is not None else Scheduler(self.stage, self.schedule).instructions()
 
 
-class Tiled(nn.Module):
+class Tiled(Staged):
     """Runs a stage of the network piece by piece; the same function as ``stage``, at a lower peak of memory.
 
     Inputs and outputs are those of ``stage``, which returns a list. Any sizes that the stage accepts; raises
     `UnsupportedError` while a norm or dropout inside is in train mode, and for inputs that do not fit.
+
+    With a ``goal`` the schedule is for the inputs that were planned for; for others it is planned again, once for each
+    size (`splitfx.tiling.replan`).
 
     Results own memory of exactly their size, in the default memory format. ``torch.compile`` of a graph that holds
     this breaks the graph here: the pieces run as they do without it, in all else it compiles. ``torch.export`` writes
@@ -72,31 +78,33 @@ class Tiled(nn.Module):
 
     op_name = "tiled"
 
-    def __init__(self, stage: fx.GraphModule, schedule: Schedule) -> None:
+    def __init__(self, stage: fx.GraphModule, schedule: Schedule, goal: Goal | None = None) -> None:
         super().__init__()
-        for node in stage.graph.nodes:  # fx registers every buffer that it copies as persistent
-            if node.op == "get_attr" and node.meta.get("transient"):
-                parent, _, name = str(node.target).rpartition(".")
-                stage.get_submodule(parent)._non_persistent_buffers_set.add(name)
         self.stage = stage
         self.schedule = schedule
+        self.goal = goal
         self.checkpoint = False
         self._strips = 0  # at least so many steps, whatever the schedule says
         self._programs: dict[Any, Program] = {}
+        self._schedules: dict[Any, Schedule] = {}  # for sizes that were not planned for
+        self._keep_transient()
+
+    def _keep_transient(self) -> None:
+        """fx registers every buffer that it copies as persistent."""
+        for node in self.stage.graph.nodes:
+            if node.op == "get_attr" and node.meta.get("transient"):
+                parent, _, name = str(node.target).rpartition(".")
+                self.stage.get_submodule(parent)._non_persistent_buffers_set.add(name)
 
     def extra_repr(self) -> str:
         return repr(self.schedule)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tiled:
-        import copy
-
-        twin = Tiled(copy.deepcopy(self.stage, memo), self.schedule)
-        twin.checkpoint = self.checkpoint
-        twin.training = self.training
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_transient()
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         training = [name for name, m in self.stage.named_modules() if m.training and acts_in_training(m)]
@@ -128,24 +136,35 @@ class Tiled(nn.Module):
         finally:
             self._strips = 0
 
-    def program(self, inputs: tuple[torch.Tensor, ...]) -> Program:
-        """The instructions for inputs of these sizes."""
-        key = (self._strips, *((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs))
+    def program(self, inputs: Sequence[torch.Tensor], replan: bool = True) -> Program:
+        """The instructions for inputs of these sizes; without ``replan`` those of the schedule at any size."""
+        key = (self._strips, replan, *((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs))
         if key not in self._programs:
-            specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in key[1:])
-            schedule = self.schedule
-            if self._strips and schedule.recompute < float("inf"):
-                schedule = replace(schedule, recompute=0.0)
-            stage = compile_stage(self.stage, shapes(self.stage, specs), schedule.recompute)
-            if self._strips and schedule.rows:
-                schedule = replace(schedule, rows=max(1, min(schedule.rows, stage.clock // self._strips)))
-            made = Program(stage, schedule)
+            specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in key[2:])
+            made = self._made(specs, self._schedule_for(specs) if replan else self.schedule)
             if torch.compiler.is_exporting():
                 return made  # what was made while torch traces does not outlive the trace
             if len(self._programs) > 8:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = made
         return self._programs[key]
+
+    def _schedule_for(self, specs: tuple[TensorSpec, ...]) -> Schedule:
+        if self.goal is None or self._strips or self.goal.fits(specs):
+            return self.schedule
+        if specs not in self._schedules:
+            from splitfx.tiling.replan import replanned
+
+            self._schedules[specs] = replanned(self.stage, specs, self.goal)
+        return self._schedules[specs]
+
+    def _made(self, specs: tuple[TensorSpec, ...], schedule: Schedule) -> Program:
+        if self._strips and schedule.recompute < float("inf"):
+            schedule = replace(schedule, recompute=0.0)
+        stage = compile_stage(self.stage, shapes(self.stage, specs), schedule.recompute)
+        if self._strips and schedule.rows:
+            schedule = replace(schedule, rows=max(1, min(schedule.rows, stage.clock // self._strips)))
+        return Program(stage, schedule)
 
 
 def acts_in_training(module: nn.Module) -> bool:
@@ -300,8 +319,3 @@ _ACTIONS: dict[type, Any] = {
     Finish: Execution.finish,
     Free: Execution.free,
 }
-
-
-def describe(stage: fx.GraphModule) -> list[str]:
-    """The user's layers of a stage, in order."""
-    return [layer(n) for n in stage.graph.nodes if module_of(n) is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -14,6 +15,9 @@ from splitfx.ops import is_size
 from splitfx.tiling.executor import Tiled
 from splitfx.tiling.schedule import Schedule
 from splitfx.tiling.stage import Kind, Roles
+
+if TYPE_CHECKING:
+    from splitfx.tiling.replan import Goal
 
 
 def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]], Roles]:
@@ -89,11 +93,13 @@ def stage_graph(
     return fx.GraphModule(root, small, "Stage"), sources, exits, copied
 
 
-def install(graph: fx.GraphModule, nodes: Sequence[fx.Node], schedule: Schedule, name: str = "tiled") -> fx.Node:
+def install(
+    graph: fx.GraphModule, nodes: Sequence[fx.Node], schedule: Schedule, name: str = "tiled", goal: Goal | None = None
+) -> fx.Node:
     """Replace the nodes of a stage by one call of a `Tiled` module."""
     stage, sources, exits, _ = stage_graph(graph, nodes)
     path = free_path(graph, name)
-    tiled = Tiled(stage, schedule)
+    tiled = Tiled(stage, schedule, goal)
     tiled.training = graph.training
     graph.add_module(path, tiled)
     with graph.graph.inserting_after(nodes[-1]):
@@ -108,6 +114,9 @@ def install(graph: fx.GraphModule, nodes: Sequence[fx.Node], schedule: Schedule,
     moved = {str(n.target) for n in nodes if n.op == "call_module"}
     for node in reversed(nodes):
         graph.graph.erase_node(node)
+    for node in reversed(graph.graph.nodes):
+        if is_size(node) and not node.users:
+            graph.graph.erase_node(node)  # the stage has its own
     for target in moved - {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:
         graph.delete_submodule(target)  # the stage holds it now
     reorder(graph, lambda node: ())

@@ -19,7 +19,7 @@ from splitfx.analysis import Facts
 from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.report.table import size as words
-from splitfx.tiling.extract import stage_graph
+from splitfx.tiling.extract import sources_of, stage_graph
 from splitfx.tiling.schedule import Schedule, Scheduler
 from splitfx.tiling.stage import Kind, Stage, compile_stage
 
@@ -42,6 +42,14 @@ def parse_bytes(text: str) -> int:
     if value <= 0:
         raise PlanError(f"a budget must be more than 0 bytes; got {text!r}")
     return value
+
+
+def enough(count: int) -> str:
+    """Bytes in words, rounded up: a budget that is named as feasible must be."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{-(-count * 100 // scale) / 100:.2f} {unit}"
+    return f"{count} B"
 
 
 @dataclass(frozen=True)
@@ -77,27 +85,17 @@ class Planned:
 class Candidates:
     """All ways to run one stage of a graph that are worth a look; counted once each."""
 
-    def __init__(self, graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], outside: int = 0) -> None:
+        """``outside``: bytes that are alive while the stage runs, besides those of ``graph``."""
         self.graph, self.facts, self.nodes = graph, facts, nodes
-        self.small, self.sources, self.exits, copied = stage_graph(graph, nodes)
+        self.small, _, _, copied = stage_graph(graph, nodes)
         shapes, cost = facts.shapes, facts.cost
         self.values = {new: shapes[old] for old, new in copied.items()}
         self.macs = {new: float(cost.rows[old].macs) for old, new in copied.items() if old in cost.rows}
-        self.outside = self._around()
+        self.beyond = outside
+        self.outside = outside + around(graph, facts, nodes)
         self._stages: dict[float, Stage] = {}
         self._known: dict[Schedule, Point] = {}
-
-    def _around(self) -> int:
-        """Bytes alive across the stage that it does not read: earlier values for later readers, other inputs."""
-        memory, inside = self.facts.memory, {*self.nodes, *self.sources}
-        order = {n: i for i, n in enumerate(self.graph.graph.nodes)}
-        first, last = order[self.nodes[0]], order[self.nodes[-1]]
-        crossing = [
-            n for n in self.graph.graph.nodes
-            if n not in inside and order[n] < last
-            and (n.op == "placeholder" or any(order[u] > first and u not in inside for u in n.users))
-        ]  # fmt: skip
-        return sum(memory.new_bytes[n] for n in crossing)
 
     def stage(self, recompute: float) -> Stage:
         if recompute not in self._stages:
@@ -124,7 +122,7 @@ class Candidates:
         tall = max(self.nodes, key=lambda n: memory.live_bytes[n])
         moved = 2.0 * sum(memory.new_bytes[n] for n in self.nodes)
         seconds = sum(self.macs.values()) * MAC + moved * BYTE * 2 + CALL * len(self.nodes)
-        return Point(memory.live_bytes[tall], seconds, None, layer(tall))
+        return Point(memory.live_bytes[tall] + self.beyond, seconds, None, layer(tall))
 
     # ------------------------------------------------------------ the search
 
@@ -273,6 +271,19 @@ class Candidates:
                     yield replace(schedule, every=(*every[:group], changed, *every[group + 1 :]))
 
 
+def around(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node]) -> int:
+    """Bytes alive across a stage that it does not read: earlier values for later readers, other inputs."""
+    memory, inside = facts.memory, {*nodes, *sources_of(nodes)}
+    order = {n: i for i, n in enumerate(graph.graph.nodes)}
+    first, last = order[nodes[0]], order[nodes[-1]]
+    crossing = [
+        n for n in graph.graph.nodes
+        if n not in inside and order[n] < last
+        and (n.op == "placeholder" or any(order[u] > first and u not in inside for u in n.users))
+    ]  # fmt: skip
+    return sum(memory.new_bytes[n] for n in crossing)
+
+
 def _weights(stage: Stage, fired: dict[Any, int]) -> Iterator[tuple[int, int]]:
     for kernel, count in fired.items():
         module = module_of(kernel.node)
@@ -295,16 +306,23 @@ def plan(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
     before = candidates.untiled()
     if before.peak_bytes <= budget:
         return Planned(before, before)
+    best = within(candidates, budget, mode)
+    if best.peak_bytes > budget:
+        raise PlanError(
+            f"pass 'tile': a budget of {words(budget)} cannot be met: the least is {enough(best.peak_bytes)}, "
+            f"reached at {best.layer}. Ask for budget='least', a smaller input, or a narrower number type"
+        )
+    return Planned(best, before)
+
+
+def within(candidates: Candidates, budget: int, mode: Mode = "auto") -> Point:
+    """The fastest way to tile a stage within ``budget`` bytes; the one with the least peak where none fits."""
     best = candidates.fastest(budget, mode)
     if best is None:
         best = candidates.improved(candidates.least(mode), lambda a, b: _small(a) < _small(b), enough=budget)
-        if best.peak_bytes > budget:
-            raise PlanError(
-                f"pass 'tile': a budget of {words(budget)} cannot be met: the least is {words(best.peak_bytes)}, "
-                f"reached at {best.layer}. Ask for budget='least', a smaller input, or a narrower number type"
-            )
-    best = candidates.improved(best, lambda a, b: a.peak_bytes <= budget and _fast(a) < _fast(b))
-    return Planned(best, before)
+    if best.peak_bytes > budget:
+        return best
+    return candidates.improved(best, lambda a, b: a.peak_bytes <= budget and _fast(a) < _fast(b))
 
 
 def half(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:

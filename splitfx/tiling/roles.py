@@ -9,7 +9,6 @@ writes through views, which are ordered by position alone.
 from __future__ import annotations
 
 import enum
-from collections import Counter
 
 import torch
 from torch import fx
@@ -108,13 +107,14 @@ def _is_constant(node: fx.Node, regions: Regions) -> bool:
 def _out_of_order(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """Nodes that no stage may take along, because more than their operands ties them to their place, and why."""
     nodes, found = list(graph.graph.nodes), dict[fx.Node, str]()
-    section, sections, working = 0, dict[fx.Node, int](), Counter[int]()
+    section, sections = 0, dict[fx.Node, int]()  # between two switches lies one section
     for node in nodes:
         section += node.target is torch._C._set_grad_enabled
         sections[node] = section
-        working[section] += node.op == "call_module"
-    for node in nodes if section else ():  # most layers run with gradients switched one way
-        if sections[node] != working.most_common(1)[0][0]:
+    # A stage reads what nothing outside has computed, so it lies in the first section that has layers.
+    first = next((sections[n] for n in nodes if n.op == "call_module"), 0)
+    for node in nodes if section else ():
+        if sections[node] != first:
             found[node] = "runs with gradients switched another way than the stage"
     writes = [n for n in nodes if n.meta.get("writes_view")]
     for node in nodes if writes else ():

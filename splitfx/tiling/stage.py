@@ -317,7 +317,9 @@ def _identity(size: int) -> Edge:
 
 def own_padding(rule: Window, axis: int, pads: tuple[int, int], length: int, count: int) -> int | None:
     """The padding that a conv or pool may add by itself, on both sides, to give ``count`` outputs of ``length`` rows;
-    None where the real padding is another one."""
+    None where the real padding is another one, and where there are no rows: torch refuses to pad nothing."""
+    if not length:
+        return None
     if pads[0] == pads[1]:
         return pads[0]
     k, s, d, p = rule.kernel[axis], rule.stride[axis], rule.dilation[axis], rule.padding[axis]

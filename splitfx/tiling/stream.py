@@ -46,7 +46,8 @@ def stream(
     """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
 
     ``source``: a `RowSource`, or what one is made of (array, memory map, path; floats as they are, 8 bit values
-    divided by 255). Its size may be another one than the traced. Returns what the graph returns, for a batch of one.
+    divided by 255). Its size may be another one than the traced; the steps stay those that were planned. Returns what
+    the graph returns, for a batch of one.
 
     ``sink`` takes the map that the stage gives instead, as in ``Tile(until="layer4")``: a path ending in ``.npy``, or
     a function called with the first row and a tensor [1, C, rows, W], top to bottom. The graph behind the stage is
@@ -58,7 +59,7 @@ def stream(
     call, tiled = _stage_of(split)
     image = _Image(given, *_number_type(split))
     _check_channels(split, given)
-    program = tiled.program((image,))  # type: ignore[arg-type]  # asks for sizes, type and device only
+    program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
     if not given.raw.again:
         image.forget_after = _forgettable(program, given)
     with torch.no_grad(), _opened(sink, program, overwrite) as writer:

@@ -5,29 +5,36 @@ lies) up to a *combine layer*, the results are put side by side and the rest run
 twice, and **another output**: the inner edges are wrong and fade with depth. Nothing equal is promised; `compare_halo`
 says how far off it is, beside the exact halo and beside the same memory saved by a smaller image.
 
+Where tiles can be combined (`combine_layers`): behind a layer whose one map carries everything. `unrolled` is the same
+split written out in plain operations, which the pipeline holds a `ZeroHalo` to.
+
 Refuses: sizes that the grid, or a stride inside, does not divide: the parts would not add up to the map.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape, shapes
+from splitfx.editing import tidy
 from splitfx.errors import PlanError
-from splitfx.graph import TensorSpec, layer, set_path
+from splitfx.graph import Staged, TensorSpec, copy_graph, layer, set_path
+from splitfx.ops import Spatial, in_place, is_size, op
 from splitfx.report.table import dims
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.extract import install
+from splitfx.tiling.extract import exits_of, install, sources_of
 from splitfx.tiling.schedule import Schedule
 
 Grid = tuple[int, int]
 
 
-class ZeroHalo(nn.Module):
+class ZeroHalo(Staged):
     """Runs ``stage``, which returns a list of maps, on every tile of its inputs and puts the results together.
 
     Raises `PlanError` for inputs whose tiles' results do not make up the map of the whole.
@@ -115,6 +122,30 @@ class ZeroHalo(nn.Module):
         return found
 
 
+def combine_layers(graph: fx.GraphModule, facts: Facts) -> dict[str, fx.Node]:
+    """The layers behind which one map carries everything, in order, and the node that gives it; of an activation, or a
+    norm, behind a layer only the last."""
+    carrying = [n for n in facts.cuts if n.op != "placeholder" and len(shape(facts.shapes[n])) == 4]
+    found: dict[str, fx.Node] = {}
+    for node in carrying:
+        users = list(node.users)
+        follows = len(users) == 1 and op(users[0]).spatial is Spatial.POINTWISE and len(users[0].all_input_nodes) == 1
+        overwritten = any(in_place(u) and u.args[0] is node for u in users)
+        if not follows and not overwritten and min(shape(facts.shapes[node])[2:]) > 1:
+            found[layer(node)] = node
+    return found
+
+
+def leading_to(last: fx.Node) -> list[fx.Node]:
+    """The nodes that a node is computed of, in order, the node itself at the end."""
+    kept, waiting = {last}, [last]
+    while waiting:
+        fresh = [n for n in waiting.pop().all_input_nodes if n not in kept]
+        kept.update(fresh)
+        waiting.extend(fresh)
+    return [n for n in last.graph.nodes if n in kept and n.op not in ("placeholder", "get_attr") and not is_size(n)]
+
+
 def install_zero(graph: fx.GraphModule, nodes: Sequence[fx.Node], grid: Grid) -> fx.Node:
     """Replace nodes of a graph, everything up to a combine layer, by one call of a `ZeroHalo`."""
     call = install(graph, nodes, Schedule(), "zero_halo")
@@ -124,3 +155,38 @@ def install_zero(graph: fx.GraphModule, nodes: Sequence[fx.Node], grid: Grid) ->
     split.training = graph.training
     set_path(graph, str(call.target), split)
     return call
+
+
+def unrolled(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], grid: Grid) -> fx.GraphModule:
+    """A copy of a graph in which ``nodes`` are there once for every tile, between crops and concats."""
+    copied = copy_graph(graph, share=True)
+    twins = dict(zip(graph.graph.nodes, copied.graph.nodes, strict=True))
+    images = {twins[n] for n in sources_of(nodes) if len(shape(facts.shapes[n])) == 4}
+    inner = [twins[n] for n in nodes]
+    (last,) = exits_of(inner)
+    call, aten = copied.graph.call_function, torch.ops.aten
+
+    def crop(x: fx.Node, axis: int, place: int) -> fx.Node:
+        return call(operator.getitem, (call(aten.tensor_split.sections, (x, grid[axis], 2 + axis)), place))
+
+    def tile(r: int, c: int) -> fx.Node:
+        found = {x: crop(crop(x, 0, r), 1, c) for x in images}
+
+        def of(node: fx.Node) -> fx.Node:
+            if node not in found and is_size(node):  # of the tile, not of the image
+                found[node] = copied.graph.node_copy(node, of)
+            return found.get(node, node)
+
+        for node in inner:
+            found[node] = copied.graph.node_copy(node, of)
+        return found[last]
+
+    with copied.graph.inserting_before(last.next):
+        bands = [call(aten.cat.default, ([tile(r, c) for c in range(grid[1])], 3)) for r in range(grid[0])]
+        whole = call(aten.cat.default, (bands, 2))
+    inside = set(inner)
+    last.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(inner):
+        copied.graph.erase_node(node)
+    tidy(copied)
+    return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from splitfx.ops import op_name
 from splitfx.passes.tile import Tile
 from splitfx.pipeline import run_pass
 from splitfx.plan import Plan
-from splitfx.report.table import size as words
 from splitfx.tiling import executor
 from splitfx.tiling.executor import Execution, Tiled
+from splitfx.tiling.planner import parse_bytes
 from splitfx.tiling.schedule import Run
 from splitfx.tracing import trace
 from tests import oracle
@@ -202,6 +203,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty grid": ({"grid": (0, 1)}, "counts"),
     "every zero": ({"rows": 1, "every": (0,)}, "counts"),
     "both": ({"budget": "1 MiB", "rows": 3}, "not both"),
+    "mode by hand": ({"rows": 2, "mode": "stream"}, "mode tells the planner"),
+    "every alone": ({"every": (1, 2)}, "every and recompute go with rows or grid"),
+    "recompute alone": ({"budget": "least", "recompute": 0}, "every and recompute go with rows or grid"),
     "both, grid": ({"budget": "least", "grid": (2, 2)}, "not both"),
 }
 
@@ -213,18 +217,33 @@ def test_bad_options(name: str) -> None:
         Tile(**options)
 
 
-def test_a_budget_below_the_floor_says_the_floor() -> None:
+def chain() -> fx.GraphModule:
+    torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
-    graph = trace(model.eval(), image(1, 3, 64, 48))
-    with pytest.raises(PlanError, match=r"the least is ([\d.]+ \w+), reached at \d") as found:
-        run_pass(graph, Tile(budget="10 B"))
-    least = str(found.value).split("the least is ")[1].split(",")[0]
-    split, _ = run_pass(graph, Tile(budget="least"))
-    assert words(facts(split).memory.peak_bytes) == least
+    return trace(model.eval(), image(1, 3, 64, 48))
 
 
-def test_a_budget_below_what_cannot_be_tiled_says_so() -> None:
-    with pytest.raises(PlanError, match="cannot be met"):
+@pytest.mark.parametrize("budget", ["10 B", "40 KiB"])
+@pytest.mark.parametrize("make", [chain, lambda: net()[0], lambda: trace(*squeeze())])
+def test_a_budget_that_cannot_be_met_names_one_that_can(make: Callable[[], fx.GraphModule], budget: str) -> None:
+    graph = make()
+    if budget != "10 B":  # just below the least
+        least, _ = run_pass(graph, Tile(budget="least"))
+        budget = f"{facts(least).memory.peak_bytes - 1} B"
+    with pytest.raises(PlanError, match=r"cannot be met: the least is ([\d.]+ \w+)[,;] (reached at )?\S+") as found:
+        run_pass(graph, Tile(budget=budget))
+    named = str(found.value).split("the least is ")[1].split(";")[0].split(",")[0]
+    split, _ = run_pass(graph, Tile(budget=named))
+    assert facts(split).memory.peak_bytes <= parse_bytes(named)
+
+
+def squeeze() -> tuple[nn.Module, Any]:
+    model, x = ZOO["squeeze_excite"]()
+    return model.eval(), x
+
+
+def test_what_cannot_be_tiled_is_named() -> None:
+    with pytest.raises(PlanError, match=r"cannot be met: .*reads whole maps, so it is not tiled"):
         run_pass(net()[0], Tile(budget="100 B"))
 
 

@@ -108,6 +108,23 @@ def test_budgets_are_kept_and_less_costs_more_time() -> None:
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_budget_from_a_tenth_above_the_least_gets_a_plan(name: str) -> None:
+    found = candidates(name)
+    least, before = planner.least(found).point.peak_bytes, found.untiled().peak_bytes
+    budgets = [int(least * share) for share in (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0)]
+    assert budgets[1] < before
+    for budget in budgets:
+        plan = planner.plan(found, budget)
+        assert plan.point.peak_bytes <= budget
+        assert (plan.schedule is None) == (before <= budget)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5 * 2**20 + 1, 2**30 - 1, 2**30, 123_456_789_123])
+def test_a_budget_in_words_is_never_below_the_figure(count: int) -> None:
+    assert count <= parse_bytes(planner.enough(count)) <= count * 1.01 + 11
+
+
 def test_a_budget_that_is_kept_already_tiles_nothing() -> None:
     plan = planner.plan(candidates("chain"), 10**9)
     assert plan.schedule is None

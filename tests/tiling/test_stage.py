@@ -133,7 +133,7 @@ def test_channels_last_inputs() -> None:
             oracle.assert_equal(tile(graph, schedule).split(x), graph(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_number_types(dtype: torch.dtype) -> None:
     model = nn.Sequential(conv3(3, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(6, 5, 1))
     graph = trace(model.eval(), image(2, 3, 17, 15))
@@ -302,3 +302,51 @@ def test_stage_is_deterministic() -> None:
 
 def test_padding_larger_than_the_map() -> None:
     check(nn.Sequential(nn.Conv2d(3, 4, 3, padding=9), nn.MaxPool2d(2)), image(2, 3, 2, 3))
+
+
+@pytest.mark.parametrize("last", [nn.Conv2d(3, 4, 1, 2, 1), nn.Conv2d(3, 4, 2, 1, 3), nn.Conv2d(3, 4, 3, 2, 4, 2)])
+def test_windows_that_lie_in_the_padding_alone(last: nn.Module) -> None:
+    check(last, image(2, 3, 4, 3))
+
+
+# ---------------------------------------------------------------- where gradients are switched
+
+
+class Switched(nn.Module):
+    """Gradients off for layers in the middle, which are more than the ones before and behind, or fewer."""
+
+    def __init__(self, before: int, inside: int, behind: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.ModuleList(conv3(3, 3) for _ in range(n)) for n in (before, inside, behind))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before, inside, behind = self.parts
+        for layer in before:  # type: ignore[attr-defined]
+            x = layer(x).relu()
+        with torch.no_grad():
+            for layer in inside:  # type: ignore[attr-defined]
+                x = layer(x).relu()
+        for layer in behind:  # type: ignore[attr-defined]
+            x = layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("counts", [(1, 3, 1), (3, 1, 1), (2, 1, 3), (0, 2, 1), (1, 2, 0), (2, 2, 2)])
+def test_no_stage_crosses_a_switch_of_gradients(counts: tuple[int, int, int]) -> None:
+    """Every layer of a stage runs with gradients as in the model: the same layers get the same gradients."""
+    torch.manual_seed(0)
+    model = Switched(*counts)
+    graph, inputs = traced(model, image(2, 3, 12, 10))
+    trial = tile(graph, SOME[0])
+    part = {path.split(".")[1] for path, _ in trial.tiled.stage.named_parameters()}
+    assert len(part) == 1, f"a stage holds layers of parts {part}"
+    assert_equal(trial.split, graph, inputs, grad=True)
+    (x,) = oracle.leaves(inputs)
+    found = []
+    for one in (model, trial.split):
+        one.zero_grad()
+        y = one(x.clone().requires_grad_())
+        if y.requires_grad:
+            y.square().sum().backward()
+        found.append({p.replace("tiled.stage.", ""): w.grad for p, w in one.named_parameters() if w.grad is not None})
+    oracle.assert_equal(found[1], found[0])

@@ -12,6 +12,7 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.errors import SplitfxError
+from splitfx.ops import op_name
 from splitfx.tiling.extract import stages
 from splitfx.tiling.schedule import Schedule
 from splitfx.tracing import trace
@@ -58,6 +59,35 @@ def test_grids(network: Any, schedule: Schedule) -> None:
 @settings(relaxed, max_examples=25)
 def test_streams(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
+
+
+class Joined(nn.Module):
+    """Two images through networks of their own; maps, a map of an input, pooled values, and a value given twice."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, width: int) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.side, self.last = nn.Conv2d(width, 2, 3, padding=1).double(), nn.Conv2d(2, 3, 3, 2, 1).double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+        p, q, side = self.first(x), self.second(y), self.side(x)
+        return {"p": p, "maps": [q.relu(), self.last(side)], "side": side, "means": (p.mean((2, 3)), q.mean((2, 3)))}
+
+
+@given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
+@settings(relaxed, max_examples=15)
+def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
+    assume(runs(*one) and runs(*other))
+    inputs = (one[1], other[1])
+    model = Joined(one[0], other[0], one[1].shape[1]).eval()
+    graph = trace(model, inputs)
+    trial = tile(graph, schedule)
+    assert_equal(trial.split, graph, inputs)
+    places = [n.name for n in trial.split.graph.nodes if n.op == "placeholder"]
+    (call,) = [n for n in trial.split.graph.nodes if op_name(n) == "tiled"]
+    given_ = tuple(inputs[places.index(n.name)].float() for n in call.all_input_nodes)
+    predicted, measured = peaks(trial.tiled.float(), given_)
+    assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
 
 
 @given(networks(), schedules(grids=False))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,14 +15,17 @@ from torch import nn
 import splitfx
 from splitfx.analysis import facts
 from splitfx.editing import tidy
-from splitfx.errors import PlanError, SplitfxError, UnsupportedError
+from splitfx.errors import PlanError, SplitfxError, UnsupportedError, VerificationError
 from splitfx.graph import copy_graph
+from splitfx.passes import Tile
+from splitfx.plan import Plan
+from splitfx.protocol import Promise
 from splitfx.report.plots import plot_halo, plot_pareto
 from splitfx.tiling.compare_halo import compare_halo, halo_table
 from splitfx.tiling.extract import stages
 from splitfx.tiling.planner import Point
 from splitfx.tiling.schedule import Schedule
-from splitfx.tiling.zero import ZeroHalo, install_zero
+from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero
 
 
 class Small(nn.Module):
@@ -118,7 +123,7 @@ def test_a_grid_of_nothing_and_a_combine_layer_without_a_map_are_refused(model: 
 
 def test_the_comparison_has_a_row_for_every_combine_layer(model: nn.Module) -> None:
     x = image()
-    rows = compare_halo(model, x)
+    rows = compare_halo(model, x).rows
     assert [r.layer for r in rows] == ["relu", "relu_1", "relu_2"]
     differences = [r.difference for r in rows]
     assert differences == sorted(differences)
@@ -143,7 +148,7 @@ def test_the_predicted_peak_is_the_measured_one(model: nn.Module) -> None:
     from splitfx.analysis.live import LiveStorage
 
     x = image(64, 64)
-    (row,) = compare_halo(model, x, layers=["relu_1"])
+    (row,) = compare_halo(model, x, layers=["relu_1"]).rows
     _, graph = split_at(model, "relu_1", (2, 2), x)
     graph(x)
     with torch.no_grad(), LiveStorage([x], [*graph.parameters()]) as live:
@@ -154,7 +159,7 @@ def test_the_predicted_peak_is_the_measured_one(model: nn.Module) -> None:
 
 def test_layers_that_cannot_be_combined_are_left_out_or_refused(model: nn.Module) -> None:
     x = image(30, 24)
-    assert [r.layer for r in compare_halo(model, x)] == ["relu"]
+    assert [r.layer for r in compare_halo(model, x).rows] == ["relu"]
     with pytest.raises(PlanError, match="layer second"):
         compare_halo(model, x, layers=["relu_1"])
     with pytest.raises(PlanError, match="Did you mean 'relu_1'"):
@@ -165,9 +170,25 @@ def test_layers_that_cannot_be_combined_are_left_out_or_refused(model: nn.Module
 
 def test_a_model_of_one_size_has_no_smaller_image() -> None:
     flat = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, 3)).eval()
-    (row,) = compare_halo(flat, image(8, 8))
+    (row,) = compare_halo(flat, image(8, 8)).rows
     assert row.resized is None
     assert row.resized_difference is None
+
+
+def test_bad_grids_and_layers(model: nn.Module) -> None:
+    for grid in ((0, 2), (2,), (2, -1), (1.5, 2)):
+        with pytest.raises(PlanError, match="a grid is rows and columns"):
+            compare_halo(model, image(), grid=grid)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"write layers=\['relu'\]"):
+        compare_halo(model, image(), layers="relu")
+    with pytest.raises(UnsupportedError, match="one input"):
+        compare_halo(nn.Linear(4, 3), torch.ones(2, 4))
+
+
+def test_the_comparison_as_data(model: nn.Module) -> None:
+    found = splitfx.compare_halo(model, image())
+    assert [r["layer"] for r in json.loads(found.to_json())] == [r.layer for r in found.rows]
+    assert str(found) == halo_table(found.rows)
 
 
 def test_models_with_several_inputs_are_refused() -> None:
@@ -179,6 +200,106 @@ def test_models_with_several_inputs_are_refused() -> None:
         compare_halo(Two().eval(), (image(), image()))
 
 
+# ---------------------------------------------------------------- as a pass
+
+
+def test_the_pass_makes_the_split_of_a_row_and_claims_nothing_of_the_model(model: nn.Module) -> None:
+    x = image()
+    row = splitfx.compare_halo(model, x).rows[1]
+    step = Tile(halo="zero", grid=(2, 2), until=row.layer)
+    split = splitfx.transform(model, step, x)
+    record = splitfx.explain(split).steps[-1]
+    assert record.promise == "approximate"
+    assert record.difference is not None
+    assert record.difference <= 1e-12
+    assert record.after.peak_bytes == row.peak_bytes
+    assert record.after.macs == record.before.macs
+    words = " ".join(str(splitfx.explain(split)).split())
+    assert "not checked against the model" in words
+    assert "compare_halo" in words
+    assert "the same function. Verified" not in words
+    with torch.no_grad():
+        off = (split(x) - model(x)).norm() / model(x).norm()
+    assert float(off) == pytest.approx(row.difference, rel=1e-4)
+    assert Plan.from_toml(Plan([step]).to_toml()) == Plan([step])
+    assert Plan.from_toml(Plan([step]).to_toml()).passes[0].promise is Promise.APPROXIMATE
+    assert Tile(rows=1).promise is Tile.promise is Promise.EQUAL
+
+
+def test_the_pass_reads_more_than_one_image_and_parameters() -> None:
+    """Two inputs, a shuffle of channels, a gate that each tile computes of itself."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1)
+            self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            both = self.a(x) + self.b(y)
+            both = both.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
+            gate = both.mean((2, 3), keepdim=True).sigmoid()
+            return self.c(both * gate * self.scale).relu_().flatten(1).cumsum(1)
+
+    torch.manual_seed(0)
+    x, y = image(16, 12), torch.randn(2, 2, 32, 24)
+    with pytest.raises(PlanError, match="tiles cannot be combined behind"):
+        splitfx.transform(Two().eval(), Tile(halo="zero", grid=(2, 3), until="nothing"), (x, y))
+    graph = splitfx.trace(Two().eval(), (x, y))
+    last = [*combine_layers(graph, facts(graph))][-1]
+    split = splitfx.transform(graph, Tile(halo="zero", grid=(2, 3), until=last))
+    assert splitfx.explain(split).steps[-1].difference == 0
+    again = splitfx.trace(split, (x, y))
+    torch.testing.assert_close(again(x, y), split(x, y))
+
+
+def test_the_oracle_of_the_pass_notices_a_wrong_tile(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = ZeroHalo._crop
+
+    def shifted(self: ZeroHalo, x: torch.Tensor, r: int, c: int) -> torch.Tensor:
+        return honest(self, x.roll(1, 3) if c and x.shape[1] == 3 else x, r, c)
+
+    monkeypatch.setattr(ZeroHalo, "_crop", shifted)
+    with pytest.raises(VerificationError):
+        splitfx.transform(model, Tile(halo="zero", grid=(2, 2), until="relu"), image())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "needs grid"),
+        ({"grid": (2, 2)}, "needs grid"),
+        ({"until": "relu"}, "needs grid"),
+        ({"grid": (2, 2), "until": "relu", "rows": 3}, "rows belong to 'exact'"),
+        ({"grid": (2, 2), "until": "relu", "budget": "1 MiB"}, "budget belong to 'exact'"),
+        ({"grid": (2, 2), "until": "relu", "checkpoint": True}, "checkpoint belong to 'exact'"),
+    ],
+)
+def test_bad_options_of_the_pass(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(words)):
+        Tile(halo="zero", **options)
+
+
+def test_a_halo_of_another_name() -> None:
+    with pytest.raises(PlanError, match="'halo' must be"):
+        Tile(halo="none")  # type: ignore[arg-type]
+
+
+def test_a_size_that_the_model_holds_fast_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Unflatten(3, (4, 6)), nn.Flatten(3, 4), nn.ReLU()).eval()
+    with pytest.raises(SplitfxError, match="the input sizes do not fit"):
+        splitfx.transform(model, Tile(halo="zero", grid=(2, 2), until="3"), image())
+
+
+def test_the_pass_refuses_what_it_cannot_split(model: nn.Module) -> None:
+    with pytest.raises(PlanError, match="Did you mean 'relu_1'"):
+        splitfx.transform(model, Tile(halo="zero", grid=(2, 2), until="relu_11"), image())
+    with pytest.raises(PlanError, match="not divided by 3 x 2 tiles"):
+        splitfx.transform(model, Tile(halo="zero", grid=(3, 2), until="relu"), image())
+    with pytest.raises(PlanError, match="layer second"):
+        splitfx.transform(model, Tile(halo="zero", grid=(2, 2), until="relu_1"), image(30, 24))
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -188,12 +309,12 @@ def texts(path: Path) -> list[str]:
 
 
 def test_the_picture_of_a_comparison(model: nn.Module, tmp_path: Path) -> None:
-    plot_halo(compare_halo(model, image()), tmp_path / "halo.svg")
+    splitfx.compare_halo(model, image()).plot(tmp_path / "halo.svg")
     found = texts(tmp_path / "halo.svg")
     assert {"relu", "relu_1", "relu_2", "peak memory saved (%)", "a smaller image"} <= set(found)
     assert any(t.startswith("combined after relu_1: peak ") for t in found)
     with pytest.raises(SplitfxError, match="already exists"):
-        plot_halo(compare_halo(model, image(), layers=["relu"]), tmp_path / "halo.svg")
+        splitfx.compare_halo(model, image(), layers=["relu"]).plot(tmp_path / "halo.svg")
     with pytest.raises(PlanError, match="no rows"):
         plot_halo([], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
