@@ -6,13 +6,16 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo test slow zoo bench bench-tile lint clean
+.PHONY: help env demo demo-search test slow zoo bench bench-tile lint clean
 
 help:
-	@echo "make demo | test | slow | zoo | bench | bench-tile | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | bench | bench-tile | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
+
+demo-search: $(STAMP)
+	$(PY) examples/05_search_factors.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not zoo"

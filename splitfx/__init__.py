@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PlanError,
         SplitfxError,
         TraceError,
+        TrainingError,
         UnsupportedError,
         VerificationError,
     )
@@ -33,10 +34,16 @@ if TYPE_CHECKING:
     from splitfx.profiling import Profile, profile
     from splitfx.report.html import inspect_html
     from splitfx.storage import load, save
+    from splitfx.tiling.compare_halo import HaloComparison, compare_halo
     from splitfx.tiling.pareto import Curve, pareto
     from splitfx.tiling.sources import RowSource
     from splitfx.tiling.stream import stream
     from splitfx.tracing import trace
+    from splitfx.train.finetune import finetune
+    from splitfx.train.history import History
+    from splitfx.train.recipe import Recipe
+    from splitfx.train.search import search_factors
+    from splitfx.train.trend import SearchResult
 
 __version__ = "0.1.0"
 
@@ -52,6 +59,7 @@ _HOME = {
         "VerificationError",
         "ExportError",
         "MissingExtraError",
+        "TrainingError",
     ],
     "splitfx.export.onnx": ["export_onnx"],
     "splitfx.export.report": ["RuntimeReport"],
@@ -62,10 +70,16 @@ _HOME = {
     "splitfx.profiling": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
+    "splitfx.tiling.compare_halo": ["compare_halo", "HaloComparison"],
     "splitfx.tiling.pareto": ["pareto", "Curve"],
     "splitfx.tiling.sources": ["RowSource"],
     "splitfx.tiling.stream": ["stream"],
     "splitfx.tracing": ["trace"],
+    "splitfx.train.finetune": ["finetune"],
+    "splitfx.train.history": ["History"],
+    "splitfx.train.recipe": ["Recipe"],
+    "splitfx.train.search": ["search_factors"],
+    "splitfx.train.trend": ["SearchResult"],
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
@@ -74,29 +88,37 @@ __all__ = [
     "Curve",
     "ExportError",
     "Explanation",
+    "HaloComparison",
+    "History",
     "Measurement",
     "MissingExtraError",
     "PassError",
     "Plan",
     "PlanError",
     "Profile",
+    "Recipe",
     "RowSource",
     "RuntimeReport",
+    "SearchResult",
     "SplitfxError",
     "TraceError",
+    "TrainingError",
     "UnsupportedError",
     "VerificationError",
     "check_onnx",
     "compare",
+    "compare_halo",
     "diagnose",
     "explain",
     "export_onnx",
+    "finetune",
     "inspect_html",
     "load",
     "measure",
     "pareto",
     "profile",
     "save",
+    "search_factors",
     "session_options",
     "stream",
     "trace",

@@ -21,6 +21,7 @@ from splitfx.errors import SplitfxError, VerificationError, nearest
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130
 
 MODEL = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+DATA = "digits, planted, cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
 INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
 
 
@@ -106,6 +107,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     def with_overwrite(one: _Parser) -> None:
         one.add_argument("--overwrite", action="store_true", help="replace what is already there")
 
+    def with_training(one: _Parser) -> None:
+        one.add_argument("--data", required=True, metavar="WORD", help=DATA)
+        one.add_argument("--out", required=True, metavar="FOLDER", help="where checkpoints and the result are written")
+        one.add_argument("--recipe", default="finetune", metavar="NAME", help="settings by name (default finetune)")
+        one.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as epochs=30 or lr=0.1"
+        )
+        one.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
+        one.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default 0)")
+        one.add_argument("--device", default="auto", help="auto (GPUs, where there are any) or cpu")
+
     one = command("profile", "count parameters, work and memory of every layer, without running it")
     with_model(one)
     one.add_argument("--html", metavar="FILE", help="write a page with the graph and the memory over time")
@@ -126,6 +138,28 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     one.add_argument("--out", required=True, metavar="FOLDER", help="where the split is saved")
     one.add_argument("--no-verify", action="store_true", help="do not hold the passes to their promises")
     with_overwrite(one)
+
+    one = command("finetune", "train a saved split on data, so that it gets its accuracy back")
+    one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
+    with_training(one)
+    one.add_argument("--teacher", metavar="MODEL", help=f"the unsplit model, to learn from: {MODEL}")
+    one.add_argument("--weights", metavar="FILE", help="weights of the teacher, .safetensors or .pt")
+
+    one = command("search", "find the largest factor of each block that keeps the accuracy (paper A)")
+    with_model(one, folder=False)
+    with_training(one)
+    one.add_argument("--factors", type=_counts, default=(2, 4, 6, 8), metavar="2,4,6,8", help="to try, rising")
+    one.add_argument("--tolerance", type=float, default=0.5, metavar="POINTS", help="of accuracy (default 0.5)")
+    one.add_argument("--reference", default="original", help="original or block: what the tolerance is from")
+    one.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the pass 'group', such as fusion=keep"
+    )
+    one.add_argument("--study", default="", metavar="URL", help="a database for Optuna (default: a file in --out)")
+    one.add_argument("--max-trials", type=_count, metavar="N", help="end after so many trials; --resume goes on")
+    one.add_argument("--max-seconds", type=float, metavar="S", help="end after so long; --resume goes on")
+    one.add_argument(
+        "--dry-run", action="store_true", help="list the trials with MACs, parameters and peak; no training"
+    )
 
     one = command("export", "write a saved split as ONNX")
     one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
@@ -162,6 +196,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     command("passes", "list the passes with their promises and options")
     command("doctor", "look at this installation and say what does not work, and what to do")
     return parser, made
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(one) for one in text.split(","))
 
 
 def _count(text: str) -> int:

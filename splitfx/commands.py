@@ -70,6 +70,18 @@ def transform(given: Namespace, progress: Progress) -> int:
     return _print(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
 
 
+def finetune(given: Namespace, progress: Progress) -> int:
+    from splitfx.train import commands as training
+
+    return _print(given, *training.finetune(given, progress, _saved(given.split, progress)))
+
+
+def search(given: Namespace, progress: Progress) -> int:
+    from splitfx.train import commands as training
+
+    return _print(given, *training.search(given, progress, _needed_inputs(given), _model(given, progress)))
+
+
 def export(given: Namespace, progress: Progress) -> int:
     from splitfx.export.onnx import export_onnx
 
@@ -161,7 +173,8 @@ def doctor(given: Namespace, progress: Progress) -> int:
 
 
 COMMANDS = {
-    one.__name__: one for one in (profile, transform, export, check, compare, measure, explain, inspect, passes, doctor)
+    one.__name__: one
+    for one in (profile, transform, finetune, search, export, check, compare, measure, explain, inspect, passes, doctor)
 }
 
 

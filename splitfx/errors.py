@@ -38,6 +38,10 @@ class ExportError(SplitfxError):
     """A graph cannot be written as ONNX, or the written file is not what was asked for."""
 
 
+class TrainingError(SplitfxError):
+    """A training run or a search cannot go on: data, a loss that is not finite, a checkpoint, a full disk."""
+
+
 class MissingExtraError(SplitfxError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

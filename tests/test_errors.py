@@ -12,7 +12,7 @@ from splitfx.errors import MissingExtraError, PlanError, SplitfxError, nearest
 
 def test_every_error_has_the_one_root_and_says_what_it_is_for():
     classes = [one for _, one in inspect.getmembers(errors, inspect.isclass) if one.__module__ == errors.__name__]
-    assert len(classes) == 8
+    assert len(classes) == 9
     assert all(issubclass(one, SplitfxError) and one.__doc__ for one in classes)
 
 

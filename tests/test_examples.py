@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -26,6 +27,7 @@ def test_every_example_is_tested() -> None:
         "02_train",
         "03_inspect",
         "04_stream_large_image",
+        "05_search_factors",
     ]
 
 
@@ -64,3 +66,20 @@ def test_a_large_image_is_streamed(tmp_path: Path, capsys: pytest.CaptureFixture
     logits, path = example("04_stream_large_image").main(tmp_path, size=256)
     assert logits.shape == (1, 1000)
     assert path.exists()
+
+
+def test_factors_are_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = example("05_search_factors")
+    monkeypatch.setattr(one, "SHAPE", (1, 8, 8))
+    monkeypatch.setattr(one, "network", small)
+    result = one.main(tmp_path / "search", epochs=1, tuned=1)
+    assert result.finished
+    assert result.accuracy >= result.original - 0.5
+    assert "* selected" in capsys.readouterr().out
+
+
+def small() -> nn.Module:
+    blocks = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*blocks, nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))

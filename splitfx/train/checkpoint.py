@@ -1,0 +1,108 @@
+"""The state of a run after an epoch, in one file that is there whole or as it was.
+
+A checkpoint is read with ``weights_only``: it is data, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitfx.errors import TrainingError
+from splitfx.files import written_whole
+from splitfx.train.recipe import Recipe
+
+FORMAT = 1
+NAME = "checkpoint.pt"
+METRICS = "metrics.csv"
+ROOM = 3  # checkpoints that must fit on the disk: the old one, the new one, and some air
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint belongs to; a run of anything else is not resumed from it."""
+
+    recipe: dict[str, Any]
+    model: dict[str, list[int]]  # state_dict key -> shape
+    data: dict[str, int]  # samples by split
+
+    @staticmethod
+    def of(recipe: Recipe, model: torch.nn.Module, **data: int) -> About:
+        plain = {key: list(one) if isinstance(one, tuple) else one for key, one in asdict(recipe).items()}
+        return About(plain, {key: list(t.shape) for key, t in model.state_dict().items()}, data)
+
+    def differs(self, other: dict[str, Any]) -> str:
+        """What is different in another one, or ""."""
+        if self.model != other["model"]:
+            keys = self.model.keys() | other["model"].keys()
+            key = min(k for k in keys if self.model.get(k) != other["model"].get(k))
+            shape = lambda found: f"{found}" if found is not None else "missing"  # noqa: E731
+            return f"another model: {key} is {shape(other['model'].get(key))} there, {shape(self.model.get(key))} here"
+        for kind in ("recipe", "data"):
+            mine, theirs = getattr(self, kind), other[kind]
+            for key in mine:
+                if mine[key] != theirs.get(key):
+                    return f"another {kind}: {key} is {theirs.get(key)} there, {mine[key]} here"
+        return ""
+
+
+def prepare(folder: Path, resume: bool, model: torch.nn.Module) -> None:
+    """Refuse a folder that holds another run, or a disk without room, before any work. Raises `TrainingError`."""
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is a file; a run is written into a folder")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise TrainingError(
+            f"{folder} is not empty; go on with the run in it (resume=True, --resume) or choose another"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    for scratch in folder.glob(".*"):  # what a killed process was writing
+        if scratch.is_dir() and scratch.name.startswith((f".{NAME}.", f".{METRICS}.")):
+            shutil.rmtree(scratch, ignore_errors=True)
+    need = ROOM * 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise TrainingError(f"{folder}: {free / 2**20:.0f} MiB are free, a run of this model needs {need / 2**20:.0f}")
+
+
+def write(folder: Path, about: About, epoch: int, state: State) -> None:
+    """Replace the checkpoint by that of ``epoch``. Raises `TrainingError`; the one before is kept."""
+    path = folder / NAME
+    try:
+        with written_whole(path, overwrite=True, error=TrainingError) as scratch:
+            torch.save({"format": FORMAT, "about": asdict(about), "epoch": epoch, **state}, scratch)
+    except (TrainingError, RuntimeError) as error:  # torch's writer has its own words for a full disk
+        cause = str(error).splitlines()[0]
+        kept = f"the checkpoint of epoch {epoch - 1} is kept" if path.exists() else "there is no checkpoint before it"
+        raise TrainingError(f"the checkpoint of epoch {epoch} cannot be written ({cause}); {kept}") from error
+
+
+def read(folder: Path, about: About) -> State | None:
+    """The checkpoint in a folder, None where there is none yet. Raises `TrainingError` for one of another run."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, number = found["about"], found["format"]
+        different = about.differs(theirs) if number == FORMAT else ""
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise TrainingError(f"{path} cannot be read: it is damaged, or no checkpoint of splitfx") from error
+    if number != FORMAT:
+        raise TrainingError(f"{path} has format {number}, this splitfx reads {FORMAT}")
+    if different:
+        raise TrainingError(f"{path} is of {different}; choose another folder, or go on with what it was made for")
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_whole(path, overwrite=True, error=TrainingError) as scratch:
+        scratch.write_text(text, encoding="utf-8")

@@ -1,0 +1,104 @@
+"""The commands that train; each returns what it prints, as JSON and for people."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from splitfx import storage
+from splitfx.errors import MissingExtraError, TrainingError
+from splitfx.graph import TensorSpec, info
+from splitfx.inline import parse_pass
+from splitfx.models import load_model
+from splitfx.progress import Progress
+from splitfx.tracing import trace
+from splitfx.train.checkpoint import write_text
+from splitfx.train.data import Data, Shape, load_data
+from splitfx.train.finetune import check
+from splitfx.train.finetune import finetune as finetuned
+from splitfx.train.history import Epoch
+from splitfx.train.recipe import Recipe
+from splitfx.train.search import preview, search_factors
+
+SPLIT = "split"  # the result, in the folder of a run
+
+
+def finetune(given: Namespace, progress: Progress, split: fx.GraphModule) -> tuple[str, str]:
+    """``splitfx finetune``: train, and save the split beside the checkpoints."""
+    recipe = Recipe.from_words(given.recipe, given.set)
+    if given.weights and not given.teacher:
+        raise TrainingError("--weights are those of the teacher: give --teacher too")
+    data = data_for(split, given.data, progress)
+    check(split, data.train, data.val)
+    teacher = load_model(given.teacher, given.weights) if given.teacher else None
+    if teacher is not None and given.weights is None:
+        progress.remark(f"the weights of {given.teacher} are random: a teacher has to be trained; give --weights FILE")
+    folder = Path(given.out)
+    progress(f"training {recipe.epochs} epochs")
+    history = finetuned(
+        split,
+        data.train,
+        data.val,
+        recipe,
+        teacher=teacher,
+        folder=folder,
+        resume=given.resume,
+        workers=given.workers,
+        device=given.device,
+        progress=False,
+        on_epoch=lambda epoch: progress(_line(epoch, recipe)),
+    )
+    progress("saving")
+    storage.save(split, folder / SPLIT, overwrite=given.resume)
+    plain = {"out": str(folder / SPLIT), "history": json.loads(history.to_json())}
+    return json.dumps(plain, indent=2), f"{history}\n\nsaved to {folder / SPLIT}"
+
+
+def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...], model: nn.Module) -> tuple[str, str]:
+    """``splitfx search``: the trend table; plan, weights and the table as files in ``--out``."""
+    recipe = Recipe.from_words(given.recipe, given.set)
+    options = parse_pass(" ".join(["group", "factors=1", *given.option])).to_dict()
+    options.pop("factors")
+    dense = trace(model, inputs)
+    if given.dry_run:
+        found = preview(dense, None, given.factors, options)
+        return found.to_json(), str(found)
+    data = data_for(dense, given.data, progress)
+    check(dense, data.train, data.val)
+    folder = Path(given.out)
+    result = search_factors(
+        dense, train=data.train, val=data.val, recipe=recipe, factors=given.factors, tolerance=given.tolerance,
+        reference=given.reference, options=options, folder=folder, resume=given.resume, study=given.study,
+        max_trials=given.max_trials, max_seconds=given.max_seconds, device=given.device, workers=given.workers,
+        progress=progress,
+    )  # fmt: skip
+    progress("saving")
+    storage.save(result.split, folder / SPLIT, overwrite=True)
+    result.plan.save(folder / "plan.toml", overwrite=True)
+    write_text(folder / "trend.txt", f"{result.trend()}\n")
+    write_text(folder / "result.json", result.to_json())
+    try:
+        result.plot(folder / "trend.png", overwrite=True)
+    except MissingExtraError as error:
+        progress.remark(f"no picture of the trend: {error}")
+    plain = {"out": str(folder / SPLIT), "result": json.loads(result.to_json())}
+    return json.dumps(plain, indent=2), f"{result}\n\nsaved to {folder / SPLIT}, the plan to {folder / 'plan.toml'}"
+
+
+def data_for(split: fx.GraphModule, word: str, progress: Progress) -> Data:
+    """The data set in the size that a graph takes. Raises `TrainingError` for a model without one image input."""
+    inputs = info(split).inputs
+    shape = inputs[0].shape[1:] if len(inputs) == 1 and isinstance(inputs[0], TensorSpec) else ()
+    if len(shape) != 3:
+        raise TrainingError("the model takes no single image [N, C, H, W]; train it in a loop of your own")
+    progress(f"reading {word}")
+    image: Shape = (shape[0], shape[1], shape[2])
+    return load_data(word, image)
+
+
+def _line(epoch: Epoch, recipe: Recipe) -> str:
+    return f"epoch {epoch.epoch}/{recipe.epochs}: loss {epoch.loss:.3f}, accuracy {epoch.val.accuracy:.2f} %"

@@ -1,0 +1,248 @@
+"""Data sets by a word: ``digits``, ``cifar10:PATH``, ``cifar100:PATH``, ``imagefolder:PATH``, ``planted``.
+
+Does: training and validation sets whose items are (float image [C, H, W], class number), normalised, the training set
+with the augmentations of the papers: CIFAR padded by 4, cropped at random, flipped, normalised by channel (Fuengfusin
+and Tamukoh, section 3); images of a folder cropped at random and flipped. Images come in the size the model takes.
+Refuses (`TrainingError`): missing, incomplete or damaged files, with what to put where. Nothing is downloaded.
+Promises: pickled CIFAR files are opened by torchvision only after their checksum is right; the binary form is plain
+bytes. ``digits`` (scikit-learn's 1,797 handwritten digits, 8x8) is split once and for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from splitfx.errors import MissingExtraError, TrainingError, nearest
+
+KINDS = ("digits", "planted", "cifar10", "cifar100", "imagefolder")
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Shape = tuple[int, int, int]
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """Images in memory, [N, C, H, W], with class numbers and names; ``change`` is applied to each image drawn."""
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        classes: tuple[str, ...],
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.images, self.targets, self.classes, self.change = images, targets.long(), classes, change
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = self.images[index]
+        return image if self.change is None else self.change(image), int(self.targets[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set by its word, split in what is trained and what is validated on."""
+
+    word: str
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: tuple[str, ...]
+
+
+def load_data(word: str, shape: Shape | None = None, augment: bool = True) -> Data:
+    """The data set that ``word`` names, its images as ``shape`` [C, H, W], by default their own. Raises
+    `TrainingError`."""
+    kind, _, path = word.partition(":")
+    if kind not in KINDS:
+        raise TrainingError(f"there is no data set '{kind}'.{nearest(kind, KINDS)} Known: {', '.join(KINDS)}")
+    if kind in ("digits", "planted"):
+        if path:
+            raise TrainingError(f"{kind} needs no path: write '{kind}'")
+        return (_digits if kind == "digits" else planted)(shape)
+    if not path:
+        raise TrainingError(f"{kind} needs a path: write '{kind}:FOLDER'")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise TrainingError(f"{word}: there is no folder {folder}")
+    if kind == "imagefolder":
+        return _folder(word, folder, shape or (3, 224, 224), augment)
+    return _cifar(word, folder, kind, shape, augment)
+
+
+# ---------------------------------------------------------------- without files
+
+
+def _digits(shape: Shape | None) -> Data:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError(f"scikit-learn cannot be imported ({error}): pip install 'splitfx[train]'") from None
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.asarray(pixels, np.float32)).view(-1, 1, 8, 8) / 16
+    images = (images - images.mean()) / images.std()
+    return _halved("digits", _as(images, shape), torch.from_numpy(np.asarray(targets)), tuple("0123456789"))
+
+
+def planted(
+    shape: Shape | None = None,
+    groups: int = 2,
+    classes: int = 3,
+    samples: int = 1200,
+    noise: float = 0.7,
+    seed: int = 0,
+) -> Data:
+    """A generated data set with a hierarchy: ``groups`` of ``classes`` each, named ``a0``, ``a1`` … ``b0``, ``b1`` ….
+
+    Classes of a group share a smooth pattern that the others do not have, and differ by a weaker one of their own, so a
+    network that learns it finds features that only one group needs. By default images of 1x12x12.
+    """
+    made = torch.Generator().manual_seed(seed)
+    pattern = lambda count: F.interpolate(  # noqa: E731
+        torch.randn(count, 1, 4, 4, generator=made), (12, 12), mode="bilinear", align_corners=False
+    )
+    shared, own = pattern(groups), pattern(groups * classes)
+    targets = torch.arange(samples) % (groups * classes)
+    clean = shared[targets // classes] + 0.5 * own[targets]
+    images = clean + noise * torch.randn(clean.shape, generator=made)
+    names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
+    return _halved("planted", _as(images, shape), targets, names)
+
+
+def _halved(word: str, images: torch.Tensor, targets: torch.Tensor, classes: tuple[str, ...]) -> Data:
+    """Four of five samples of each class to train on; the same ones always."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held = torch.zeros(len(images), dtype=torch.bool)
+    for number in range(len(classes)):
+        mine = order[targets[order] == number]
+        held[mine[: len(mine) // 5]] = True
+    return Data(
+        word, Images(images[~held], targets[~held], classes), Images(images[held], targets[held], classes), classes
+    )
+
+
+def _as(images: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    """Images [N, C, H, W] in another size; one channel may become several alike."""
+    if shape is None or tuple(images.shape[1:]) == shape:
+        return images
+    if images.shape[1] not in (1, shape[0]):
+        raise TrainingError(f"the images have {images.shape[1]} channels, the model takes {shape[0]}")
+    sized = F.interpolate(images, shape[1:], mode="bilinear", align_corners=False)
+    return sized.expand(-1, shape[0], -1, -1).contiguous()
+
+
+# ---------------------------------------------------------------- CIFAR
+
+
+def _cifar(word: str, folder: Path, kind: str, shape: Shape | None, augment: bool) -> Data:
+    binary = folder / ("cifar-10-batches-bin" if kind == "cifar10" else "cifar-100-binary")
+    read = _cifar_binary if binary.is_dir() else _cifar_python
+    parts = [read(word, binary if binary.is_dir() else folder, kind, train) for train in (True, False)]
+    mean, std = (CIFAR_MEAN, CIFAR_STD) if kind == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
+    made = []
+    for (images, targets, classes), train in zip(parts, (True, False), strict=True):
+        made.append(Images(images, targets, classes, _prepared(mean, std, shape, train and augment)))
+    return Data(word, made[0], made[1], parts[0][2])
+
+
+def _prepared(mean: Any, std: Any, shape: Shape | None, augment: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    from torchvision.transforms import v2
+
+    if shape is not None and shape[0] != 3:
+        raise TrainingError(f"CIFAR's images have 3 channels, the model takes {shape[0]}")
+    steps: list[Any] = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
+    if shape is not None and shape[1:] != (32, 32):
+        steps.append(v2.Resize(shape[1:], antialias=True))
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def _cifar_binary(word: str, folder: Path, kind: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The binary version: per image its label (CIFAR-100: coarse, then fine) and 3x32x32 bytes."""
+    labels = 1 if kind == "cifar10" else 2
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    names = names if kind == "cifar10" else ["train.bin" if train else "test.bin"]
+    listed = folder / ("batches.meta.txt" if kind == "cifar10" else "fine_label_names.txt")
+    rows = []
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise TrainingError(f"{word}: {path} is missing; unpack the whole archive of CIFAR's binary version")
+        flat = np.fromfile(path, np.uint8)
+        if flat.size == 0 or flat.size % (3072 + labels):
+            raise TrainingError(
+                f"{word}: {path} has {flat.size} bytes, not a multiple of {3072 + labels}: it is damaged or cut off"
+            )
+        rows.append(flat.reshape(-1, 3072 + labels))
+    table = np.concatenate(rows)
+    classes = tuple(listed.read_text().split()) if listed.is_file() else ()
+    count = 10 if kind == "cifar10" else 100
+    classes = classes if len(classes) == count else tuple(map(str, range(count)))
+    targets = torch.from_numpy(table[:, labels - 1].astype(np.int64))
+    if int(targets.max()) >= count:
+        raise TrainingError(f"{word}: a label is {int(targets.max())}, {kind} has {count} classes: a file is damaged")
+    return torch.from_numpy(table[:, labels:].reshape(-1, 3, 32, 32).copy()), targets, classes
+
+
+def _cifar_python(word: str, folder: Path, kind: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    from torchvision import datasets
+
+    cls = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
+    try:
+        found = cls(str(folder), train=train, download=False)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise TrainingError(
+            f"{word}: CIFAR is not there, or its files are damaged ({str(error).splitlines()[0]}). Put the folder "
+            f"'{cls.base_folder}' of the archive {cls.filename} into {folder}, or that of the binary version"
+        ) from error
+    images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
+    return images, torch.as_tensor(found.targets), tuple(found.classes)
+
+
+# ---------------------------------------------------------------- a folder of images
+
+
+def _folder(word: str, folder: Path, shape: Shape, augment: bool) -> Data:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    if shape[0] != 3:
+        raise TrainingError(f"{word}: images have 3 channels, the model takes {shape[0]}")
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    size = shape[1:]
+    larger = [round(s * 256 / 224) for s in size]
+    plain = [v2.Resize(max(larger), antialias=True), v2.CenterCrop(size), *finish]
+    drawn = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *finish]
+    sets = []
+    for name, steps in (("train", drawn if augment else plain), ("val", plain)):
+        part = folder / name
+        if not part.is_dir():
+            raise TrainingError(
+                f"{word}: {part} is missing; an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
+            )
+        try:
+            sets.append(datasets.ImageFolder(str(part), v2.Compose(steps), loader=_image))
+        except (FileNotFoundError, OSError) as error:
+            raise TrainingError(f"{word}: {str(error).splitlines()[0]}") from error
+    if sets[0].classes != sets[1].classes:
+        only = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+        raise TrainingError(f"{word}: train and val have different classes: {', '.join(only[:5])}")
+    return Data(word, sets[0], sets[1], tuple(sets[0].classes))
+
+
+def _image(path: str) -> Any:
+    """Named in the error, unlike in torchvision's own loader."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise TrainingError(f"{path} cannot be read as an image: {error}") from error

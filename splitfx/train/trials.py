@@ -1,0 +1,159 @@
+"""Trials on disk: an Optuna study that says what was found, a folder per trial for weights, a lock for who works on it.
+
+A lock is the operating system's, so a worker that is killed gives its trial back. Whether a trial is done is said by
+the study alone, written after its weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from splitfx import storage
+from splitfx.errors import MissingExtraError, TrainingError
+
+SPLIT, RUN = "split", "run"
+JOURNAL = "study.journal"
+ABOUT, KEY = "splitfx", "key"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished trial."""
+
+    key: str
+    accuracy: float
+    seconds: float
+
+
+class Trials:
+    """The trials of one search in ``folder``, seen alike by all its workers.
+
+    ``about`` is what the search depends on; a study that was made for something else is refused. ``url``: a database
+    of Optuna's instead of the journal file. Raises `TrainingError`, `MissingExtraError`.
+    """
+
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], directions: tuple[str, ...] = ("maximize",), url: str = ""
+    ) -> None:
+        self.folder = folder
+        optuna = _optuna()
+        storage_of: Any = url or optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+        )
+        with self.locked("study"):  # two workers that start at once would each make it
+            try:
+                self.study = optuna.create_study(
+                    storage=storage_of, study_name="splitfx", directions=list(directions), load_if_exists=True
+                )
+                known = self.study.user_attrs.get(ABOUT)
+                if known is None:
+                    self.study.set_user_attr(ABOUT, dict(about))
+            except Exception as error:  # optuna's storages raise what their backends do
+                raise TrainingError(
+                    f"the study in {url or folder / JOURNAL} cannot be opened: {_line(error)}"
+                ) from error
+        if known is not None:
+            _same(known, json.loads(json.dumps(dict(about))), folder)
+
+    # ------------------------------------------------------------ what is known
+
+    def all(self) -> dict[str, Found]:
+        """Finished trials by key; of several of one key the first."""
+        from optuna.trial import TrialState
+
+        found: dict[str, Found] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            key = trial.user_attrs.get(KEY)
+            if key is not None and key not in found:
+                found[key] = Found(key, trial.user_attrs["accuracy"], trial.user_attrs["seconds"])
+        return found
+
+    def place(self, key: str) -> Path:
+        return self.folder / "trials" / key
+
+    def split(self, key: str) -> fx.GraphModule:
+        """The trained split of a finished trial."""
+        return storage.load(self.place(key) / SPLIT)
+
+    # ------------------------------------------------------------ one trial
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Whether this worker may work on a trial now: nobody else does, and it is not done."""
+        with self.locked(key, wait=False) as mine:
+            yield mine and key not in self.all()
+
+    def finish(
+        self, key: str, params: Mapping[str, int], split: fx.GraphModule, values: list[float], seconds: float
+    ) -> None:
+        """Save a trial's split, then say in the study that it is done; ``values[0]`` is the accuracy."""
+        from optuna.distributions import IntDistribution
+        from optuna.trial import TrialState, create_trial
+
+        place = self.place(key)
+        place.mkdir(parents=True, exist_ok=True)
+        storage.save(split, place / SPLIT, overwrite=True)
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE,
+                values=values,
+                params=dict(params),
+                distributions={name: IntDistribution(1, 1024) for name in params},
+                user_attrs={KEY: key, "accuracy": values[0], "seconds": seconds},
+            )
+        )
+        shutil.rmtree(place / RUN, ignore_errors=True)  # its checkpoints
+
+    @contextmanager
+    def locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        from filelock import FileLock, Timeout
+
+        home = self.folder / "locks"
+        home.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(home / name.replace("/", "_")), timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                lock.release()
+
+
+def _same(known: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:
+    for name in mine:
+        if known.get(name) == mine[name]:
+            continue
+        there, here = known.get(name), mine[name]
+        if isinstance(here, dict) and isinstance(there, dict):
+            key = min(k for k in {*here, *there} if here.get(k) != there.get(k))
+            name, there, here = f"{name}: {key}", there.get(key), here.get(key)
+        raise TrainingError(
+            f"the study in {folder} was made for something else: {name} is {there} there, {here} here; choose another "
+            "folder"
+        )
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingExtraError(f"optuna cannot be imported ({error}): pip install 'splitfx[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

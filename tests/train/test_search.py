@@ -1,0 +1,259 @@
+"""`search_factors`: the paper's own table replayed, resumed, shared by workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import splitfx
+from splitfx.errors import PlanError, TrainingError
+from splitfx.graph import info
+from splitfx.passes import Group
+from splitfx.train.data import planted
+from splitfx.train.inherit import extended, fusions, kept_weight
+from splitfx.train.recipe import Recipe
+from splitfx.train.search import preview, search_factors
+
+X = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+# Table 1 of paper A: rows are blocks 1-5, columns factors 1, 2, 4, 6, 8.
+PAPER = (
+    (93.57, 93.64, 93.55, 93.41, 93.46),
+    (93.46, 93.36, 93.38, 93.03, 93.03),
+    (93.38, 93.06, 92.78, 92.95, 92.75),
+    (93.06, 93.21, 92.89, 92.71, 92.34),
+    (93.21, 93.16, 93.20, 93.45, 93.14),
+)
+COLUMNS = (1, 2, 4, 6, 8)
+
+
+def five_blocks(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    channels = 1
+    for _ in range(5):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 6)).eval()
+
+
+def factors_of(split: fx.GraphModule) -> tuple[int, ...]:
+    steps = info(split).steps
+    return tuple(steps[-1].options["factors"]) if steps else (1,) * 5
+
+
+class Paper:
+    """Gives the accuracies of the paper: a trial differs from what was accepted in its last factor above 1."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(self, split: fx.GraphModule) -> float:
+        factors = factors_of(split)
+        self.calls.append(factors)
+        last = max((i for i, f in enumerate(factors) if f > 1), default=0)
+        return PAPER[last][COLUMNS.index(factors[last])]
+
+
+def test_replay_of_the_paper() -> None:
+    paper = Paper()
+    found = search_factors(five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False)
+    assert found.selected[:4] == (8, 4, 2, 2)
+    assert found.finished
+    lines = [line.accuracy for line in found.lines]
+    assert lines[0] == dict(zip(COLUMNS, PAPER[0], strict=True))
+    assert lines[1] == dict(zip(COLUMNS[:4], PAPER[1], strict=False))  # 6 fails, 8 is not tried
+    assert lines[2] == {1: 93.38, 2: 93.06, 4: 92.78}
+    assert [line[1] for line in lines] == [row[0] for row in PAPER]
+    assert found.plan.passes[0].factors == found.selected  # type: ignore[attr-defined]
+    text = found.trend()
+    assert "block 1" in text
+    assert "93.46*" in text
+    assert len(paper.calls) == 1 + 4 + 3 + 2 + 2 + 4
+
+
+def test_replay_against_each_block_gives_8_for_block_2() -> None:
+    found = search_factors(
+        five_blocks(), Paper(), example_inputs=X, tolerance=0.5, reference="block", verify=False
+    )  # fmt: skip
+    assert found.selected[:2] == (8, 8)
+
+
+def test_a_limit_ends_a_search_that_goes_on_later(tmp_path: Path) -> None:
+    run = lambda paper, **more: search_factors(  # noqa: E731
+        five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False, folder=tmp_path / "s", **more
+    )
+    first, rest = Paper(), Paper()
+    part = run(first, max_trials=6)
+    assert not part.finished
+    assert part.selected == (8, 1)
+    assert "stopped at a limit" in str(part)
+    with pytest.raises(TrainingError, match="is not empty; go on with the search in it"):
+        run(rest)
+    done = run(rest, resume=True)
+    assert done.selected[:4] == (8, 4, 2, 2)
+    assert len(first.calls) == 1 + 6
+    assert len(rest.calls) == 16 - 7
+    again = Paper()
+    assert run(again, resume=True).lines == done.lines
+    assert not again.calls
+    timed = search_factors(five_blocks(), Paper(), example_inputs=X, max_seconds=0.0)
+    assert not timed.finished
+    assert timed.split(X).shape == (2, 6)
+
+
+def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
+    run = lambda model, **more: search_factors(  # noqa: E731
+        model, Paper(), example_inputs=X, folder=tmp_path, resume=True, max_trials=0, verify=False, **more
+    )
+    run(five_blocks())
+    other = five_blocks()
+    nn.init.zeros_(other[0].bias)  # type: ignore[index, arg-type]
+    with pytest.raises(TrainingError, match="made for something else: weights is"):
+        run(other)
+    with pytest.raises(TrainingError, match=r"made for something else: model: 0.bias is .8. there, .12. here"):
+        run(five_blocks(12))
+    with pytest.raises(TrainingError, match="made for something else: options: fusion is None there, keep here"):
+        run(five_blocks(), options={"fusion": "keep"})
+
+
+def test_workers_that_share_a_folder_find_the_same(tmp_path: Path) -> None:
+    """While one worker is at a trial, another comes, takes one that is free, and leaves."""
+    other = Paper()
+
+    def run(evaluate: Any, **more: Any) -> Any:
+        return search_factors(
+            five_blocks(),
+            evaluate,
+            example_inputs=X,
+            tolerance=0.51,
+            verify=False,
+            folder=tmp_path,
+            resume=True,
+            **more,
+        )
+
+    class Visited(Paper):
+        def __call__(self, split: fx.GraphModule) -> float:
+            if max(factors_of(split)) > 1 and len(self.calls) % 3 == 1:
+                run(other, max_trials=1)
+            return super().__call__(split)
+
+    mine = Visited()
+    found = run(mine)
+    assert found.selected[:4] == (8, 4, 2, 2)
+    calls = [*mine.calls, *other.calls]
+    assert len(other.calls) >= 3
+    assert len(calls) == len(set(calls))  # nothing twice
+    assert {line.block: line.accuracy for line in found.lines}[3] == {1: 93.38, 2: 93.06, 4: 92.78}
+
+
+def test_search_with_training(tmp_path: Path) -> None:
+    """On generated data: what is selected keeps the tolerance, and the split that is given has that accuracy."""
+    made = planted((1, 32, 32), samples=360)
+    model = five_blocks()
+    splitfx.finetune(model, made.train, made.val, Recipe(epochs=3, lr=0.05, batch_size=32), progress=False)
+    found = search_factors(
+        model, train=made.train, val=made.val, recipe=Recipe(epochs=1, batch_size=32), example_inputs=X, factors=(2, 4),
+        tolerance=10.0, folder=tmp_path, verify=False,
+    )  # fmt: skip
+    from splitfx.train.finetune import evaluate
+
+    assert evaluate(found.split, made.val).accuracy == found.accuracy
+    assert found.accuracy >= found.original - 10
+    assert found.after.macs < found.before.macs
+    assert not list(tmp_path.glob("trials/*/run"))
+    told = json.loads(found.to_json())
+    assert tuple(told["selected"]) == found.selected
+    assert splitfx.Plan.from_toml(told["plan"]) == found.plan
+    found.plot(tmp_path / "trend.png")
+    assert (tmp_path / "trend.png").stat().st_size > 5000
+    assert max(map(len, str(found).splitlines())) <= 100
+
+
+def test_preview_lists_every_trial() -> None:
+    found = preview(five_blocks(), X, (2, 4))
+    assert [(b, f) for b, _, f, _, _ in found.rows] == [(b, f) for b in range(1, 6) for f in (2, 4)]
+    kept = {(b, f): share for b, _, f, _, share in found.rows}
+    assert kept[2, 4] < kept[2, 2] < 1
+    assert found.most == 10
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert json.loads(found.to_json())["before"]["macs"] == found.before.macs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factors": (1, 2)}, "from 2 on in rising order"),
+        ({"factors": (4, 2)}, "from 2 on in rising order"),
+        ({"reference": "first"}, "'original' or 'block'"),
+        ({"tolerance": -1.0}, "0 or more"),
+        ({"options": {"fusion": "none"}}, "needs a fusion"),
+        ({"options": {"lowering": "auto"}}, "does not depend on timing"),
+        ({"options": {"factors": (2,)}}, "without factors"),
+        ({"options": {"fusoin": "keep"}}, "fusoin"),
+        ({"evaluate": None}, "give evaluate"),
+        ({"train": planted().train, "val": planted().val}, "not both"),
+        ({"example_inputs": None}, "no input sizes"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"evaluate": Paper(), "example_inputs": X, **settings}
+    with pytest.raises(PlanError, match=message):
+        search_factors(five_blocks(), **given)
+    with pytest.raises(PlanError, match="no convolution"):
+        search_factors(nn.Sequential(nn.Linear(4, 4)), Paper(), example_inputs=torch.zeros(1, 4))
+    with pytest.raises(TrainingError, match="from 0 to 100"):
+        search_factors(five_blocks(), lambda split: 101.0, example_inputs=X)
+
+
+# ---------------------------------------------------------------- weights that are handed on
+
+
+@pytest.mark.parametrize("order", ["given", "mass"])
+@pytest.mark.parametrize("lowering", ["branches", "grouped"])
+def test_trained_weights_are_handed_on(lowering: str, order: str) -> None:
+    """The same factors give the same function; one block more leaves what lies in front of it as it was."""
+    widths = (8, 16, 24)
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    channels = 1
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        channels = width
+    dense = splitfx.trace(nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 5)).eval(), X)
+    step = lambda *factors: Group(factors=factors, lowering=lowering, order=order)  # noqa: E731  # type: ignore[arg-type]
+    trained = extended(dense, None, step(4, 1, 1))
+    with torch.no_grad():
+        for tensor in trained.state_dict().values():
+            if tensor.dtype.is_floating_point:
+                tensor += 0.1 * torch.rand_like(tensor)
+    same = extended(dense, trained, step(4, 1, 1))
+    assert torch.equal(same(X), trained(X))
+    further = extended(dense, trained, step(4, 2, 1))
+    assert fusions(further) == ["fusion1", "fusion2"]
+    held = {}
+    for name, graph in (("before", trained), ("after", further)):
+        graph.get_submodule("fusion1").register_forward_hook(lambda m, i, o, n=name: held.__setitem__(n, o))
+        graph(X)
+    assert held["before"].shape[1] == 8
+    assert held["after"].shape[1] == 16
+    far = torch.cdist(held["after"].transpose(0, 1).flatten(1), held["before"].transpose(0, 1).flatten(1))
+    assert float(far.min(1).values.max()) < 1e-4  # every channel is one of the trained ones
+    head = f"{len(layers) + 1}.weight"
+    assert torch.equal(further.state_dict()[head], trained.state_dict()[head])
+    kept = [kept_weight(dense, splitfx.transform(dense, step(f, 1, 1))) for f in (2, 4)]
+    assert 0 < kept[1] < kept[0] < 1
+
+
+def test_weights_of_another_plan_are_refused() -> None:
+    dense = splitfx.trace(five_blocks(), X)
+    trained = extended(dense, None, Group(factors=(4, 2, 1, 1, 1), lowering="branches"))
+    with pytest.raises(TrainingError, match="the trained split is of another plan"):
+        extended(dense, trained, Group(factors=(2, 2, 2, 1, 1), lowering="branches"))

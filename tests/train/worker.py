@@ -1,0 +1,58 @@
+"""``python -m tests.train.worker FOLDER OUT``: one run that goes on where it was killed; also under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from splitfx.files import written_whole
+from splitfx.train.data import planted
+from splitfx.train.finetune import finetune
+from splitfx.train.recipe import Recipe
+from tests.train.networks import network, split_network
+
+EPOCHS = 4
+
+
+class Counted(torch.utils.data.Dataset[Any]):
+    """Writes down which samples this process drew."""
+
+    def __init__(self, data: Any, path: Path) -> None:
+        self.data, self.path, self.classes = data, path, data.classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        with self.path.open("a") as log:
+            log.write(f"{index}\n")
+        return self.data[index]
+
+
+def main(folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    model = network()
+    split = split_network(model)
+    made = planted(samples=300)
+    recipe = Recipe(epochs=EPOCHS, batch_size=32, lr=0.05, seed=3)
+    rank = int(os.environ.get("RANK", "0"))
+    train = Counted(made.train, Path(out).with_suffix(f".drawn{rank}"))
+    print("start", flush=True)
+    history = finetune(
+        split, train, made.val, recipe, teacher=model, folder=folder, resume=True, device="cpu",
+        on_epoch=lambda epoch: print("epoch", epoch.epoch, flush=True),
+    )  # fmt: skip
+    if rank == 0:
+        with written_whole(out, overwrite=True) as scratch:
+            save_file({k: v.contiguous() for k, v in split.state_dict().items()}, str(scratch))
+        Path(out).with_suffix(".json").write_text(json.dumps(json.loads(history.to_json())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
