@@ -18,7 +18,6 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import fx, nn
 
 from splitfx.analysis import Facts
@@ -26,7 +25,7 @@ from splitfx.analysis.axes import Edge
 from splitfx.analysis.blocks import Block, blocks
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
-from splitfx.calibrate import activations, solve_fusions
+from splitfx.calibrate import Target, solve_fusions, target
 from splitfx.carve import Division, carve, masked
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
@@ -49,7 +48,7 @@ class Group(Pass):
     as they come (``"given"``) or so that the branches keep the most squared weight (``"mass"``). ``lowering``:
     ``"grouped"`` convs, narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and
     ``exclude``: globs of layer names. ``calibration``: example inputs on which fusions are solved by least squares
-    (not in the plan).
+    and batch norms behind divided layers take their running statistics (not in the plan).
 
     Stochastic depth on a split value draws per branch. Raises `PlanError` when ``factors`` does not fit the model.
     """
@@ -111,14 +110,16 @@ class _Job:
             return Outcome(tuple(self.notes))
         ends = [b.end for b in self.blocks if self.fuses(b) and b.end is not None]
         calibration = self.options.calibration
-        dense = activations(self.graph, ends, calibration) if calibration is not None and ends else []
+        solved = calibration is not None and bool(ends)
+        dense = target(self.graph, ends, self.divisions, calibration) if solved else None
         for block in self.blocks:
             self.fuse(block)
         reference = masked(self.graph, self.divisions)
-        self.solve(reference, dense)
+        if dense is not None:
+            self.solve(reference, dense)
         for node, source in self.fusions.items():  # no write into the graph may reach what it is compared with
             fusion = self.graph.get_submodule(str(node.target))
-            apart = copy.deepcopy(fusion) if dense else Selection(source, fusion)
+            apart = copy.deepcopy(fusion) if dense is not None else Selection(source, fusion)
             set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
         carve(self.graph, self.divisions, lowering)
@@ -341,17 +342,22 @@ class _Job:
                 return None, f" ({layer(reader)} reads it and cannot be widened)"
         return wanted, ""
 
-    def solve(self, reference: fx.GraphModule, dense: list[torch.Tensor]) -> None:
+    def solve(self, reference: fx.GraphModule, dense: Target) -> None:
         """Solve on the masked graph, which computes what the carved one will; both hold the same fusion tensors."""
-        if not dense:
-            return
         there = {node.name: node for node in reference.graph.nodes}
         fusions = {there[node.name]: source for node, source in self.fusions.items()}
+        norms = [str(n.target) for n in dense.norms]
+        for path in norms:
+            own_statistics(reference, path, self.graph)
         errors = solve_fusions(reference, fusions, dense, self.options.calibration)
+        for path in norms:
+            own_statistics(self.graph, path, reference)
+        if norms:
+            self.note("model", f"{len(norms)} batch norms behind divided layers take statistics from the batch", "info")
         for node, (before, after) in errors.items():
             self.note(
                 str(node.target),
-                f"least squares on a batch of {dense[0].shape[0]}: relative error against "
+                f"least squares on a batch of {dense.values[0].shape[0]}: relative error against "
                 f"the dense activations {before:.3f} before, {after:.3f} after",
             )
 
@@ -375,6 +381,13 @@ class _Job:
             f"{'grouped convs' if how == 'grouped' else 'narrow branches'} ({why})",
         )
         return dict.fromkeys(nodes, how)
+
+
+def own_statistics(graph: fx.GraphModule, path: str, other: fx.GraphModule) -> None:
+    """Give a norm copies of another graph's running statistics: the tensors it has may be shared with the model."""
+    norm, source = graph.get_submodule(path), other.get_submodule(path)
+    for name in ("running_mean", "running_var"):
+        norm.register_buffer(name, getattr(source, name).clone())
 
 
 def _plain_conv(node: fx.Node) -> bool:
