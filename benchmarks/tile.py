@@ -44,6 +44,8 @@ CASES = (
 )
 QUICK = (("resnet18", 512, "8 MiB", "6 MiB"),)
 ALLOCATORS = {"stock": {}, "page-keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368"}}
+PEER_TILE = 1024  # of lightstream: at 512 the halos of a ResNet leave 80 rows of a tile, and a run takes minutes
+RUNS = {"vgg16": 2}  # of each way, 3 for the others: one takes half a minute
 PATIENCE = 3600  # seconds for one model under one allocator
 COLUMNS = (
     ("model", "model", str),
@@ -62,7 +64,7 @@ LEFT = (0, 2)
 def run(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for case in QUICK if quick else CASES:
-        found = {name: child(case, name, runs=2 if quick else 5) for name in ALLOCATORS}
+        found = {name: child(case, name, runs=2 if quick else RUNS.get(case[0], 3)) for name in ALLOCATORS}
         rows += merged(case, found)
         print(f"  {case[0]} is done", flush=True)
     return rows
@@ -83,8 +85,8 @@ def merged(case: tuple[str, int, str, str], found: dict[str, list[dict[str, Any]
 
 def child(case: tuple[str, int, str, str], allocator: str, runs: int) -> list[dict[str, Any]]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.tile", *map(str, case), str(runs)]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, **ALLOCATORS[allocator], "PYTHONPATH": root}
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, **ALLOCATORS[allocator], "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode != 0:
         why = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
@@ -134,7 +136,7 @@ def finished(
             found = call()
             rows[how]["error"] = float((found - wanted).abs().max() / wanted.abs().max())
             rows[how]["peak_bytes"] = peak(call, model, x)
-    times = timed(calls, runs, torch.device("cpu"), warm_up=1)
+    times = timed(calls, runs, torch.device("cpu"), warm_up=0)  # each has run twice already
     for how, taken in times.items():
         taken = sorted(taken)
         rows[how]["seconds"] = taken[len(taken) // 2]
@@ -162,7 +164,7 @@ def lightstream(name: str, model: nn.Module, x: torch.Tensor) -> Callable[[], An
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            stream = StreamingCNN(trunk, (1, 3, 512, 512), copy_to_gpu=False)
+            stream = StreamingCNN(trunk, (1, 3, PEER_TILE, PEER_TILE), copy_to_gpu=False)
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as why:
         return f"refuses this network: {str(why).splitlines()[0][:120] if str(why) else type(why).__name__}"
     return lambda: head(stream(x))

@@ -150,6 +150,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     with_training(one)
     one.add_argument("--factors", type=_counts, default=(2, 4, 6, 8), metavar="2,4,6,8", help="to try, rising")
     one.add_argument("--tolerance", type=float, default=0.5, metavar="POINTS", help="of accuracy (default 0.5)")
+    one.add_argument("--method", default="greedy", help="greedy, or pareto: accuracy, MACs and peak as a front")
     one.add_argument("--reference", default="original", help="original or block: what the tolerance is from")
     one.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the pass 'group', such as fusion=keep"

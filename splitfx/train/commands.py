@@ -22,7 +22,7 @@ from splitfx.train.finetune import check
 from splitfx.train.finetune import finetune as finetuned
 from splitfx.train.history import Epoch
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import preview, search_factors
+from splitfx.train.search import search_factors
 
 SPLIT = "split"  # the result, in the folder of a run
 
@@ -65,7 +65,7 @@ def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...
     options.pop("factors")
     dense = trace(model, inputs)
     if given.dry_run:
-        found = preview(dense, None, given.factors, options)
+        found = search_factors(dense, factors=given.factors, options=options, dry_run=True)
         return found.to_json(), str(found)
     data = data_for(dense, given.data, progress)
     check(dense, data.train, data.val)
@@ -77,14 +77,17 @@ def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...
         progress=progress,
     )  # fmt: skip
     progress("saving")
-    storage.save(result.split, folder / SPLIT, overwrite=True)
-    result.plan.save(folder / "plan.toml", overwrite=True)
-    write_text(folder / "trend.txt", f"{result.trend()}\n")
     write_text(folder / "result.json", result.to_json())
     try:
         result.plot(folder / "trend.png", overwrite=True)
     except MissingExtraError as error:
         progress.remark(f"no picture of the trend: {error}")
+    if given.method == "pareto":
+        told = f"{result}\n\nthe trained splits are in {folder / 'trials'}"
+        return json.dumps({"out": str(folder), "result": json.loads(result.to_json())}, indent=2), told
+    storage.save(result.split, folder / SPLIT, overwrite=True)
+    result.plan.save(folder / "plan.toml", overwrite=True)
+    write_text(folder / "trend.txt", f"{result.trend()}\n")
     plain = {"out": str(folder / SPLIT), "result": json.loads(result.to_json())}
     return json.dumps(plain, indent=2), f"{result}\n\nsaved to {folder / SPLIT}, the plan to {folder / 'plan.toml'}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,21 @@ class Found:
 class Trials:
     """The trials of one search in ``folder``, seen alike by all its workers.
 
-    ``about`` is what the search depends on; a study that was made for something else is refused. ``url``: a database
-    of Optuna's instead of the journal file. Raises `TrainingError`, `MissingExtraError`.
+    ``about`` is what the search depends on; a study that was made for something else is refused. ``choices``: the
+    factors that a block may have. ``url``: a database of Optuna's instead of the journal file. Raises `TrainingError`,
+    `MissingExtraError`.
     """
 
     def __init__(
-        self, folder: Path, about: Mapping[str, Any], directions: tuple[str, ...] = ("maximize",), url: str = ""
+        self,
+        folder: Path,
+        about: Mapping[str, Any],
+        choices: tuple[int, ...],
+        directions: tuple[str, ...] = ("maximize",),
+        url: str = "",
+        seed: int = 0,
     ) -> None:
-        self.folder = folder
+        self.folder, self.choices = folder, choices
         optuna = _optuna()
         storage_of: Any = url or optuna.storages.JournalStorage(
             optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
@@ -52,7 +59,11 @@ class Trials:
         with self.locked("study"):  # two workers that start at once would each make it
             try:
                 self.study = optuna.create_study(
-                    storage=storage_of, study_name="splitfx", directions=list(directions), load_if_exists=True
+                    storage=storage_of,
+                    study_name="splitfx",
+                    directions=list(directions),
+                    load_if_exists=True,
+                    sampler=optuna.samplers.TPESampler(seed=seed),
                 )
                 known = self.study.user_attrs.get(ABOUT)
                 if known is None:
@@ -84,6 +95,11 @@ class Trials:
         """The trained split of a finished trial."""
         return storage.load(self.place(key) / SPLIT)
 
+    def distributions(self, blocks: int) -> dict[str, Any]:
+        from optuna.distributions import CategoricalDistribution
+
+        return {block_name(i): CategoricalDistribution(self.choices) for i in range(blocks)}
+
     # ------------------------------------------------------------ one trial
 
     @contextmanager
@@ -93,10 +109,9 @@ class Trials:
             yield mine and key not in self.all()
 
     def finish(
-        self, key: str, params: Mapping[str, int], split: fx.GraphModule, values: list[float], seconds: float
+        self, key: str, factors: Sequence[int], split: fx.GraphModule, values: list[float], seconds: float
     ) -> None:
         """Save a trial's split, then say in the study that it is done; ``values[0]`` is the accuracy."""
-        from optuna.distributions import IntDistribution
         from optuna.trial import TrialState, create_trial
 
         place = self.place(key)
@@ -106,8 +121,8 @@ class Trials:
             create_trial(
                 state=TrialState.COMPLETE,
                 values=values,
-                params=dict(params),
-                distributions={name: IntDistribution(1, 1024) for name in params},
+                params={block_name(i): factor for i, factor in enumerate(factors)},
+                distributions=self.distributions(len(factors)),
                 user_attrs={KEY: key, "accuracy": values[0], "seconds": seconds},
             )
         )
@@ -130,6 +145,10 @@ class Trials:
         finally:
             with contextlib.suppress(OSError):
                 lock.release()
+
+
+def block_name(index: int) -> str:
+    return f"block{index + 1}"
 
 
 def _same(known: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:

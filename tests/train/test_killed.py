@@ -18,17 +18,18 @@ WORKER = [sys.executable, "-m", "tests.train.worker"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, out: Path) -> None:
-    subprocess.run([*WORKER, str(folder), str(out)], check=True, env=ALONE, capture_output=True, timeout=200)
+def run(folder: Path, out: Path, what: str = "finetune") -> None:
+    command = [*WORKER, what, str(folder), str(out)]
+    subprocess.run(command, check=True, env=ALONE, capture_output=True, timeout=250)
 
 
-def killed(folder: Path, out: Path, epochs: int, seconds: float) -> None:
-    """Start a run and kill it some time after it has finished so many epochs."""
-    with subprocess.Popen([*WORKER, str(folder), str(out)], env=ALONE, stdout=subprocess.PIPE, text=True) as process:
+def killed(folder: Path, out: Path, lines: int, seconds: float, what: str = "finetune") -> None:
+    """Start a run and kill it some time after so many lines: the first when it starts, then one for each epoch."""
+    command = [*WORKER, what, str(folder), str(out)]
+    with subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.split()[-1] == ("start" if epochs == 0 else str(epochs)):
-                break
+        for _ in zip(range(lines), process.stdout, strict=False):
+            pass
         time.sleep(seconds)
         process.kill()
 
@@ -52,7 +53,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 
 def test_killed_once(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
     folder, out = tmp_path / "run", tmp_path / "weights.safetensors"
-    killed(folder, out, 1, 0.05)
+    killed(folder, out, 2, 0.05)
     assert (folder / "checkpoint.pt").exists()
     assert not out.exists()
     check(folder, out, expected)
@@ -63,15 +64,39 @@ def test_killed_once(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
 def test_killed_at_random_moments(tmp_path: Path, expected: dict[str, torch.Tensor], seed: int) -> None:
     folder, out, draw = tmp_path / "run", tmp_path / "weights.safetensors", random.Random(seed)
     for _ in range(3):
-        killed(folder, out, draw.choice((0, 0, 1)), draw.random() * 0.6)
+        killed(folder, out, draw.choice((1, 1, 2)), draw.random() * 0.6)
     check(folder, out, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_that_is_killed_at_random_moments(tmp_path: Path, searched: tuple[Path, str], seed: int) -> None:
+    """Goes on to the same plan and the same weights."""
+    folder, out, draw = tmp_path / "run", tmp_path / "weights.safetensors", random.Random(seed)
+    for _ in range(3):
+        killed(folder, out, draw.randint(1, 5), draw.random() * 1.5, "search")
+    run(folder, out, "search")
+    weights, told = searched
+    expected, found = load_file(weights), load_file(out)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert out.with_suffix(".json").read_text() == told
+    assert not list(folder.glob("trials/*/run"))
+    assert not [p for p in folder.rglob(".*") if p.is_dir()]  # nothing half-written
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("searched")
+    run(folder / "run", folder / "weights.safetensors", "search")
+    return folder / "weights.safetensors", (folder / "weights.json").read_text()
 
 
 def test_two_processes_train_on_one_batch_together(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
     """Each sample once an epoch over both, one writer, and an accuracy as that of one process."""
     folder, out = tmp_path / "run", tmp_path / "weights.safetensors"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "tests.train.worker", str(folder), str(out)]
+    command = [*launch, "-m", "tests.train.worker", "finetune", str(folder), str(out)]
     done = subprocess.run(command, env=ALONE, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     drawn = [list(map(int, out.with_suffix(f".drawn{r}").read_text().split())) for r in (0, 1)]

@@ -17,7 +17,7 @@ from splitfx.passes import Group
 from splitfx.train.data import planted
 from splitfx.train.inherit import extended, fusions, kept_weight
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import preview, search_factors
+from splitfx.train.search import search_factors
 
 X = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 # Table 1 of paper A: rows are blocks 1-5, columns factors 1, 2, 4, 6, 8.
@@ -177,7 +177,7 @@ def test_search_with_training(tmp_path: Path) -> None:
 
 
 def test_preview_lists_every_trial() -> None:
-    found = preview(five_blocks(), X, (2, 4))
+    found = search_factors(five_blocks(), example_inputs=X, factors=(2, 4), dry_run=True)
     assert [(b, f) for b, _, f, _, _ in found.rows] == [(b, f) for b in range(1, 6) for f in (2, 4)]
     kept = {(b, f): share for b, _, f, _, share in found.rows}
     assert kept[2, 4] < kept[2, 2] < 1
@@ -186,9 +186,55 @@ def test_preview_lists_every_trial() -> None:
     assert json.loads(found.to_json())["before"]["macs"] == found.before.macs
 
 
+def test_a_front_of_accuracy_work_and_peak(tmp_path: Path) -> None:
+    """Of what was tried, exactly the plans that no other beats; the first ones follow the kept weight."""
+
+    def accuracy(split: fx.GraphModule) -> float:
+        return 90.0 - 0.5 * sum(f > 1 for f in factors_of(split)) - 0.1 * sum(factors_of(split))
+
+    run = lambda count: search_factors(  # noqa: E731
+        five_blocks(), accuracy, example_inputs=X, factors=(2, 4), method="pareto", max_trials=count, verify=False,
+        folder=tmp_path / "front", resume=True,
+    )  # fmt: skip
+    first = run(4)
+    assert len(first.tried) == 4
+    assert (1,) * 5 in {one.factors for one in first.tried}
+    found = run(10)
+    assert len(found.tried) == 14
+    assert {one.factors for one in first.tried} <= {one.factors for one in found.tried}
+    for one in found.tried:
+        better = [
+            other
+            for other in found.tried
+            if other.accuracy >= one.accuracy
+            and other.figures.macs <= one.figures.macs
+            and other.figures.peak_bytes <= one.figures.peak_bytes
+            and (other.accuracy, other.figures) != (one.accuracy, one.figures)
+        ]
+        assert (one in found.best) == (not better)
+    split = found.split(found.best[0].factors)
+    assert factors_of(split) == found.best[0].factors
+    with pytest.raises(PlanError, match="were not tried"):
+        found.split((3, 3, 3, 3, 3))
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert len(json.loads(found.to_json())["tried"]) == 14
+    found.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 5000
+
+
+def test_a_front_ends_when_all_plans_are_known() -> None:
+    small = nn.Sequential(*list(five_blocks().children())[:6], nn.Flatten(), nn.Linear(8 * 256, 3)).eval()
+    found = search_factors(
+        small, lambda split: 50.0, example_inputs=X, factors=(2,), method="pareto", max_trials=99, verify=False
+    )  # fmt: skip
+    assert {one.factors for one in found.tried} == {(1,), (2,)}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"method": "pareto"}, "give max_trials or max_seconds"),
+        ({"method": "random"}, "'greedy' or 'pareto'"),
         ({"factors": (1, 2)}, "from 2 on in rising order"),
         ({"factors": (4, 2)}, "from 2 on in rising order"),
         ({"reference": "first"}, "'original' or 'block'"),

@@ -1,4 +1,4 @@
-"""``python -m tests.train.worker FOLDER OUT``: one run that goes on where it was killed; also under torchrun."""
+"""``python -m tests.train.worker finetune|search FOLDER OUT``: goes on where it was killed; also under torchrun."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from splitfx.files import written_whole
 from splitfx.train.data import planted
 from splitfx.train.finetune import finetune
 from splitfx.train.recipe import Recipe
+from splitfx.train.search import search_factors
 from tests.train.networks import network, split_network
 
 EPOCHS = 4
@@ -35,8 +36,7 @@ class Counted(torch.utils.data.Dataset[Any]):
         return self.data[index]
 
 
-def main(folder: str, out: str) -> None:
-    torch.set_num_threads(1)
+def finetuned(folder: str, out: str) -> None:
     model = network()
     split = split_network(model)
     made = planted(samples=300)
@@ -54,5 +54,20 @@ def main(folder: str, out: str) -> None:
         Path(out).with_suffix(".json").write_text(json.dumps(json.loads(history.to_json())))
 
 
+def searched(folder: str, out: str) -> None:
+    """A search of two blocks with training; one line for each trial that starts or is done."""
+    made = planted(samples=200)
+    print("start", flush=True)
+    found = search_factors(
+        network(), train=made.train, val=made.val, recipe=Recipe(epochs=2, batch_size=32, lr=0.05), tolerance=100.0,
+        example_inputs=torch.zeros(1, 1, 12, 12), factors=(2, 4), folder=folder, resume=True, device="cpu",
+        progress=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    with written_whole(out, overwrite=True) as scratch:
+        save_file({k: v.contiguous() for k, v in found.split.state_dict().items()}, str(scratch))
+    Path(out).with_suffix(".json").write_text(found.to_json())
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    {"finetune": finetuned, "search": searched}[sys.argv[1]](*sys.argv[2:])

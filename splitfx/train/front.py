@@ -1,0 +1,182 @@
+"""The other search: not one plan within a tolerance, but the plans between which accuracy and cost are a choice.
+
+Optuna's multi-objective sampler (a tree-structured Parzen estimator) proposes the factors of all blocks at once; each
+trial is tuned from the unsplit model's weights, and has an accuracy, multiply-accumulates and a peak. The first
+proposals are not drawn: they follow the squared weight that a split keeps, from the unsplit model on, always the step
+that saves most work for the weight it loses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from splitfx.errors import MissingExtraError, PlanError
+from splitfx.files import written_whole
+from splitfx.report.table import number, size, table
+from splitfx.train.inherit import extended
+from splitfx.train.preview import preview
+from splitfx.train.space import Limit, Space, Tuner, figures, key_of
+from splitfx.train.trend import Figures
+from splitfx.train.trials import RUN, Trials
+
+AGAIN = 50  # proposals in a row that are known already: there is nothing left to find
+DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, MACs, peak
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One plan of a front: its factors, its accuracy in percent and what it costs."""
+
+    factors: tuple[int, ...]
+    accuracy: float
+    figures: Figures
+
+    def beats(self, other: Candidate) -> bool:
+        """At least as good in everything, and better in something."""
+        mine = (self.accuracy, -self.figures.macs, -self.figures.peak_bytes)
+        theirs = (other.accuracy, -other.figures.macs, -other.figures.peak_bytes)
+        return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class SearchFront:
+    """What a search by ``method="pareto"`` found: all it tried, and the plans that no other beats."""
+
+    tried: tuple[Candidate, ...]
+    best: tuple[Candidate, ...]
+    splits: Callable[[tuple[int, ...]], fx.GraphModule]
+
+    def split(self, factors: Sequence[int]) -> fx.GraphModule:
+        """The tuned split of a plan that was tried. Raises `PlanError`."""
+        if tuple(factors) not in {one.factors for one in self.tried}:
+            raise PlanError(f"factors {tuple(factors)} were not tried")
+        return self.splits(tuple(factors))
+
+    def to_json(self) -> str:
+        plain = lambda ones: [{**vars(one), "figures": vars(one.figures)} for one in ones]  # noqa: E731
+        return json.dumps({"best": plain(self.best), "tried": plain(self.tried)}, indent=2)
+
+    def __str__(self) -> str:
+        rows = [
+            [", ".join(map(str, one.factors)), f"{one.accuracy:.2f} %", number(one.figures.macs),
+             number(one.figures.params), size(one.figures.peak_bytes)]
+            for one in self.best
+        ]  # fmt: skip
+        head = ["factors", "accuracy", "MACs", "parameters", "peak"]
+        return (
+            f"{table(head, rows)}\n\n{len(self.best)} of {len(self.tried)} plans that were tried; no other beats these"
+        )
+
+    def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Accuracy over MACs, the front as a line. Raises `MissingExtraError` without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError(f"matplotlib cannot be imported ({error}): pip install 'splitfx[plot]'") from None
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        giga = lambda ones: [one.figures.macs / 1e9 for one in ones]  # noqa: E731
+        axes.plot(giga(self.tried), [one.accuracy for one in self.tried], "o", color="0.7", label="tried")
+        front = sorted(self.best, key=lambda one: one.figures.macs)
+        axes.plot(giga(front), [one.accuracy for one in front], "o-", label="no other is better")
+        for one in front:
+            axes.annotate(
+                "-".join(map(str, one.factors)),
+                (one.figures.macs / 1e9, one.accuracy),
+                (4, -11),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set(xlabel="multiply-accumulates [G]", ylabel="accuracy [%]")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        with written_whole(path, overwrite=overwrite) as scratch:
+            figure.savefig(scratch, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+
+
+class Pareto:
+    """One worker of such a search."""
+
+    def __init__(
+        self, space: Space, tuner: Tuner, trials: Trials, limit: Limit, verify: bool, progress: Callable[[str], None]
+    ) -> None:
+        self.space, self.tuner, self.trials, self.limit = space, tuner, trials, limit
+        self.verify, self.progress = verify, progress
+
+    def run(self) -> SearchFront:
+        known = 0
+        first = self.ranked()
+        while not self.limit.reached and known < AGAIN:
+            factors = self.proposed(first)
+            known = 0 if self.trial(factors) else known + 1
+        tried = [self.candidate(key) for key in self.trials.all()]
+        best = [one for one in tried if not any(other.beats(one) for other in tried)]
+        order = lambda one: (one.figures.macs, one.factors)  # noqa: E731
+        return SearchFront(
+            tuple(sorted(tried, key=order)), tuple(sorted(best, key=order)), lambda f: self.trials.split(key_of(f))
+        )
+
+    def proposed(self, first: list[tuple[int, ...]]) -> tuple[int, ...]:
+        done = self.trials.all()
+        for factors in first:
+            if key_of(factors) not in done:
+                first.remove(factors)
+                return factors
+        asked = self.trials.study.ask(self.trials.distributions(len(self.space.names())))
+        self.trials.study.tell(asked, state=_failed())  # what is found is a line of its own: see `Trials.finish`
+        return tuple(asked.params.values())
+
+    def trial(self, factors: tuple[int, ...]) -> bool:
+        """Tune and score a plan; False where it is known, or another worker is at it."""
+        key, started = key_of(factors), time.perf_counter()
+        with self.trials.claimed(key) as mine:
+            if not mine:
+                return False
+            self.progress(f"factors {', '.join(map(str, factors))}: training")
+            split = extended(self.space.dense, None, self.space.step(factors), self.verify)
+            whole = max(factors) == 1
+            accuracy = self.tuner.score(split) if whole else self.tuner.tuned(split, self.trials.place(key) / RUN)
+            cost = figures(split)
+            values = [accuracy, float(cost.macs), float(cost.peak_bytes)]
+            self.trials.finish(key, factors, split, values, time.perf_counter() - started)
+            self.limit.done += 1
+            self.progress(f"factors {', '.join(map(str, factors))}: accuracy {accuracy:.2f} %")
+        return True
+
+    def candidate(self, key: str) -> Candidate:
+        split = self.trials.split(key)
+        return Candidate(tuple(map(int, key.split("-"))), self.trials.all()[key].accuracy, figures(split))
+
+    def ranked(self) -> list[tuple[int, ...]]:
+        """Plans from the unsplit model on, each one step further: the one that saves most work for the weight lost."""
+        rows = {(block, factor): (one.macs, kept) for block, _, factor, one, kept in preview(self.space).rows}
+        whole = figures(self.space.dense).macs
+        at = lambda block, factor: rows[block, factor] if factor > 1 else (whole, 1.0)  # noqa: E731
+        found = [(1,) * len(self.space.names())]
+        choices = (1, *self.space.factors)
+        while True:
+            steps = []
+            for index, factor in enumerate(found[-1]):
+                if factor == choices[-1]:
+                    continue
+                further = choices[choices.index(factor) + 1]
+                (work, kept), (less, left) = at(index + 1, factor), at(index + 1, further)
+                steps.append(((work - less) / max(kept - left, 1e-12), index, further))
+            if not steps:
+                return found
+            _, index, further = max(steps)
+            found.append((*found[-1][:index], further, *found[-1][index + 1 :]))
+
+
+def _failed() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.FAIL

@@ -1,0 +1,156 @@
+"""What a search of factors works on: a graph with its options, who tunes and scores a split, how much may be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from splitfx import registry
+from splitfx.analysis import facts
+from splitfx.analysis.blocks import blocks
+from splitfx.errors import PlanError, TrainingError
+from splitfx.graph import TensorSpec, info
+from splitfx.plan import Plan
+from splitfx.protocol import Pass
+from splitfx.train import checkpoint
+from splitfx.train.batches import sized
+from splitfx.train.finetune import Data, finetune
+from splitfx.train.finetune import evaluate as scored
+from splitfx.train.recipe import Recipe
+from splitfx.train.trend import Figures
+
+Evaluate = Callable[[fx.GraphModule], float]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: a graph, the options of Group, and the factors."""
+
+    dense: fx.GraphModule
+    options: dict[str, Any]
+    factors: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names():
+            raise PlanError("the model has no convolution: there are no blocks whose factor could be searched")
+        if "factors" in self.options:
+            raise PlanError("options are those of Group without factors: the search finds them")
+        self.options.setdefault("lowering", "branches")
+        if self.options.get("fusion", "widen") == "none" or self.options["lowering"] == "auto":
+            raise PlanError("a search needs a fusion behind each block, and a lowering that does not depend on timing")
+        self.step((1,) * len(self.names()))
+
+    def names(self) -> list[str]:
+        return [str(block) for block in blocks(facts(self.dense))]
+
+    def step(self, factors: Sequence[int]) -> Pass:
+        return registry.get("group").from_dict({**self.options, "factors": tuple(factors)})
+
+    def plan(self, factors: Sequence[int]) -> Plan:
+        shapes = [one.shape for one in info(self.dense).inputs if isinstance(one, TensorSpec)]
+        return Plan([self.step(factors)], shapes[0] if len(shapes) == 1 else tuple(shapes))
+
+    def about(self) -> dict[str, Any]:
+        """What a study of this space is for, as plain data; weights by a digest."""
+        digest = hashlib.sha256()
+        state = self.dense.state_dict()
+        for key in sorted(state):
+            digest.update(key.encode() + state[key].detach().cpu().contiguous().numpy().tobytes())
+        shapes = {key: list(t.shape) for key, t in state.items()}
+        options = {key: list(v) if isinstance(v, tuple) else v for key, v in self.options.items()}
+        return {"model": shapes, "weights": digest.hexdigest()[:16], "options": options}
+
+
+class Tuner:
+    """Trains and scores a split: by the user's functions, or by `finetune`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluate: Evaluate | None,
+        tune: Callable[[fx.GraphModule], Any] | None,
+        train: Data | None,
+        val: Data | None,
+        recipe: Recipe | str,
+        device: str,
+        workers: int,
+    ) -> None:
+        data = train is not None and val is not None
+        if (evaluate is None) == (not data):
+            raise PlanError("give evaluate, a function that returns an accuracy in percent, or train and val: not both")
+        if tune is not None and data:
+            raise PlanError("tune belongs to evaluate; train and val are trained on by finetune")
+        self.model, self.evaluate, self.tune, self.train, self.val = model, evaluate, tune, train, val
+        self.recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+        self.device, self.workers = device, workers
+
+    def about(self) -> dict[str, Any]:
+        if self.evaluate is not None:
+            return {"tuned by": "functions of the user's"}
+        assert self.train is not None
+        assert self.val is not None
+        samples = {"train": sized(self.train), "val": sized(self.val)}
+        found = dataclasses.asdict(checkpoint.About.of(self.recipe, nn.Module(), **samples))
+        return {"recipe": found["recipe"], "data": found["data"]}
+
+    def score(self, split: fx.GraphModule) -> float:
+        if self.evaluate is not None:
+            return _percent(self.evaluate(split))
+        assert self.val is not None
+        return scored(split, self.val, device=self.device, workers=self.workers).accuracy
+
+    def tuned(self, split: fx.GraphModule, folder: Path) -> float:
+        """Train in place; the accuracy it ends with."""
+        if self.evaluate is not None:
+            if self.tune is not None:
+                self.tune(split)
+            return self.score(split)
+        assert self.train is not None
+        assert self.val is not None
+        history = finetune(
+            split, self.train, self.val, self.recipe, teacher=self.model, folder=folder, resume=True,
+            device=self.device, workers=self.workers, progress=False,
+        )  # fmt: skip
+        return history.accuracy if self.recipe.keep == "best" else history.epochs[-1].val.accuracy
+
+
+class Limit:
+    """How much this call may do."""
+
+    def __init__(self, trials: int | None, seconds: float | None) -> None:
+        self.trials, self.end = trials, None if seconds is None else time.monotonic() + seconds
+        self.done = 0
+
+    @property
+    def reached(self) -> bool:
+        return (self.trials is not None and self.done >= self.trials) or (
+            self.end is not None and time.monotonic() >= self.end
+        )
+
+
+def figures(graph: fx.GraphModule) -> Figures:
+    known = facts(graph)
+    return Figures(known.cost.macs, known.cost.params, known.memory.peak_bytes)
+
+
+def key_of(factors: Sequence[int]) -> str:
+    """A trial's name: its factors, "4-2-1"."""
+    return "-".join(map(str, factors))
+
+
+def changed(factors: tuple[int, ...], index: int, factor: int) -> tuple[int, ...]:
+    return (*factors[:index], factor, *factors[index + 1 :])
+
+
+def _percent(value: Any) -> float:
+    found = float(value)
+    if not 0 <= found <= 100:
+        raise TrainingError(f"evaluate gave {value!r}: an accuracy is in percent, from 0 to 100")
+    return found
