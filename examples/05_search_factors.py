@@ -16,7 +16,7 @@ from splitfx.train.search import search_factors
 SHAPE = (1, 16, 16)
 
 
-def network(widths: tuple[int, ...] = (32, 64, 96)) -> nn.Module:
+def network(widths: tuple[int, ...] = (16, 32, 48)) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     channels = 1

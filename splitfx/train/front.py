@@ -96,7 +96,7 @@ class SearchFront:
                 fontsize=8,
             )
         axes.set(xlabel="multiply-accumulates [G]", ylabel="accuracy [%]")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
         with written_whole(path, overwrite=overwrite) as scratch:
             figure.savefig(scratch, format=Path(path).suffix.lstrip(".") or "png", dpi=150)

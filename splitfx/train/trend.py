@@ -118,7 +118,7 @@ class SearchResult:
             "original − tolerance", (1, self.original - self.tolerance), (2, 3), textcoords="offset points", color="0.4"
         )
         axes.set(xlabel="factor (branches of the block)", ylabel="accuracy [%]", xticks=(1, *self.factors))
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
         suffix = Path(path).suffix.lstrip(".") or "png"
         with written_whole(path, overwrite=overwrite) as scratch:
