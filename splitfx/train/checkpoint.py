@@ -52,18 +52,23 @@ class About:
         return ""
 
 
-def prepare(folder: Path, resume: bool, model: torch.nn.Module) -> None:
-    """Refuse a folder that holds another run, or a disk without room, before any work. Raises `TrainingError`."""
+def open_folder(folder: Path, resume: bool, what: str) -> None:
+    """Make the folder of a run or a search; one with files in it only to go on. Raises `TrainingError`."""
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is a file; a run is written into a folder")
+        raise TrainingError(f"{folder} is a file; a {what} is written into a folder")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise TrainingError(
-            f"{folder} is not empty; go on with the run in it (resume=True, --resume) or choose another"
+            f"{folder} is not empty; go on with the {what} in it (resume=True, --resume) or choose another"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made: {error.strerror or error}") from error
+
+
+def prepare(folder: Path, resume: bool, model: torch.nn.Module) -> None:
+    """Open the folder of a run; refuse a disk without room before any work. Raises `TrainingError`."""
+    open_folder(folder, resume, "run")
     for scratch in folder.glob(".*"):  # what a killed process was writing
         if scratch.is_dir() and scratch.name.startswith((f".{NAME}.", f".{METRICS}.")):
             shutil.rmtree(scratch, ignore_errors=True)

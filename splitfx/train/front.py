@@ -13,15 +13,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from splitfx.errors import MissingExtraError, PlanError
-from splitfx.files import written_whole
+from splitfx.errors import PlanError
 from splitfx.report.table import number, size, table
 from splitfx.train.inherit import extended
+from splitfx.train.picture import chart
 from splitfx.train.preview import preview
 from splitfx.train.space import Limit, Space, Tuner, figures, key_of
 from splitfx.train.trend import Figures
@@ -77,29 +76,14 @@ class SearchFront:
 
     def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Accuracy over MACs, the front as a line. Raises `MissingExtraError` without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(f"matplotlib cannot be imported ({error}): pip install 'splitfx[plot]'") from None
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
         giga = lambda ones: [one.figures.macs / 1e9 for one in ones]  # noqa: E731
-        axes.plot(giga(self.tried), [one.accuracy for one in self.tried], "o", color="0.7", label="tried")
-        front = sorted(self.best, key=lambda one: one.figures.macs)
-        axes.plot(giga(front), [one.accuracy for one in front], "o-", label="no other is better")
-        for one in front:
-            axes.annotate(
-                "-".join(map(str, one.factors)),
-                (one.figures.macs / 1e9, one.accuracy),
-                (4, -11),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axes.set(xlabel="multiply-accumulates [G]", ylabel="accuracy [%]")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
-        with written_whole(path, overwrite=overwrite) as scratch:
-            figure.savefig(scratch, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+        with chart(path, overwrite, "multiply-accumulates [G]") as axes:
+            axes.plot(giga(self.tried), [one.accuracy for one in self.tried], "o", color="0.7", label="tried")
+            front = sorted(self.best, key=lambda one: one.figures.macs)
+            axes.plot(giga(front), [one.accuracy for one in front], "o-", label="no other is better")
+            for one in front:
+                place = (one.figures.macs / 1e9, one.accuracy)
+                axes.annotate(key_of(one.factors), place, (4, -11), textcoords="offset points", fontsize=8)
 
 
 class Pareto:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import fx, nn
 
-from splitfx.errors import PlanError, TrainingError
+from splitfx.errors import PlanError
 from splitfx.graph import copy_graph, is_canonical
 from splitfx.tracing import trace
+from splitfx.train import checkpoint
 from splitfx.train.finetune import Data
 from splitfx.train.front import DIRECTIONS, Pareto
 from splitfx.train.inherit import extended
@@ -220,19 +221,10 @@ def _factors(factors: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def _folder(folder: str | Path | None, resume: bool) -> Iterator[Path]:
-    with ExitStack() as stack:
-        if folder is None:
-            yield Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            return
-        place = Path(folder)
-        if place.exists() and not place.is_dir():
-            raise TrainingError(f"{place} is a file; a search is written into a folder")
-        if not resume and place.is_dir() and any(place.iterdir()):
-            raise TrainingError(
-                f"{place} is not empty; go on with the search in it (resume=True, --resume) or choose another"
-            )
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"{place}: cannot be made: {error.strerror or error}") from error
-        yield place
+    """Where the trials are; without a folder, somewhere until the search is over."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place)
+        return
+    checkpoint.open_folder(Path(folder), resume, "search")
+    yield Path(folder)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from splitfx.errors import MissingExtraError
-from splitfx.files import written_whole
 from splitfx.plan import Plan
 from splitfx.report.table import number, size, table
+from splitfx.train.picture import chart
 
 
 @dataclass(frozen=True)
@@ -101,25 +99,14 @@ class SearchResult:
 
     def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Accuracy over the factor, one line per block. Raises `MissingExtraError` without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(f"matplotlib cannot be imported ({error}): pip install 'splitfx[plot]'") from None
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for line in self.lines:
-            tried = sorted(line.accuracy)
-            drawn = axes.plot(tried, [line.accuracy[f] for f in tried], marker="o", label=f"block {line.block}")
-            if line.selected:
-                color = drawn[0].get_color()
-                axes.plot([line.selected], [line.accuracy[line.selected]], "o", ms=11, mfc="none", color=color)
-        axes.axhline(self.original - self.tolerance, color="0.5", ls="--", lw=1)
-        axes.annotate(
-            "original − tolerance", (1, self.original - self.tolerance), (2, 3), textcoords="offset points", color="0.4"
-        )
-        axes.set(xlabel="factor (branches of the block)", ylabel="accuracy [%]", xticks=(1, *self.factors))
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
-        suffix = Path(path).suffix.lstrip(".") or "png"
-        with written_whole(path, overwrite=overwrite) as scratch:
-            figure.savefig(scratch, format=suffix, dpi=150)
+        with chart(path, overwrite, "factor (branches of the block)") as axes:
+            for line in self.lines:
+                tried = sorted(line.accuracy)
+                drawn = axes.plot(tried, [line.accuracy[f] for f in tried], marker="o", label=f"block {line.block}")
+                if line.selected:
+                    color = drawn[0].get_color()
+                    axes.plot([line.selected], [line.accuracy[line.selected]], "o", ms=11, mfc="none", color=color)
+            bound = self.original - self.tolerance
+            axes.axhline(bound, color="0.5", ls="--", lw=1)
+            axes.annotate("original − tolerance", (1, bound), (2, 3), textcoords="offset points", color="0.4")
+            axes.set(xticks=(1, *self.factors))
