@@ -107,9 +107,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     def with_overwrite(one: _Parser) -> None:
         one.add_argument("--overwrite", action="store_true", help="replace what is already there")
 
-    def with_training(one: _Parser) -> None:
-        one.add_argument("--data", required=True, metavar="WORD", help=DATA)
-        one.add_argument("--out", required=True, metavar="FOLDER", help="where checkpoints and the result are written")
+    def with_training(one: _Parser, needed: bool = True) -> None:
+        one.add_argument("--data", required=needed, metavar="WORD", help=DATA)
+        one.add_argument(
+            "--out", required=needed, metavar="FOLDER", help="where checkpoints and the result are written"
+        )
         one.add_argument("--recipe", default="finetune", metavar="NAME", help="settings by name (default finetune)")
         one.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as epochs=30 or lr=0.1"
@@ -147,7 +149,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     one = command("search", "find the largest factor of each block that keeps the accuracy (paper A)")
     with_model(one, folder=False)
-    with_training(one)
+    with_training(one, needed=False)  # not by --dry-run
     one.add_argument("--factors", type=_counts, default=(2, 4, 6, 8), metavar="2,4,6,8", help="to try, rising")
     one.add_argument("--tolerance", type=float, default=0.5, metavar="POINTS", help="of accuracy (default 0.5)")
     one.add_argument("--method", default="greedy", help="greedy, or pareto: accuracy, MACs and peak as a front")

@@ -67,6 +67,8 @@ def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...
     if given.dry_run:
         found = search_factors(dense, factors=given.factors, options=options, dry_run=True)
         return found.to_json(), str(found)
+    if not given.data or not given.out:
+        raise TrainingError("a search needs --data and --out; without them, --dry-run lists its trials")
     data = data_for(dense, given.data, progress)
     check(dense, data.train, data.val)
     folder = Path(given.out)

@@ -158,6 +158,8 @@ class _Greedy:
 
     def block(self, index: int, accepted: tuple[int, ...], bound: float) -> tuple[dict[int, float], int | None]:
         """What each factor gave, and which is selected: None where a limit was reached first."""
+        if self.space.cost(changed(accepted, index, self.space.factors[0])) == self.space.cost(accepted):
+            return {}, 1  # nothing in this block can be divided
         while True:
             known = self.trials.all()
             found: dict[int, float] = {}

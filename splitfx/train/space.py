@@ -15,6 +15,7 @@ from torch import fx, nn
 from splitfx import registry
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
+from splitfx.api import transform
 from splitfx.errors import PlanError, TrainingError
 from splitfx.graph import TensorSpec, info
 from splitfx.plan import Plan
@@ -56,6 +57,10 @@ class Space:
     def plan(self, factors: Sequence[int]) -> Plan:
         shapes = [one.shape for one in info(self.dense).inputs if isinstance(one, TensorSpec)]
         return Plan([self.step(factors)], shapes[0] if len(shapes) == 1 else tuple(shapes))
+
+    def cost(self, factors: Sequence[int]) -> Figures:
+        """What the graph costs when it is split so."""
+        return figures(transform(self.dense, Plan([self.step(factors)]), verify=False))
 
     def about(self) -> dict[str, Any]:
         """What a study of this space is for, as plain data; weights by a digest."""

@@ -84,6 +84,23 @@ def test_replay_against_each_block_gives_8_for_block_2() -> None:
     assert found.selected[:2] == (8, 8)
 
 
+def test_a_block_that_cannot_be_divided_is_not_tried() -> None:
+    """The first conv reads the image: with no other beside it, its block stays as it is."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    rest = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2))
+    model = nn.Sequential(*one, *rest, nn.Flatten(), nn.Linear(8 * 64, 6)).eval()
+    tried = []
+
+    def accuracy(split: fx.GraphModule) -> float:
+        tried.append(factors_of(split))
+        return 90.0
+
+    found = search_factors(model, accuracy, example_inputs=X, factors=(2, 4), verify=False)
+    assert found.selected == (1, 4)
+    assert tried[1:] == [(1, 2), (1, 4)]
+
+
 def test_a_limit_ends_a_search_that_goes_on_later(tmp_path: Path) -> None:
     run = lambda paper, **more: search_factors(  # noqa: E731
         five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False, folder=tmp_path / "s", **more

@@ -33,10 +33,13 @@ def test_searches_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(["search", MODEL, *SHAPE, "--out", str(out), "--dry-run", "--option", "order=mass"]) == 0
+    few = ["search", MODEL, "--input", "1x1x12x12", "--factors", "2,4"]
+    assert main([*few, "--dry-run", "--option", "order=mass"]) == 0
     text = capsys.readouterr().out
     assert "kept weight" in text
     assert "at most 4 trials" in text
+    assert main([*few, "--out", str(out)]) == 2
+    assert "a search needs --data and --out" in capsys.readouterr().err
     assert not out.exists()
 
 
