@@ -44,12 +44,9 @@ def check(model: nn.Module, x: torch.Tensor, schedule: Schedule, complete: bool)
     assert_peak(trial.tiled.float(), x.float(), schedule)
 
 
-SMALL = 2048  # bytes: what is there besides the maps, such as tables of a resize, shows beside maps of a few KiB
-
-
 def assert_peak(tiled: Any, x: torch.Tensor, schedule: Schedule) -> None:
     predicted, measured = peaks(tiled, (x,))
-    assert abs(predicted - measured) <= 0.02 * measured + SMALL, f"{schedule}: {predicted} predicted, {measured} held"
+    assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
 
 
 @given(tileable(whole=False), schedules(grids=True))
@@ -90,7 +87,7 @@ def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) ->
     (call,) = [n for n in trial.split.graph.nodes if op_name(n) == "tiled"]
     given_ = tuple(inputs[places.index(n.name)].float() for n in call.all_input_nodes)
     predicted, measured = peaks(trial.tiled.float(), given_)
-    assert abs(predicted - measured) <= 0.02 * measured + SMALL, f"{schedule}: {predicted} predicted, {measured} held"
+    assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
 
 
 @given(networks(), schedules(grids=False))

@@ -72,9 +72,9 @@ def test_saved_and_loaded_without_the_model(tmp_path: Path) -> None:
     assert not [key for key in split.state_dict() if key.endswith("shift")]
     for a, b in zip(loaded(*inputs()), split(*inputs()), strict=True):
         assert torch.equal(a, b)
-    copied = copy.deepcopy(loaded)  # torch 2.11 makes every buffer of the copy persistent
-    again = splitfx.load(splitfx.save(copied, tmp_path / "again"))
-    assert set(again.state_dict()) == set(copied.state_dict()) >= set(split.state_dict())
+    again = splitfx.load(splitfx.save(copy.deepcopy(loaded), tmp_path / "again"))
+    if not torch.__version__.startswith("2.11."):  # there, a copied GraphModule has persistent buffers only
+        assert list(again.state_dict()) == list(split.state_dict())
     assert torch.equal(again(*inputs())[0], split(*inputs())[0])
 
 
