@@ -23,6 +23,7 @@ from torch import fx, nn
 from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.blocks import Block, blocks
+from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
 from splitfx.calibrate import Target, solve_fusions, target
@@ -32,7 +33,7 @@ from splitfx.errors import PlanError
 from splitfx.fusion import Selection, fusion_layer, squares, widen_readers
 from splitfx.graph import layer, module_of, set_path
 from splitfx.lowering import Lowering, choose_lowering
-from splitfx.ops import Channel, op, op_name
+from splitfx.ops import op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
 
 
@@ -95,7 +96,7 @@ class _Job:
         self.divisions: dict[fx.Node, Division] = {}
         self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
-        relaxed = self.gates() if options.gating == "relaxed" else set()
+        relaxed = gates(facts) if options.gating == "relaxed" else set()
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.inside = {b.index: self.edges_of(b, place, relaxed) for b in self.blocks}
 
@@ -193,21 +194,6 @@ class _Job:
         """The block's convs, and linear layers between them (gates written with nn.Linear)."""
         first, last = place[block.edges[0].node], place[block.edges[-1].node]
         return [e for e in self.axes.edges if first <= place[e.node] <= last and e.node not in relaxed]
-
-    def gates(self) -> set[fx.Node]:
-        """Weighted nodes of squeeze-and-excitation: on the way from a global pool to a product with a larger map."""
-        found: set[fx.Node] = set()
-        area = lambda n: shape(self.facts.shapes[n])[2:]  # noqa: E731
-        for node in self.graph.graph.nodes:
-            operands = [n for n in node.all_input_nodes if len(shape(self.facts.shapes[n])) == 4]
-            if op_name(node) != "mul" or len(operands) != 2 or area(operands[0]) == area(operands[1]):
-                continue
-            waiting = [n for n in operands if set(area(n)) == {1}]
-            while waiting:
-                n = waiting.pop()
-                found |= {n} if op(n).channel is Channel.MIXES else set()
-                waiting += [m for m in n.all_input_nodes if m.op != "get_attr" and set(area(m)) <= {1}]
-        return found
 
     def shared(self) -> set[fx.Node]:
         convs = [e.node for e in self.axes.edges if op_name(e.node).startswith("conv")]

@@ -98,11 +98,12 @@ def target(graph: fx.GraphModule, nodes: list[fx.Node], divided: Iterable[fx.Nod
     """What ``nodes`` of a dense graph, and the batch norms behind ``divided`` ones, give on ``inputs`` in eval mode."""
     norms = _norms_behind(divided)
     watch = _Moments(graph, nodes, [n.name for n in norms])
-    _run(watch, graph, inputs)
+    run_watched(watch, graph, inputs)
     return Target([watch.kept[n] for n in nodes], norms, watch.moments)
 
 
-def _run(watch: _Watch, graph: fx.GraphModule, inputs: Any) -> None:
+def run_watched(watch: _Watch, graph: fx.GraphModule, inputs: Any) -> None:
+    """Run an interpreter of the graph on example inputs, in eval mode. Raises `PlanError` where they do not fit."""
     args, kwargs = split_inputs(inputs)
     modes = {m: m.training for m in graph.modules()}
     flat = pytree.tree_leaves((args, kwargs))
@@ -150,7 +151,7 @@ def solve_fusions(
         assert isinstance(operand, fx.Node)
         module = split.get_submodule(str(node.target))
         watch = _Matched(split, [operand], dense.moments)
-        _run(watch, split, inputs)
+        run_watched(watch, split, inputs)
         x, y = _rows(watch.kept[operand]), _rows(wanted)
         if len(x) < 2:
             raise PlanError(f"{layer(node)}: calibration gives {len(x)} position; give a batch of inputs")
@@ -158,7 +159,7 @@ def solve_fusions(
         errors[node] = (_error(x, y), _error(x @ best[0] + best[1], y))
         rows = torch.as_tensor(source, device=x.device)
         _install(module, best[0].T[rows], best[1][rows])
-    _run(_Matched(split, (), dense.moments), split, inputs)  # for the norms behind the last fusion
+    run_watched(_Matched(split, (), dense.moments), split, inputs)  # for the norms behind the last fusion
     return errors
 
 

@@ -12,6 +12,7 @@ Whatever else asks for the whole tensor gets it, in the user's order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,8 @@ aten = torch.ops.aten
 class Division:
     """Branch g of a weighted node reads input channels ``ins[g]`` and writes output channels ``outs[g]``.
 
-    The outputs are a partition; inputs may overlap where a channel belongs to no branch and is read by all.
+    The outputs are a partition, in the order in which they are to lie; inputs, in any order, may overlap where a
+    channel belongs to no branch and is read by all. A single branch lays the outputs in another order, no more.
     """
 
     ins: tuple[np.ndarray, ...]
@@ -55,8 +57,8 @@ class Division:
         everything = np.arange(weight.shape[1])
         for i, o in zip(self.ins, self.outs, strict=True):
             removed = np.setdiff1d(everything, i)
-            if len(o) and o[-1] - o[0] + 1 == len(o):
-                rows, index = weight[o[0] : o[-1] + 1], torch.as_tensor(removed, device=weight.device)
+            if len(o) and o.max() - o.min() + 1 == len(o):
+                rows, index = weight[o.min() : o.max() + 1], torch.as_tensor(removed, device=weight.device)
                 rows.index_fill_(1, index, 0)
             else:
                 weight[np.ix_(o, removed)] = 0
@@ -93,7 +95,8 @@ def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
     copied = copy_graph(graph, share=True)
     for node, division in divisions.items():
         layer = copied.get_submodule(str(node.target))
-        if getattr(layer, "groups", 1) == 1 and not isinstance(layer, Masked):
+        whole = len(division.outs) == 1 or getattr(layer, "groups", 1) > 1
+        if not whole and not isinstance(layer, Masked):
             set_path(copied, str(node.target), Masked(layer, division))
     return copied
 
@@ -113,6 +116,7 @@ class _Carver(Pieces):
     ) -> None:
         super().__init__(graph, known)
         self.divisions, self.lowering = divisions, lowering
+        self.calls = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:
@@ -168,7 +172,10 @@ class _Carver(Pieces):
         dim = self.dim(node)
         assert dim is not None
         existing = getattr(module, "groups", 1)
-        if self.lowering.get(node) == "grouped" and division.even and existing == 1:
+        if existing == 1 and self.calls[str(node.target)] == 1:  # the order that the channels have goes into the weights
+            division = Division(tuple(value.in_order(i) for i in division.ins), division.outs)
+        grouped = self.lowering.get(node) == "grouped" and division.even and isinstance(module, nn.modules.conv._ConvNd)
+        if grouped and existing == 1:
             source = self.assemble(value, np.concatenate(division.ins))
             new = self.call(
                 node,
@@ -180,10 +187,12 @@ class _Carver(Pieces):
             )
             return Value([(new, np.concatenate(division.outs))], dim, size)
         pieces = []
+        alone = len(division.outs) == 1
         for g, (ins, outs) in enumerate(zip(division.ins, division.outs, strict=True)):
             source = self.assemble(value, ins, g)
             make = partial(narrow.weighted, module, ins, outs)
-            pieces.append((self.call(node, f"branch{g}", (ins, outs), make, source, g), outs))
+            name, branch = ("", None) if alone else (f"branch{g}", g)
+            pieces.append((self.call(node, name, (ins, outs), make, source, branch), outs))
         return Value(pieces, dim, size)
 
     def dense(self, node: fx.Node) -> Value | None:

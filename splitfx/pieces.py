@@ -33,6 +33,13 @@ class Value:
     dim: int
     size: int
 
+    def in_order(self, wanted: np.ndarray) -> np.ndarray:
+        """The wanted positions in the order in which the pieces hold them, which costs least to read."""
+        chosen = np.zeros(self.size, dtype=bool)
+        chosen[wanted] = True
+        held = np.concatenate([p for _, p in self.pieces])
+        return held[chosen[held]]
+
 
 @dataclass
 class Deferred:

@@ -39,7 +39,7 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
     branch = np.full(len(axes.channel), WHOLE)
     by_unit = np.full(len(axes.unit), WHOLE)
     readers = _Readers(axes, edges)
-    for names in _families(axes, touched):
+    for names in families(axes, touched):
         family = np.unique(axes.axis[names]).tolist()
         kept = next((reasons[a] for a in family if a in reasons), None)
         items, first = np.unique(axes.unit[names], return_index=True)
@@ -53,7 +53,7 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
     return Partition(factor, branch, reasons)
 
 
-def _families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
+def families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
     """The names, in order, of each set of axes that share a unit: those are divided together."""
     known, place = np.unique(axes.axis[names], return_inverse=True)
     order = np.argsort(axes.unit[names], kind="stable")
@@ -130,15 +130,15 @@ def most_mass(
     """
     rng = np.random.default_rng(seed)
     divided = np.flatnonzero(start.branch != WHOLE)
-    families = _families(axes, divided) if len(divided) else []
+    sets = families(axes, divided) if len(divided) else []
     best, value = start.branch, kept_mass(edges, start.branch)
     for trial in range(restarts):
         branch = start.branch.copy()
-        for names in families if trial else []:
+        for names in sets if trial else []:
             units, where = np.unique(axes.unit[names], return_inverse=True)
             labels = np.array([branch[names[where == i][0]] for i in range(len(units))])
             branch[names] = rng.permutation(labels)[where]
-        found = _ascend(axes, edges, families, branch, start.factor, sweeps)
+        found = _ascend(axes, edges, sets, branch, start.factor, sweeps)
         reached = kept_mass(edges, found)
         if reached > value:
             best, value = found, reached
@@ -148,14 +148,14 @@ def most_mass(
 def _ascend(
     axes: Axes,
     edges: Sequence[tuple[Edge, np.ndarray]],
-    families: list[np.ndarray],
+    sets: list[np.ndarray],
     branch: np.ndarray,
     factor: int,
     sweeps: int,
 ) -> np.ndarray:
     value = kept_mass(edges, branch)
     for _ in range(sweeps):
-        for names in families:
+        for names in sets:
             trial = _assign(axes, edges, names, branch, factor)
             branch = trial if kept_mass(edges, trial) >= kept_mass(edges, branch) else branch
         reached = kept_mass(edges, branch)

@@ -1,0 +1,112 @@
+"""The networks of the SplitNet paper (Kim et al., ICML 2017), as its tables count them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class PreActivated(nn.Module):
+    """Wide ResNet's basic block: norm and activation in front of each conv, the shortcut behind the first pair."""
+
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(ins), nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outs), nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(ins, outs, 1, stride, bias=False) if (ins, stride) != (outs, 1) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        active = F.relu(self.bn1(x))
+        around = x if self.shortcut is None else self.shortcut(active)
+        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + around
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for 32x32 images (Zagoruyko and Komodakis, arXiv 1605.07146)."""
+
+    def __init__(self, depth: int = 16, width: int = 8, classes: int = 100) -> None:
+        super().__init__()
+        blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
+        self.conv = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        for stage in (1, 2, 3):
+            made = [
+                PreActivated(widths[stage - 1] if i == 0 else widths[stage], widths[stage], 2 if stage > 1 > i else 1)
+                for i in range(blocks)
+            ]
+            setattr(self, f"stage{stage}", nn.Sequential(*made))
+        self.bn, self.fc = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stage3(self.stage2(self.stage1(self.conv(x))))
+        return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
+
+
+class PaddedConv(nn.Module):
+    """A conv behind TensorFlow's SAME padding, which puts the odd row at the end."""
+
+    def __init__(self, ins: int, outs: int, kernel: int, stride: int, size: int) -> None:
+        super().__init__()
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        self.pad = (total // 2, total - total // 2) * 2
+        self.conv = nn.Conv2d(ins, outs, kernel, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.conv(F.pad(x, self.pad)))
+
+
+class AlexNet(nn.Module):
+    """AlexNet as the paper counts it: 96-256-384-384-256 dense convs without bias, 224x224 images, SAME padding."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = PaddedConv(3, 96, 11, 4, 224)
+        self.conv2 = PaddedConv(96, 256, 5, 1, 27)
+        self.conv3 = PaddedConv(256, 384, 3, 1, 13)
+        self.conv4 = PaddedConv(384, 384, 3, 1, 13)
+        self.conv5 = PaddedConv(384, 256, 3, 1, 13)
+        self.pool = nn.MaxPool2d(3, 2)
+        self.fc6 = nn.Linear(256 * 6 * 6, 4096, bias=False)
+        self.fc7 = nn.Linear(4096, 4096, bias=False)
+        self.fc8 = nn.Linear(4096, classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.conv2(self.pool(self.conv1(x))))
+        x = self.pool(self.conv5(self.conv4(self.conv3(x)))).flatten(1)
+        return self.fc8(F.relu(self.fc7(F.relu(self.fc6(x)))))
+
+
+class Residual(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs)
+        self.conv2, self.bn2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
+        self.shortcut = None
+        if ins != outs:
+            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        around = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + around)
+
+
+class ResNet18x2(nn.Module):
+    """ResNet-18 of twice the width: stem 128, stages 128-256-512-1024."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        widths = (128, 128, 256, 512, 1024)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 128, 7, 2, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        for stage in (1, 2, 3, 4):
+            ins, outs = widths[stage - 1], widths[stage]
+            blocks = nn.Sequential(Residual(ins, outs, 2 if stage > 1 else 1), Residual(outs, outs, 1))
+            setattr(self, f"conv{stage + 1}", blocks)
+        self.fc = nn.Linear(1024, classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv5(self.conv4(self.conv3(self.conv2(self.stem(x)))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))

@@ -1,0 +1,167 @@
+"""SplitNet: carve a classifier into groups of features and classes that do not see each other (Kim et al., ICML 2017).
+
+An assignment gives every channel and every class a group; a split layer keeps the weights within its groups. Groups may
+become finer from layer to layer (2, then 4): a tree of branches over a common stem. Channels are laid in the order of
+the finest groups once, folded into the weights around them, so that a group is a run of channels and nothing is
+gathered at run time; the logits come out in the user's order.
+
+Stays whole, with a note: a layer whose input or output channels cannot be followed, the layer that reads the image.
+Refuses: models that are no classifiers, more groups than channels or classes, an assignment of another model.
+Promise RETRAIN: equal to the dense model with the weights outside the blocks set to zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import fx, nn
+
+from splitfx.analysis import Facts
+from splitfx.analysis.shapes import shape
+from splitfx.carve import Division, carve, masked
+from splitfx.errors import PlanError
+from splitfx.graph import layer, module_of
+from splitfx.lowering import lowering_seconds
+from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
+from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
+from splitfx.splitnet.sources import clustered_labels, random_labels
+from splitfx.splitnet.structure import Structure
+from splitfx.splitnet.weights import heaviest, second_moments
+
+SHOWN = 12  # groups, and classes of a group, named in the notes
+
+
+@dataclass(frozen=True)
+class SplitNet(Pass):
+    """Carve a classifier into independent groups of channels and classes (paper D).
+
+    ``assignment``: the group of every channel by layer, as `splitfx.splitnet` makes it (learned, ``random``,
+    ``semantic``, ``clustering``, ``weights``); it brings its levels along. Without one, ``source`` says how to make it:
+    ``"random"``, ``"weights"`` (most kept weight) or ``"clustering"`` of the classifier's rows, with ``seed``.
+    ``levels``: groups per layer, by globs of names (``{"layer4.*": 2, "fc": 4}``), or per stage, or ``depth`` and
+    ``groups``: the last ``depth`` weighted layers. ``boundary``: the first split layers are ``"grouped"`` on their
+    input too, or keep (``"full"``) the grouping of what they read. ``gating``: squeeze-and-excitation is split
+    (``"strict"``) or stays dense (``"relaxed"``). ``classes``: names of the classes, in the order of the logits.
+    ``lowering``: ``"grouped"`` convs, narrow ``"branches"``, or ``"auto"`` (measured); layers of unequal groups become
+    branches. ``calibration``: example inputs for ``source="weights"`` (not in the plan).
+    """
+
+    name: ClassVar[str] = "splitnet"
+    promise: ClassVar[Promise] = Promise.RETRAIN
+    writes_weights: ClassVar[bool] = False
+
+    assignment: dict[str, tuple[int, ...]] | None = None
+    levels: dict[str, int] | tuple[int, ...] = ()
+    depth: int = 0
+    groups: int = 0
+    boundary: Literal["grouped", "full"] = "grouped"
+    gating: Literal["strict", "relaxed"] = "strict"
+    source: Literal["random", "weights", "clustering"] | None = None
+    seed: int = 0
+    classes: tuple[str, ...] = ()
+    lowering: Literal["auto", "grouped", "branches"] = "auto"
+    calibration: Any = not_in_plan()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.assignment, Assignment):
+            for option in OPTIONS:
+                own, brought = getattr(self, option), self.assignment.options.get(option)
+                if brought and not own:
+                    object.__setattr__(self, option, brought)
+                elif brought and option in ("boundary", "gating"):
+                    object.__setattr__(self, option, brought)
+        super().__post_init__()
+        if self.assignment is None and self.source is None:
+            raise PlanError("pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering")
+        if not self.levels and not self.depth:
+            raise PlanError(
+                "pass 'splitnet': give levels, such as {'layer4.*': 2, 'fc': 4}, or depth and groups: what to split"
+            )
+
+    def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        found = Structure(facts, self.levels, self.depth, self.groups, self.boundary, self.gating)
+        names = class_names(found, self.classes)
+        labels = checked(found, self.assignment) if self.assignment is not None else self.made(found)
+        divisions = found.divisions(labels)
+        apart = _called_apart(divisions)
+        if apart:
+            raise PlanError(f"pass 'splitnet': {apart} is called twice with channels that are grouped differently")
+        lowering, why = self.lower(found, divisions)
+        notes = [*found.notes, *_told(found, labels, divisions, names), Note("model", why, "info")]
+        reference = masked(graph, divisions)
+        laid = {e.node: found.permuted(e, labels) for e in found.producers}
+        if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
+            laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
+        carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
+        plain = {name: tuple(given.tolist()) for name, given in labels.items()}
+        return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering, source=self.source))
+
+    def made(self, found: Structure) -> dict[str, np.ndarray]:
+        if self.source == "random":
+            return random_labels(found, self.seed)
+        if self.source == "clustering":
+            return clustered_labels(found, self.seed)
+        moments = None
+        if self.calibration is not None:
+            moments = second_moments(found.facts.graph, found, self.calibration)
+        return heaviest(found, self.seed, moments)
+
+    def lower(self, found: Structure, divisions: dict[fx.Node, Division]) -> tuple[Literal["grouped", "branches"], str]:
+        """Grouped convs or narrow branches, for the whole model; linear layers and unequal groups are branches."""
+        convs = {
+            n: d
+            for n, d in divisions.items()
+            if isinstance(module_of(n), nn.Conv1d | nn.Conv2d | nn.Conv3d) and _groups(n) == 1 and d.even
+        }
+        if self.lowering != "auto":
+            return self.lowering, f"{self.lowering}, as asked"
+        if not convs:
+            return "branches", "no convolution has equal groups: every split layer is one narrow layer per group"
+        seconds = [
+            lowering_seconds(module_of(n), d, shape(found.facts.shapes[n.all_input_nodes[0]]))  # type: ignore[arg-type]
+            for n, d in convs.items()
+        ]
+        grouped, separate = (1000 * sum(s[i] for s in seconds) for i in (0, 1))
+        lowering: Literal["grouped", "branches"] = "grouped" if grouped <= separate else "branches"
+        return lowering, f"{lowering}; measured: grouped {grouped:.2f} ms, branches {separate:.2f} ms"
+
+
+def _groups(node: fx.Node) -> int:
+    return getattr(module_of(node), "groups", 1)
+
+
+def _called_apart(divisions: dict[fx.Node, Division]) -> str:
+    """A layer that is called again with other groups, or none."""
+    first: dict[str, Division] = {}
+    for node, division in divisions.items():
+        other = first.setdefault(str(node.target), division)
+        same = [np.array_equal(a, b) for a, b in zip((*other.ins, *other.outs), (*division.ins, *division.outs), strict=False)]
+        if not all(same) or len(other.ins) != len(division.ins):
+            return layer(node)
+    calls = Counter(str(n.target) for n in divisions)
+    for node in divisions:
+        made = sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes)
+        if made != calls[str(node.target)]:
+            return layer(node)
+    return ""
+
+
+def _told(
+    found: Structure, labels: dict[str, np.ndarray], divisions: dict[fx.Node, Division], names: tuple[str, ...]
+) -> list[Note]:
+    """What was split, what the blocks keep of the weights, and which classes are together."""
+    notes = []
+    shares = kept(found, labels)
+    for split in found.splits:
+        where, division = layer(split.edge.node), divisions[split.edge.node]
+        sizes = "/".join(f"{len(i)}:{len(o)}" for i, o in zip(division.ins, division.outs, strict=True))
+        share = f", keeps {shares[where]:.1%} of the squared weight" if where in shares else ", keeps all its weights"
+        notes.append(Note(where, f"{split.level} groups of {sizes} channels{share}"))
+    own = found.classes
+    if own is not None:
+        for line in group_lines(labels[own.name], names, SHOWN)[:SHOWN]:
+            notes.append(Note("classes", line, "info"))
+    return notes

@@ -1,0 +1,245 @@
+"""The structure of a split: which channel axes carry an assignment, and which weights each group keeps.
+
+A *vector* is an assignment's place: one per channel axis that a split layer reads or writes, over the axis's *items*
+(channels, or whole units such as heads). Concat, slice, flatten and channel shuffle are views of vectors, so that the
+q of a layer is the p of the next by construction (paper D, section 3.1). Labels live at a vector's own level, the
+largest among the layers that touch it; a layer of fewer groups merges neighbouring ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import fx
+
+from splitfx.analysis import Facts
+from splitfx.analysis.axes import Axes, Edge
+from splitfx.analysis.gates import gates
+from splitfx.analysis.partition import families
+from splitfx.analysis.shapes import shape
+from splitfx.carve import Division
+from splitfx.errors import PlanError, UnsupportedError
+from splitfx.graph import layer, module_of, output_node
+from splitfx.notes import Note
+from splitfx.ops import op_name
+from splitfx.splitnet.levels import Asked, Levels, asked_levels
+
+Boundary = Literal["grouped", "full"]
+Gating = Literal["strict", "relaxed"]
+Labels = Mapping[str, np.ndarray]
+WHOLE = -1
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One assignment vector: ``size`` items in ``level`` groups; ``name`` is the first layer that writes it."""
+
+    name: str
+    size: int
+    level: int
+    classes: bool  # its items are the model's classes
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layer in ``level`` groups; ``level`` 1 only lays its output channels in the order of the groups."""
+
+    edge: Edge
+    level: int
+
+
+class Structure:
+    """What a split with these levels looks like on a graph.
+
+    ``vectors`` by name, in the order of the graph; ``splits`` the layers that lose weights; ``producers`` the dense
+    ones that write a vector; ``notes`` which layers stay whole, and why. Raises `PlanError` for more groups than
+    channels, `UnsupportedError` for a model that is no classifier.
+    """
+
+    def __init__(
+        self,
+        known: Facts,
+        levels: Levels = (),
+        depth: int = 0,
+        groups: int = 0,
+        boundary: Boundary = "grouped",
+        gating: Gating = "strict",
+    ) -> None:
+        self.facts, self.axes = known, known.axes
+        self.output = classifier_output(known)
+        self.notes: list[Note] = []
+        asked = asked_levels(known, levels, depth, groups)
+        if gating == "relaxed":
+            asked |= dict.fromkeys(set(asked) & gates(known), 1)
+        if boundary == "full":
+            asked |= self.kept_at_boundaries(asked)
+        touched = [e for e in self.axes.edges if asked[e.node] > 1]
+        self.vector_of = np.full(len(self.axes.channel), WHOLE)  # by label: the number of its vector
+        self.item_of = np.full(len(self.axes.channel), WHOLE)
+        self.whole: dict[int, str] = dict(self.axes.frozen)
+        read = np.unique(self.axes.axis[np.concatenate([a for e in touched for a in (e.ins, e.outs)])])
+        names = np.flatnonzero(np.isin(self.axes.axis, read))
+        self.found = [n for n in families(self.axes, names) if not self.is_whole(n)]
+        self.splits = [Split(e, asked[e.node]) for e in touched if self.divides(e)]
+        self.vectors = self.named_vectors()
+        if not self.splits:
+            why = "; ".join(f"{n.where}: {n.what}" for n in self.notes[:3])
+            raise UnsupportedError(f"none of the layers asked for can be split ({why})")
+        inside = {s.edge.node for s in self.splits}
+        self.producers = [e for e in self.axes.edges if e.node not in inside and self.writes_a_vector(e)]
+
+    # ------------------------------------------------------------ levels
+
+    def kept_at_boundaries(self, asked: Asked) -> Asked:
+        """``boundary="full"``: a conv at the start of a finer split stage keeps the grouping of what it reads."""
+        writers = {axis: max(asked[e.node] for e in edges) for axis, edges in self.axes.writers().items()}
+        found: Asked = {}
+        for e in self.axes.edges:
+            if op_name(e.node).startswith("conv"):
+                before = max(writers.get(int(a), 1) for a in np.unique(self.axes.axis[e.ins]))
+                found[e.node] = min(asked[e.node], before)
+        calls: dict[str, int] = {}
+        for node, level in found.items():  # a shared module is split alike wherever it is called
+            calls[layer(node)] = min(level, calls.get(layer(node), level))
+        return {node: calls[layer(node)] for node in found}
+
+    # ------------------------------------------------------------ vectors
+
+    def is_whole(self, names: np.ndarray) -> bool:
+        return any(int(a) in self.whole for a in np.unique(self.axes.axis[names]))
+
+    def divides(self, edge: Edge) -> bool:
+        """A split layer needs a vector on both sides; a note says where one is missing."""
+        why = ""
+        if edge.computed:
+            why = "its weight is computed by the model"
+        elif self.all_whole(edge.outs):
+            why = self.reason(edge.outs)
+        elif self.all_whole(edge.ins):
+            why = self.reason(edge.ins)
+        if why:
+            self.notes.append(Note(layer(edge.node), f"left undivided: {why}", "declined"))
+        return not why
+
+    def all_whole(self, names: np.ndarray) -> bool:
+        return all(int(a) in self.whole for a in np.unique(self.axes.axis[names]))
+
+    def reason(self, names: np.ndarray) -> str:
+        return next(self.whole[int(a)] for a in np.unique(self.axes.axis[names]) if int(a) in self.whole)
+
+    def named_vectors(self) -> dict[str, Vector]:
+        level = {}
+        for split in self.splits:
+            for axis in np.unique(self.axes.axis[np.concatenate([split.edge.ins, split.edge.outs])]):
+                level[int(axis)] = max(split.level, level.get(int(axis), 1))
+        writers = self.axes.writers()
+        vectors: dict[str, Vector] = {}
+        for names in self.found:
+            own = [int(a) for a in np.unique(self.axes.axis[names])]
+            groups = max(level.get(a, 1) for a in own)
+            if groups == 1:
+                continue
+            units, first, item = np.unique(self.axes.unit[names], return_index=True, return_inverse=True)
+            rank = np.argsort(np.argsort(first))  # items in the order of their first channel
+            self.vector_of[names], self.item_of[names] = len(vectors), rank[item]
+            edges = [e for a in own for e in writers.get(a, [])]
+            wanted = layer(edges[0].node) if edges else f"axis{len(vectors)}"
+            name = wanted if wanted not in vectors else f"{wanted}+{len(vectors)}"
+            self.check_size(name, len(units), groups)
+            classes = bool(set(own) & self.axes.outputs) and len(units) == shape(self.facts.shapes[self.output])[1]
+            vectors[name] = Vector(name, len(units), groups, classes)
+        return vectors
+
+    def check_size(self, name: str, size: int, groups: int) -> None:
+        if size < groups:
+            raise PlanError(f"{name} writes {size} channels (or units of channels), fewer than {groups} groups")
+
+    def writes_a_vector(self, edge: Edge) -> bool:
+        return not edge.computed and bool((self.vector_of[edge.outs] != WHOLE).all())
+
+    @property
+    def classes(self) -> Vector | None:
+        """The vector over the model's classes, where the last layer is split."""
+        return next((v for v in self.vectors.values() if v.classes), None)
+
+    # ------------------------------------------------------------ labels along a layer
+
+    def views(self, names: np.ndarray) -> list[tuple[Vector, np.ndarray, np.ndarray]]:
+        """The vectors along a layer's channels ``names``: each with the places it fills and the items there."""
+        order = list(self.vectors.values())
+        number = self.vector_of[names]
+        return [
+            (order[v], np.flatnonzero(number == v), self.item_of[names[number == v]])
+            for v in np.unique(number)
+            if v != WHOLE
+        ]
+
+    def merged(self, vector: Vector, level: int) -> np.ndarray:
+        """The group at ``level`` of each of the vector's own groups: neighbours are merged, step by step through the
+        levels that the split uses, so that groups are nested."""
+        groups = np.arange(vector.level)
+        used = sorted({s.level for s in self.splits if level < s.level < vector.level}, reverse=True)
+        size = vector.level
+        for fewer in [*used, level]:
+            groups, size = groups * fewer // size, fewer
+        return groups
+
+    def along(self, names: np.ndarray, labels: Labels, level: int | None = None) -> np.ndarray:
+        """The group of every channel in ``names`` at a level (None: each vector's own); `WHOLE` where undivided."""
+        found = np.full(len(names), WHOLE)
+        for vector, places, items in self.views(names):
+            own = labels[vector.name][items]
+            found[places] = own if level is None else self.merged(vector, level)[own]
+        return found
+
+    def division(self, edge: Edge, level: int, labels: Labels) -> Division:
+        """The channels of each group of a layer. Outputs come in the order of the finest groups, so that every
+        coarser group and every finer one is a run of them."""
+        ins, outs = self.along(edge.ins, labels, level), self.along(edge.outs, labels, level)
+        first, last = (np.argsort(self.along(n, labels), kind="stable") for n in (edge.ins, edge.outs))
+        found = Division(
+            tuple(first[(ins[first] == g) | (ins[first] == WHOLE)] for g in range(level)),
+            tuple(last[outs[last] == g] for g in range(level)),
+        )
+        empty = next((g for g in range(level) if not len(found.ins[g]) or not len(found.outs[g])), None)
+        if empty is not None:
+            raise PlanError(f"{layer(edge.node)}: group {empty + 1} of {level} has no channels")
+        return found
+
+    def permuted(self, edge: Edge, labels: Labels) -> Division:
+        """A layer that keeps all its weights and writes its channels in the order of the groups."""
+        order = np.argsort(self.along(edge.outs, labels), kind="stable")
+        ins = np.arange(len(edge.ins))
+        if edge.groups > 1:
+            ins = np.argsort(self.along(edge.ins, labels), kind="stable")
+        return Division((ins,), (order,))
+
+    def divisions(self, labels: Labels) -> dict[fx.Node, Division]:
+        """The division of every split layer."""
+        return {s.edge.node: self.division(s.edge, s.level, labels) for s in self.splits}
+
+
+def classifier_output(known: Facts) -> fx.Node:
+    """The node of the logits [N, C]. Raises `UnsupportedError` for a model with another output."""
+    nodes = output_node(known.graph).all_input_nodes
+    sizes = [shape(known.shapes[n]) if hasattr(known.shapes[n], "shape") else () for n in nodes]
+    if len(nodes) != 1 or len(sizes[0]) != 2:
+        given = ", ".join(str(list(s)) for s in sizes) or "nothing"
+        raise UnsupportedError(f"SplitNet divides classifiers, whose one output is [N, C]; this model returns {given}")
+    return nodes[0]
+
+
+def weight_of(edge: Edge) -> np.ndarray | None:
+    """The weight [out, in, ...] of a layer as it is, or None where the graph computes it."""
+    module = module_of(edge.node)
+    return None if module is None or edge.computed else module.weight.detach().double().cpu().numpy()  # type: ignore[union-attr, operator]
+
+
+def layers_of(splits: Sequence[Split]) -> list[str]:
+    return [layer(s.edge.node) for s in splits]
+
+
+__all__ = ["WHOLE", "Axes", "Boundary", "Gating", "Labels", "Split", "Structure", "Vector", "classifier_output"]

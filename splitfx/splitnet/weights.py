@@ -1,0 +1,265 @@
+"""An assignment from the weights alone: the balanced groups whose blocks keep the most squared weight.
+
+Maximises J = sum over split layers of the kept share of M[o, i] = |W[o, i]|² · E[x_i²], rows divided by their sum where
+a norm follows, over balanced labels of every vector at once (semantics.md section D, "Without training"). Start: one
+spectral embedding of all vectors together, level by level, with balanced k-means; then each vector in turn is assigned
+exactly (a linear sum assignment) while the others hold still, from several starts. The best is kept.
+
+Blocks that were planted come back. Weights without structure keep about 1/G: the result says nothing of accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import eigsh
+from torch import fx, nn
+
+from splitfx.analysis.axes import Edge
+from splitfx.calibrate import run_watched
+from splitfx.fusion import squares
+from splitfx.graph import module_of
+from splitfx.narrow import BatchNorm
+from splitfx.splitnet.assignment import Assignment, class_names, structure
+from splitfx.splitnet.balance import balanced, capacities
+from splitfx.splitnet.levels import Levels
+from splitfx.splitnet.structure import Structure, Vector
+
+Labels = dict[str, np.ndarray]
+STARTS, SWEEPS = 4, 50
+
+
+@dataclass(frozen=True)
+class Link:
+    """The mass [items out, items in] of one layer between two vectors, as shares of one layer's total."""
+
+    mass: np.ndarray
+    source: str
+    target: str
+    level: int
+
+
+def weights(
+    graph: fx.GraphModule,
+    levels: Levels = (),
+    *,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    calibration: Any = None,
+    **options: Any,
+) -> Assignment:
+    """The assignment that keeps the most weight mass. ``calibration``: example inputs [N, C, H, W] that give each input
+    channel its mean square E[x²]; without it all count alike. ``options``: ``depth``, ``groups``, ``boundary``,
+    ``gating``."""
+    found = structure(graph, levels, **options)
+    names = class_names(found, classes) if classes else ()
+    labels = heaviest(found, seed, second_moments(graph, found, calibration) if calibration is not None else None)
+    return Assignment(labels, "weights", levels=levels, classes=names, **options)
+
+
+def squared(edge: Edge) -> np.ndarray:
+    """Squared weights [out, in] of a layer, summed over the kernel."""
+    return squares(module_of(edge.node))
+
+
+def second_moments(graph: fx.GraphModule, found: Structure, inputs: Any) -> dict[fx.Node, np.ndarray]:
+    """E[x²] of every input channel of the split layers, over a batch."""
+    watch = _SquaresOf(graph, {s.edge.node.all_input_nodes[0] for s in found.splits})
+    run_watched(watch, graph, inputs)
+    return {s.edge.node: watch.found[s.edge.node.all_input_nodes[0]] for s in found.splits}
+
+
+class _SquaresOf(fx.Interpreter):
+    """Keeps the mean square per channel of some nodes' values."""
+
+    def __init__(self, graph: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self.wanted, self.found = wanted, {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            dim = 2 if value.dim() == 3 else 1  # tokens have their channels last
+            over = [d for d in range(value.dim()) if d != dim]
+            self.found[n] = value.double().square().mean(over).cpu().numpy()
+        return value
+
+
+def links(found: Structure, moments: dict[fx.Node, np.ndarray] | None) -> list[Link]:
+    result = []
+    for split in found.splits:
+        if split.edge.groups > 1:
+            continue  # its blocks lie whole within the groups, whatever the labels
+        mass = squared(split.edge)
+        if moments is not None:
+            mass = mass * moments[split.edge.node]
+        if _feeds_a_norm(split.edge.node):
+            mass = mass / (mass.sum(1, keepdims=True) + 1e-300)
+        mass = mass / (mass.sum() or 1.0)
+        for target, rows, outs in found.views(split.edge.outs):
+            for source, columns, ins in found.views(split.edge.ins):
+                block = np.zeros((target.size, source.size))
+                np.add.at(block, (outs[:, None], ins[None]), mass[np.ix_(rows, columns)])
+                result.append(Link(block, source.name, target.name, split.level))
+    return result
+
+
+def _feeds_a_norm(node: fx.Node) -> bool:
+    readers = [module_of(n) for n in node.users]
+    return bool(readers) and all(isinstance(m, BatchNorm | nn.GroupNorm) for m in readers)
+
+
+def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray] | None = None) -> Labels:
+    """The labels of the most kept mass that the search finds."""
+    search = _Search(found, links(found, moments))
+    rng = np.random.default_rng(seed)
+    best, most = {}, -1.0
+    for start in range(STARTS):
+        labels = search.spectral(rng) if start < STARTS - 1 else search.random(rng)
+        value = search.ascend(labels)
+        if value > most:
+            best, most = labels, value
+    return best
+
+
+class _Search:
+    def __init__(self, found: Structure, held: list[Link]) -> None:
+        self.found, self.links, self.vectors = found, held, found.vectors
+        self.merge: dict[tuple[str, int], np.ndarray] = {}
+        self.touching: dict[str, list[Link]] = {
+            name: [e for e in held if name in (e.source, e.target)] for name in self.vectors
+        }
+
+    def merged(self, vector: Vector, level: int) -> np.ndarray:
+        key = (vector.name, level)
+        if key not in self.merge:
+            self.merge[key] = self.found.merged(vector, level)
+        return self.merge[key]
+
+    def one_hot(self, name: str, labels: Labels, level: int) -> np.ndarray:
+        return np.eye(level)[self.merged(self.vectors[name], level)[labels[name]]]
+
+    def kept(self, link: Link, labels: Labels) -> float:
+        source, target = (self.one_hot(n, labels, link.level) for n in (link.source, link.target))
+        return float((target * (link.mass @ source)).sum())
+
+    def random(self, rng: np.random.Generator) -> Labels:
+        return {
+            n: rng.permutation(np.repeat(np.arange(v.level), capacities(v.size, v.level)))
+            for n, v in self.vectors.items()
+        }
+
+    # ------------------------------------------------------------ coordinate ascent
+
+    def ascend(self, labels: Labels) -> float:
+        """Improve ``labels`` in place until no vector can be improved alone; returns the kept mass. Monotone."""
+        value = sum(self.kept(e, labels) for e in self.links)
+        for _ in range(SWEEPS):
+            before = value
+            for name in self.vectors:
+                value += self.improve(name, labels)
+            if value - before < 1e-12:
+                break
+        return value
+
+    def improve(self, name: str, labels: Labels) -> float:
+        vector, touching = self.vectors[name], self.touching[name]
+        score = np.zeros((vector.size, vector.level))
+        for e in touching:
+            merge = self.merged(vector, e.level)
+            if e.target == name:
+                score += (e.mass @ self.one_hot(e.source, labels, e.level))[:, merge]
+            if e.source == name:
+                score += (e.mass.T @ self.one_hot(e.target, labels, e.level))[:, merge]
+        old = labels[name]
+        before = sum(self.kept(e, labels) for e in touching)
+        labels[name] = balanced(score)
+        gain = sum(self.kept(e, labels) for e in touching) - before
+        if gain < 0:  # a layer from a vector to itself: its two ends moved at once
+            labels[name] = old
+            return 0.0
+        return gain
+
+    # ------------------------------------------------------------ spectral start
+
+    def spectral(self, rng: np.random.Generator) -> Labels:
+        """Split all vectors together, coarsest level first, each group into its sub-groups."""
+        coarse = {n: np.zeros(v.size, dtype=int) for n, v in self.vectors.items()}  # group so far
+        size = 1
+        for level in sorted({v.level for v in self.vectors.values()} | {e.level for e in self.links}):
+            finer = [v for v in self.vectors.values() if v.level >= level]
+            if not finer:
+                break
+            parent = self.merged(max(finer, key=lambda v: v.level), level)  # finest group -> group at this level
+            above = self.merged(max(finer, key=lambda v: v.level), size) if size > 1 else np.zeros_like(parent)
+            for group in range(size):
+                children = sorted(set(parent[above == group].tolist()))
+                self.divide(coarse, [v.name for v in finer], group, children, level, rng)
+            for v in finer:
+                coarse[v.name] = -1 - coarse[v.name]
+            size = level
+        return coarse
+
+    def divide(
+        self, coarse: Labels, names: list[str], group: int, children: list[int], level: int, rng: np.random.Generator
+    ) -> None:
+        """Give the members of ``group`` one of ``children``; numbers are written as -1 - child until all are."""
+        member = {n: np.flatnonzero(coarse[n] == group) for n in names}
+        start = dict(zip(names, np.cumsum([0] + [len(member[n]) for n in names[:-1]]), strict=True))
+        count = sum(map(len, member.values()))
+        if len(children) == 1:
+            for n in names:
+                coarse[n][member[n]] = -1 - children[0]
+            return
+        near = np.zeros((count, count))
+        for e in self.links:
+            if e.source in member and e.target in member:
+                a = slice(start[e.target], start[e.target] + len(member[e.target]))
+                b = slice(start[e.source], start[e.source] + len(member[e.source]))
+                block = e.mass[np.ix_(member[e.target], member[e.source])]
+                near[a, b] += block
+                near[b, a] += block.T
+        points = embedded(near, len(children), rng)
+        sizes = {n: self.shares(self.vectors[n], level, children) for n in names}
+        spans = {n: slice(start[n], start[n] + len(member[n])) for n in names}
+        for n, own in balanced_kmeans(points, spans, sizes, rng).items():
+            coarse[n][member[n]] = -1 - np.array(children)[own]
+
+    def shares(self, vector: Vector, level: int, children: list[int]) -> np.ndarray:
+        """How many of the vector's items each of these groups takes."""
+        sizes = np.bincount(self.merged(vector, level), capacities(vector.size, vector.level), level)
+        return sizes[children].astype(int)
+
+
+def embedded(near: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndarray:
+    """Points [n, groups - 1] of the normalised affinity's leading eigenvectors, on the unit sphere."""
+    scale = (near.sum(1) + 1e-12) ** -0.5
+    normal = scale[:, None] * near * scale[None]
+    if len(near) > 4 * groups + 20:
+        values, vectors = eigsh(normal, k=groups, which="LA", v0=rng.standard_normal(len(near)))
+    else:
+        values, vectors = np.linalg.eigh(normal)
+    leading = vectors[:, np.argsort(values)[-groups:]] * scale[:, None]
+    points = leading[:, :-1]
+    return points / (np.linalg.norm(points, axis=1, keepdims=True) + 1e-12)
+
+
+def balanced_kmeans(
+    points: np.ndarray, spans: dict[str, slice], sizes: dict[str, np.ndarray], rng: np.random.Generator, rounds: int = 25
+) -> dict[str, np.ndarray]:
+    """k-means in which every vector (a span of the points) fills its groups to given sizes."""
+    groups = len(next(iter(sizes.values())))
+    centres = points[rng.choice(len(points), groups, replace=False)]
+    labels: dict[str, np.ndarray] = {}
+    for _ in range(rounds):
+        found = {n: balanced(points[span] @ centres.T, sizes[n]) for n, span in spans.items()}
+        if labels and all(np.array_equal(found[n], labels[n]) for n in spans):
+            break
+        labels = found
+        flat = np.concatenate([labels[n] for n in spans])
+        centres = np.stack([points[flat == g].mean(0) if (flat == g).any() else centres[g] for g in range(groups)])
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True) + 1e-12
+    return labels
