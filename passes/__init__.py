@@ -4,6 +4,7 @@ from splitfx.passes.drop_identity import DropIdentity
 from splitfx.passes.fold_batchnorm import FoldBatchNorm
 from splitfx.passes.group import Group
 from splitfx.passes.splitnet import SplitNet
+from splitfx.passes.subnetworks import SubNetworks
 from splitfx.passes.tile import Tile
 
-__all__ = ["DropIdentity", "FoldBatchNorm", "Group", "SplitNet", "Tile"]
+__all__ = ["DropIdentity", "FoldBatchNorm", "Group", "SplitNet", "SubNetworks", "Tile"]

@@ -26,6 +26,8 @@ from splitfx.graph import INFO, Staged, TensorSpec, TraceInfo, info, is_canonica
 from splitfx.notes import Note
 from splitfx.raising import Raiser
 from splitfx.schema import mutates
+from splitfx.subnetworks.entry import Entry
+from splitfx.subnetworks.model import dress
 
 
 @torch.library.custom_op("splitfx::leaf", mutates_args=())
@@ -62,7 +64,7 @@ def is_opaque(module: nn.Module) -> bool:
     """A parameterless leaf that acts on ``self.training`` (DropPath, StochasticDepth): one tensor in, one
     out.
     """
-    if isinstance(module, nn.RReLU):
+    if isinstance(module, nn.RReLU | Entry):
         return True
     if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None:
         return False
@@ -143,7 +145,7 @@ def canonicalise(
     if is_canonical(model):
         _carry_over(found, model, result)  # type: ignore[arg-type]
     result.graph.lint()
-    return result
+    return dress(result)
 
 
 def input_specs(inputs: Any) -> tuple[tuple[Any, ...], pytree.TreeSpec]:

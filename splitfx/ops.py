@@ -120,7 +120,7 @@ TABLE: dict[str, Op] = {
     ),
     **_rows("scaled_dot_product_attention", Spatial.UNKNOWN, Channel.CONTRACT, macs=True),
     **_rows("matmul bmm mm addmm baddbmm einsum", Spatial.UNKNOWN, Channel.UNKNOWN, macs=True),
-    **_rows("tiled", Spatial.UNKNOWN, Channel.UNKNOWN),
+    **_rows("tiled entry", Spatial.UNKNOWN, Channel.UNKNOWN),
     **_rows("embedding", Spatial.UNKNOWN, Channel.UNKNOWN),
     **_rows("cumsum topk sort argmax argsort gather index", Spatial.UNKNOWN, Channel.UNKNOWN, per_output=1),
     **_rows(

@@ -20,6 +20,7 @@ from splitfx.errors import PassError, UnsupportedError
 from splitfx.graph import copy_graph, info, take_apart
 from splitfx.plan import Plan
 from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.subnetworks.oracle import require_models
 from splitfx.verify import (
     TOLERANCE,
     cuda_devices,
@@ -169,6 +170,8 @@ def _held_to_promise(
 ) -> float:
     if step.promise is Promise.EQUAL:
         return _equal(step, before, after)
+    if step.promise is Promise.RESHAPE:
+        return require_models(step.name, before, after)
     if reference is None:
         raise PassError(
             f"pass '{step.name}' promises {step.promise.value} and changed the graph, but gave no "

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.raising import FunctionalBatchNorm
+from splitfx.subnetworks.entry import Entry
 from splitfx.tiling.executor import Tiled
 
 LAYERS = {
@@ -82,6 +83,7 @@ FUNCTIONS = {
 }
 TILED = "Tiled"  # a stage with its schedule: a graph within the graph
 TILED_SWITCHES = ("checkpoint",)  # what else a tiled stage is told, yes or no
+ENTRY = "Entry"  # where a sub-model enters: its step-down is a graph within the graph
 _NAMES = {target: name for name, target in FUNCTIONS.items()}
 
 
@@ -160,6 +162,11 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
         switches = {name: bool(getattr(module, name)) for name in TILED_SWITCHES if hasattr(module, name)}
         goal = {} if module.goal is None else {"goal": _value(asdict(module.goal))}
         return {"class": TILED, "options": {"schedule": _value(schedule), **goal, **switches}, **_graph(module.stage)}
+    if kind is Entry:
+        assert isinstance(module, Entry)
+        options = {"number": module.number, "reads": module.reads, "form": module.form, "private": dict(module.private)}
+        norms = {name: _layer(f"{path}.norms.{name}", norm) for name, norm in module.norms.items()}
+        return {"class": ENTRY, "options": options, "norms": norms, **_graph(module.step_down)}
     full = f"{kind.__module__}.{kind.__qualname__}"
     if full in STOCHASTIC:
         return {"class": full, "options": {name: getattr(module, name) for name in STOCHASTIC[full]}}

@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 
 from splitfx.behaviour import Behaviour
 from splitfx.schema import arguments, aten_name, may_share, mutates, written
+from splitfx.subnetworks.entry import Entry
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -251,7 +252,9 @@ class Raiser:
             return None
         if node.target is torch.ops.splitfx.leaf.default:
             path = str(node.args[1])
-            if path not in self.modules:
+            if isinstance(self.users[path], Entry):
+                self.modules[path] = self.owners[path]  # private all the way down, as a stage is
+            elif path not in self.modules:
                 self.modules[path] = copy.copy(self.users[path])
                 for hooks in ("_forward_hooks", "_forward_pre_hooks"):
                     setattr(self.modules[path], hooks, copy.copy(getattr(self.users[path], hooks)))

@@ -23,8 +23,10 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, PlanError
-from splitfx.program import FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, TILED, TILED_SWITCHES, layer_options
+from splitfx.program import ENTRY, FUNCTIONS, LAYERS, NAMESPACES, STOCHASTIC, TILED, TILED_SWITCHES, layer_options
 from splitfx.protocol import Note
+from splitfx.subnetworks.entry import FORMS, Entry
+from splitfx.subnetworks.model import dress
 from splitfx.tiling.executor import Tiled
 from splitfx.tiling.planner import parse_bytes
 from splitfx.tiling.replan import HALF, Goal
@@ -68,16 +70,17 @@ def _build(plain: Mapping[str, Any], values: Values) -> fx.GraphModule:
             raise ExportError(f"the stored program has an alias of something that is no layer or tensor: {path}.")
     graphs.restore_aliases(gm)
     gm._register_deepcopy_hook(graphs.restore_aliases)
-    return gm.eval()
+    return dress(gm.eval())
 
 
 def _graph(plain: Mapping[str, Any], values: Values, name: str) -> fx.GraphModule:
     """Layers and nodes, with the tensors at their places; a tiled stage is a graph within this one."""
     root = nn.Module()
     layers: Mapping[str, Any] = plain["layers"]
-    tiled = tuple(f"{path}." for path, layer in layers.items() if layer["class"] == TILED)
+    tiled = tuple(f"{path}." for path, layer in layers.items() if layer["class"] in _WITHIN)
     for path, layer in sorted(layers.items(), key=lambda item: item[0].count(".")):
-        module = _tiled(path, layer, values) if layer["class"] == TILED else _make_layer(path, layer)
+        make = _WITHIN.get(layer["class"])
+        module = make(path, layer, values) if make is not None else _make_layer(path, layer)
         graphs.set_path(root, _checked_path(path), module)
     for path, (kind, tensor) in values.items():
         if not path.startswith(tiled):
@@ -116,6 +119,28 @@ def _tiled(path: str, layer: Mapping[str, Any], values: Values) -> Tiled:
     for name, value in options.items():
         setattr(found, name, value)
     return found
+
+
+def _entry(path: str, layer: Mapping[str, Any], values: Values) -> Entry:
+    """Where a sub-model enters, with its step-down and the norms that are its own."""
+    options: dict[str, Any] = dict(layer["options"])
+    number, reads, form, private = (options.pop(key) for key in ("number", "reads", "form", "private"))
+    if options or not _count(number, 0) or not _count(reads, 0) or form not in FORMS or not isinstance(private, dict):
+        raise ExportError(f"the stored entry {path} has options that this splitfx does not know.")
+    start = f"{path}.step_down."
+    own = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    found = Entry(_graph(layer, own, "StepDown"), number, reads, form)
+    for where, name in private.items():
+        norm = _make_layer(f"{path}.norms.{name}", layer["norms"][name])
+        found.private[_checked_path(where)] = _identifier(name)
+        found.norms[name] = norm
+        for key, (kind, tensor) in values.items():
+            if key.startswith(f"{path}.norms.{name}."):
+                _install(norm, key.rpartition(".")[2], kind, tensor)
+    return found
+
+
+_WITHIN = {TILED: _tiled, ENTRY: _entry}  # layers that hold a graph of their own
 
 
 def _schedule(path: str, given: Any) -> Schedule:

@@ -26,7 +26,7 @@ from splitfx.graph import layer, module_of
 from splitfx.ops import op_name
 
 # In eval mode these return their operand itself.
-_PASS_THROUGH = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf")
+_PASS_THROUGH = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf", "entry")
 
 
 @dataclass(frozen=True)

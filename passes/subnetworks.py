@@ -1,0 +1,180 @@
+"""SubNetworks: a base model and sub-models that enter it at cuts (Fuengfusin and Tamukoh, *CNSN*).
+
+A sub-model leaves out everything in front of a cut; a step-down convolution takes the image to the sizes and channels
+that the cut has, and all layers behind are those of the base model. The result is the base model; `detach(i)`,
+`forward_all(x)` and `select(...)` give the rest (`splitfx.subnetworks.model`).
+
+Refused: cuts inside a residual block or across a skip, behind the head, twice; budgets that no cut meets.
+Promise RESHAPE: the base model computes what the model did, each sub-model what the model's own layers make of the
+step-down's value, with the model's own tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import fx, nn
+
+from splitfx.analysis import Facts
+from splitfx.analysis.cost import cost
+from splitfx.analysis.shapes import shapes
+from splitfx.editing import free_path, insert_after
+from splitfx.errors import PlanError
+from splitfx.graph import TensorSpec, copy_graph, layer, module_of
+from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.subnetworks.build import make_entry, words
+from splitfx.subnetworks.choose import closest_below, latencies, parse_budget
+from splitfx.subnetworks.entry import Entry, entries
+from splitfx.subnetworks.model import detached, dress
+from splitfx.subnetworks.sites import Site, Sites
+
+_FORM = {"closed": "fits every size", "static": "fits the traced size only", "embedding": "the model's embedding anew"}
+DEFAULT = "0.5x"  # where neither cuts nor budgets are given: one sub-model of at most half the work
+
+
+@dataclass(frozen=True)
+class SubNetworks(Pass):
+    """Add sub-models that share the base model's weights and enter through a step-down convolution (paper B).
+
+    ``cuts``: where they enter: a number of convs that are dropped (the paper's 2 and 7), or the first layer that is
+    kept (``"layer3"``). ``budgets`` instead: shares of the base model such as ``("0.9x", "0.4x")``; each picks the cut
+    closest below. ``of``: what they are shares of: ``"macs"``, ``"latency"`` (measured here, at the traced size) or
+    ``"peak"``. With neither, one sub-model of at most half the MACs. ``statistics``: batch norms of a sub-model use
+    the base model's running statistics (``"shared"``, the paper's) or have their own (``"private"``). ``seed``: of
+    the new weights. Raises `PlanError` with the layers that work where a cut or a budget does not.
+    """
+
+    name: ClassVar[str] = "subnetworks"
+    promise: ClassVar[Promise] = Promise.RESHAPE
+    writes_weights: ClassVar[bool] = False
+
+    cuts: tuple[int | str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    of: Literal["macs", "latency", "peak"] = "macs"
+    statistics: Literal["shared", "private"] = "shared"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuts and self.budgets:
+            raise PlanError("pass 'subnetworks': give cuts or budgets, not both")
+        if self.of != "macs" and self.cuts:
+            raise PlanError(f"pass 'subnetworks': of={self.of!r} goes with budgets, not with cuts")
+        for given, what in ((self.cuts, "cut"), (self.budgets, "budget")):
+            twice = [one for i, one in enumerate(given) if one in given[:i]]
+            if twice:
+                raise PlanError(f"pass 'subnetworks': {what} {twice[0]!r} is given twice")
+        for budget in self.budgets:
+            parse_budget(budget)
+        for cut in self.cuts:
+            if isinstance(cut, int) and cut < 1:
+                raise PlanError(f"pass 'subnetworks': a number is that of the convs dropped, 1 or more; got {cut}")
+
+    def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        sites = Sites(facts)
+        if sites.why and not self.cuts and not self.budgets:
+            return Outcome((Note("model", f"no sub-model: {sites.why}", "declined"),))
+        first = len(entries(graph))
+        chosen = self.chosen(graph, facts, sites)
+        self.once(chosen)
+        before = copy_graph(graph, share=True)
+        made = [make_entry(facts, sites, site, first + i, self.seed) for i, site in enumerate(chosen)]
+        if self.statistics == "private":
+            for site, entry in zip(chosen, made, strict=True):
+                keep_statistics(graph, site.cut, entry)
+        base = facts.cost.macs
+        notes = []
+        for site, entry in zip(chosen, made, strict=True):
+            share = cost_of(facts, site.cut, entry) / base if base else 1.0
+            what = f"sub{entry.number} enters here with {share:.2f}x of the MACs: {words(entry, site.cut)}"
+            notes.append(Note(site.enters, f"{what} ({_FORM[entry.form]})"))
+        for site, entry in zip(chosen, made, strict=True):
+            insert_after(graph, site.cut, free_path(graph, f"sub{entry.number}"), entry)
+        dress(graph)
+        settled = replace(self, cuts=tuple(s.enters for s in chosen), budgets=(), of="macs")
+        by_name = self.cuts and all(isinstance(c, int) or c == s.enters for c, s in zip(self.cuts, chosen, strict=True))
+        return Outcome(tuple(notes), before, None if by_name else settled)
+
+    # ------------------------------------------------------------ which cuts
+
+    def chosen(self, graph: fx.GraphModule, facts: Facts, sites: Sites) -> list[Site]:
+        if self.cuts:
+            return [sites.resolve(word) for word in self.cuts]
+        if sites.why:
+            raise PlanError(f"pass 'subnetworks': no cut meets {self.budgets[0]} of the {self.of}: {sites.why}")
+        base, costs = self.costs(graph, facts, sites.found, sites)
+        names = [site.enters for site in sites.found]
+        if not self.budgets and min(costs) > parse_budget(DEFAULT) * base:
+            return [sites.found[costs.index(min(costs))]]  # the smallest there is
+        picked = [closest_below(one, costs, base, names, self.of) for one in self.budgets or (DEFAULT,)]
+        for i, one in enumerate(picked):
+            if one in picked[:i]:
+                other = self.budgets[picked.index(one)]
+                raise PlanError(
+                    f"pass 'subnetworks': budgets {other} and {self.budgets[i]} both pick the cut at {names[one]!r}; "
+                    "give one of them"
+                )
+        return [sites.found[one] for one in picked]
+
+    def costs(self, graph: fx.GraphModule, facts: Facts, found: list[Site], sites: Sites) -> tuple[float, list[float]]:
+        """What the base model and a sub-model at each site cost."""
+        if self.of == "macs":
+            made = [make_entry(facts, sites, site, 0, self.seed) for site in found]
+            return facts.cost.macs, [float(cost_of(facts, s.cut, e)) for s, e in zip(found, made, strict=True)]
+        trials = [trial(graph, facts, sites, site) for site in found]
+        if self.of == "latency":
+            base, *costs = latencies([copy_graph(graph, share=True), *trials])
+            return base, costs
+        return facts.memory.peak_bytes, [float(Facts(one).memory.peak_bytes) for one in trials]
+
+    def once(self, chosen: list[Site]) -> None:
+        for i, site in enumerate(chosen):
+            earlier = [other.cut for other in chosen[:i]]
+            if site.cut in earlier:
+                both = (self.cuts[earlier.index(site.cut)], self.cuts[i])
+                raise PlanError(
+                    f"pass 'subnetworks': cuts {both[0]!r} and {both[1]!r} are the same: both lie at the output of "
+                    f"{layer(site.cut)}"
+                )
+
+
+def trial(graph: fx.GraphModule, facts: Facts, sites: Sites, site: Site) -> fx.GraphModule:
+    """A sub-model at a site, for measuring."""
+    work = copy_graph(graph, share=True)
+    cut = next(n for n in work.graph.nodes if n.name == site.cut.name)
+    number = len(entries(graph))
+    insert_after(work, cut, free_path(work, f"sub{number}"), make_entry(facts, sites, site, number, 0))
+    work.recompile()
+    return detached(work, number)
+
+
+def cost_of(known: Facts, cut: fx.Node, entry: Entry) -> int:
+    """MACs of what lies behind a cut, and of the step-down."""
+    behind = descendants(known.graph, cut)
+    image = [n for n in known.graph.graph.nodes if n.op == "placeholder"][entry.reads]
+    value = known.shapes[image]
+    spec = TensorSpec(tuple(value.shape), value.dtype, str(value.device))
+    own = cost(entry.step_down, shapes(entry.step_down, (spec,)))
+    return sum(known.cost.rows[n].macs for n in behind) + own.macs
+
+
+def descendants(graph: fx.GraphModule, cut: fx.Node) -> list[fx.Node]:
+    seen, found = {cut}, []
+    for node in graph.graph.nodes:
+        if any(n in seen for n in node.all_input_nodes):
+            seen.add(node)
+            found.append(node)
+    return found
+
+
+def keep_statistics(graph: fx.GraphModule, cut: fx.Node, entry: Entry) -> None:
+    """Give a sub-model running statistics of its own for every norm behind its cut."""
+    for node in descendants(graph, cut):
+        norm = module_of(node)
+        tracks = isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None
+        if tracks and str(node.target) not in entry.private:
+            assert norm is not None
+            shared = {id(p): p for p in norm.parameters()}
+            entry.keep_private(str(node.target), copy.deepcopy(norm, shared))  # type: ignore[arg-type]
