@@ -73,7 +73,8 @@ def transform(given: Namespace, progress: Progress) -> int:
 def finetune(given: Namespace, progress: Progress) -> int:
     from splitfx.train import commands as training
 
-    return _print(given, *training.finetune(given, progress, _saved(given.split, progress)))
+    machine, people = training.finetune(given, progress, _saved(given.split, progress))
+    return _print(given, machine, people) if machine else 0
 
 
 def search(given: Namespace, progress: Progress) -> int:

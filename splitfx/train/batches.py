@@ -109,3 +109,10 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise TrainingError("an item of the data set must be (input, class)")
     return batch[0], batch[1]
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Every tensor in a value on a device."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), value)

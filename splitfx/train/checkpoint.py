@@ -5,20 +5,27 @@ A checkpoint is read with ``weights_only``: it is data, whoever wrote it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx, nn
 
 from splitfx.errors import TrainingError
 from splitfx.files import written_whole
+from splitfx.graph import info, is_canonical
+from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 NAME = "checkpoint.pt"
 METRICS = "metrics.csv"
+ROOM_FIRST = "Make room, then go on with resume=True (--resume)"
 ROOM = 3  # checkpoints that must fit on the disk: the old one, the new one, and some air
 
 State = dict[str, Any]
@@ -30,12 +37,23 @@ class About:
 
     recipe: dict[str, Any]
     model: dict[str, list[int]]  # state_dict key -> shape
+    plan: dict[str, Any]  # what made the split, as far as that is known: shapes do not tell how channels are ordered
     data: dict[str, int]  # samples by split
+    objective: dict[str, Any]  # what is minimised beside the recipe
 
     @staticmethod
-    def of(recipe: Recipe, model: torch.nn.Module, **data: int) -> About:
-        plain = {key: list(one) if isinstance(one, tuple) else one for key, one in asdict(recipe).items()}
-        return About(plain, {key: list(t.shape) for key, t in model.state_dict().items()}, data)
+    def of(recipe: Recipe, model: nn.Module, data: dict[str, int], objective: Objective) -> About:
+        own, teacher, added = objective.loss, objective.teacher, objective.regulariser
+        minimised = {
+            "loss": "cross-entropy" if own is None else "one of the user's",
+            "teacher": digest(teacher[0].state_dict()) if teacher else "none",
+            "regulariser": "none"
+            if added is None
+            else _shapes(added)
+            if isinstance(added, nn.Module)
+            else "a function",
+        }
+        return About(plain(recipe), _shapes(model), _plan(model), data, minimised)
 
     def differs(self, other: dict[str, Any]) -> str:
         """What is different in another one, or ""."""
@@ -44,12 +62,38 @@ class About:
             key = min(k for k in keys if self.model.get(k) != other["model"].get(k))
             shape = lambda found: f"{found}" if found is not None else "missing"  # noqa: E731
             return f"another model: {key} is {shape(other['model'].get(key))} there, {shape(self.model.get(key))} here"
-        for kind in ("recipe", "data"):
+        for kind in ("plan", "recipe", "data", "objective"):
             mine, theirs = getattr(self, kind), other[kind]
-            for key in mine:
-                if mine[key] != theirs.get(key):
-                    return f"another {kind}: {key} is {theirs.get(key)} there, {mine[key]} here"
+            for key in dict.fromkeys([*mine, *theirs]):
+                if mine.get(key) != theirs.get(key):
+                    return f"another {kind}: {key} is {theirs.get(key)} there, {mine.get(key)} here"
         return ""
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    return {key: list(one) if isinstance(one, tuple) else one for key, one in asdict(recipe).items()}
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """A few letters that other weights do not have."""
+    found = hashlib.sha256()
+    for key in sorted(state):
+        values = state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(key.encode() + values.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {key: list(t.shape) for key, t in module.state_dict().items()}
+
+
+def _plan(model: nn.Module) -> dict[str, Any]:
+    if not is_canonical(model):
+        return {}
+    assert isinstance(model, fx.GraphModule)
+    steps = [step for step in info(model).steps if step.changed]
+    options = {f"{i + 1}. {one.name} {key}": value for i, one in enumerate(steps) for key, value in one.options.items()}
+    return json.loads(json.dumps(options))  # as it is read back: a tuple is a list
 
 
 def open_folder(folder: Path, resume: bool, what: str) -> None:
@@ -66,7 +110,7 @@ def open_folder(folder: Path, resume: bool, what: str) -> None:
         raise TrainingError(f"{folder}: cannot be made: {error.strerror or error}") from error
 
 
-def prepare(folder: Path, resume: bool, model: torch.nn.Module) -> None:
+def prepare(folder: Path, resume: bool, model: nn.Module) -> None:
     """Open the folder of a run; refuse a disk without room before any work. Raises `TrainingError`."""
     open_folder(folder, resume, "run")
     for scratch in folder.glob(".*"):  # what a killed process was writing
@@ -75,7 +119,10 @@ def prepare(folder: Path, resume: bool, model: torch.nn.Module) -> None:
     need = ROOM * 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise TrainingError(f"{folder}: {free / 2**20:.0f} MiB are free, a run of this model needs {need / 2**20:.0f}")
+        raise TrainingError(
+            f"{folder}: {free / 2**20:.0f} MiB are free, a run of this model needs {need / 2**20:.0f} MiB; make "
+            "room, or choose a folder on another disk"
+        )
 
 
 def write(folder: Path, about: About, epoch: int, state: State) -> None:
@@ -85,9 +132,31 @@ def write(folder: Path, about: About, epoch: int, state: State) -> None:
         with written_whole(path, overwrite=True, error=TrainingError) as scratch:
             torch.save({"format": FORMAT, "about": asdict(about), "epoch": epoch, **state}, scratch)
     except (TrainingError, RuntimeError) as error:  # torch's writer has its own words for a full disk
-        cause = str(error).splitlines()[0]
         kept = f"the checkpoint of epoch {epoch - 1} is kept" if path.exists() else "there is no checkpoint before it"
-        raise TrainingError(f"the checkpoint of epoch {epoch} cannot be written ({cause}); {kept}") from error
+        raise TrainingError(
+            f"{path}: the checkpoint of epoch {epoch} cannot be written ({_cause(error)}); {kept}. {ROOM_FIRST}"
+        ) from error
+
+
+def write_metrics(folder: Path, table: str, epoch: int) -> None:
+    """Replace the table of epochs. Raises `TrainingError`."""
+    path = folder / METRICS
+    try:
+        write_text(path, table)
+    except TrainingError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({_cause(error)}); the checkpoint of epoch {epoch} is whole. {ROOM_FIRST}"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Why a file could not be written, in the operating system's words where it has some."""
+    known: BaseException | None = error
+    while known is not None:
+        if isinstance(known, OSError) and known.strerror:
+            return known.strerror
+        known = known.__cause__ or known.__context__
+    return f"is the disk full? {str(error).splitlines()[0]}"
 
 
 def read(folder: Path, about: About) -> State | None:

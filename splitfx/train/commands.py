@@ -18,9 +18,10 @@ from splitfx.progress import Progress
 from splitfx.tracing import trace
 from splitfx.train.checkpoint import write_text
 from splitfx.train.data import Data, Shape, load_data
-from splitfx.train.finetune import check
 from splitfx.train.finetune import finetune as finetuned
+from splitfx.train.fit import check
 from splitfx.train.history import Epoch
+from splitfx.train.processes import launched
 from splitfx.train.recipe import Recipe
 from splitfx.train.search import search_factors
 
@@ -28,7 +29,11 @@ SPLIT = "split"  # the result, in the folder of a run
 
 
 def finetune(given: Namespace, progress: Progress, split: fx.GraphModule) -> tuple[str, str]:
-    """``splitfx finetune``: train, and save the split beside the checkpoints."""
+    """``splitfx finetune``: train, and save the split beside the checkpoints. Of several processes the first tells and
+    saves; the others give empty texts."""
+    first = launched()[0] == 0
+    if not first:
+        progress.quiet, progress.moving = True, False
     recipe = Recipe.from_words(given.recipe, given.set)
     if given.weights and not given.teacher:
         raise TrainingError("--weights are those of the teacher: give --teacher too")
@@ -52,6 +57,8 @@ def finetune(given: Namespace, progress: Progress, split: fx.GraphModule) -> tup
         progress=False,
         on_epoch=lambda epoch: progress(_line(epoch, recipe)),
     )
+    if not first:
+        return "", ""
     progress("saving")
     storage.save(split, folder / SPLIT, overwrite=given.resume)
     plain = {"out": str(folder / SPLIT), "history": json.loads(history.to_json())}
@@ -74,17 +81,18 @@ def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...
     folder = Path(given.out)
     result = search_factors(
         dense, train=data.train, val=data.val, recipe=recipe, factors=given.factors, tolerance=given.tolerance,
-        reference=given.reference, options=options, folder=folder, resume=given.resume, study=given.study,
-        max_trials=given.max_trials, max_seconds=given.max_seconds, device=given.device, workers=given.workers,
-        progress=progress,
+        reference=given.reference, options=options, method=given.method, folder=folder, resume=given.resume,
+        study=given.study, max_trials=given.max_trials, max_seconds=given.max_seconds, device=given.device,
+        workers=given.workers, progress=progress,
     )  # fmt: skip
     progress("saving")
     write_text(folder / "result.json", result.to_json())
+    front = given.method == "pareto"
     try:
-        result.plot(folder / "trend.png", overwrite=True)
+        result.plot(folder / ("front.png" if front else "trend.png"), overwrite=True)
     except MissingExtraError as error:
         progress.remark(f"no picture of the trend: {error}")
-    if given.method == "pareto":
+    if front:
         told = f"{result}\n\nthe trained splits are in {folder / 'trials'}"
         return json.dumps({"out": str(folder), "result": json.loads(result.to_json())}, indent=2), told
     storage.save(result.split, folder / SPLIT, overwrite=True)

@@ -8,27 +8,29 @@ the same number of threads.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
-from splitfx.errors import MissingExtraError, TrainingError
+from splitfx.errors import TrainingError
 from splitfx.graph import info, is_canonical
 from splitfx.train import batches, checkpoint
 from splitfx.train.batches import Process
+from splitfx.train.fit import Data, check, first_line, not_empty
 from splitfx.train.history import Epoch, History, Score
 from splitfx.train.objective import Loss, Objective, Regulariser, logits
+from splitfx.train.processes import accelerated
 from splitfx.train.recipe import Recipe
+from splitfx.train.watch import bar, board
 
-Data = Dataset[Any]
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -64,30 +66,52 @@ def finetune(
     run and for a disk that is full; `MissingExtraError` without accelerate.
     """
     recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
-    run = _Run(split, train, val, recipe, Objective(split, recipe, teacher, loss, regulariser), workers, device)
-    with batches.kept_generators(), _as_before(split):
+    if resume and folder is None:
+        raise TrainingError("resume=True needs the folder of the run that is gone on with")
+    objective = Objective(split, recipe, teacher, loss, regulariser)
+    unused = loss is not None or _may_own_more(split)
+    with (
+        accelerated(recipe.mixed_precision, device, unused) as accelerator,
+        batches.kept_generators(),
+        _as_before(split),
+    ):
+        run = _Run(split, train, val, recipe, objective, workers, accelerator)
         return run.history(None if folder is None else Path(folder), resume, progress, on_epoch)
 
 
-def evaluate(model: nn.Module, data: Data, *, batch_size: int = 256, device: str = "auto", workers: int = 0) -> Score:
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+) -> Score:
     """Accuracy in percent and mean cross-entropy of a classifier on a data set, in eval mode; see `finetune`."""
-    run = _Run(model, data, data, Recipe(batch_size=batch_size), Objective(model, Recipe()), workers, device)
-    with _as_before(model):
+    not_empty("given", data)
+    recipe = Recipe(batch_size=batch_size, mixed_precision=mixed_precision)
+    with accelerated(mixed_precision, device, unused=False) as accelerator, _as_before(model):
+        run = _Run(model, data, data, recipe, Objective(model, recipe), workers, accelerator)
         run.place()
-        return run.score(batch_size)
+        return run.score()
 
 
 class _Run:
     """One run, in one of its processes."""
 
     def __init__(
-        self, split: nn.Module, train: Data, val: Data, recipe: Recipe, objective: Objective, workers: int, device: str
+        self,
+        split: nn.Module,
+        train: Data,
+        val: Data,
+        recipe: Recipe,
+        objective: Objective,
+        workers: int,
+        accelerator: Any,
     ) -> None:
-        if device not in ("auto", "cpu"):
-            raise TrainingError(f"device is 'auto' or 'cpu', not {device!r}; CUDA_VISIBLE_DEVICES chooses among GPUs")
         self.split, self.train, self.val, self.recipe, self.workers = split, train, val, recipe, workers
-        self.objective = objective
-        self.accelerator = _accelerator(recipe, device, unused=objective.loss is not None or _may_own_more(split))
+        self.objective, self.accelerator = objective, accelerator
         self.process = Process(self.accelerator.process_index, self.accelerator.num_processes)
         self.best: dict[str, torch.Tensor] = {}
         self.best_epoch = 0
@@ -105,7 +129,7 @@ class _Run:
     def history(self, folder: Path | None, resume: bool, progress: bool, on_epoch: Callable[[Epoch], None]) -> History:
         recipe = self.recipe
         check(self.split, self.train, self.val, own_loss=self.objective.loss is not None)
-        about = checkpoint.About.of(recipe, self.split, train=batches.sized(self.train), val=batches.sized(self.val))
+        about = self.about()
         if folder is not None and self.writes:
             checkpoint.prepare(folder, resume, self.split)
         self.accelerator.wait_for_everyone()
@@ -119,10 +143,15 @@ class _Run:
         if done:
             before = self.first
         else:
-            self.first = before = self.score(recipe.batch_size)
+            self.first = before = self.score()
             self.keep(0)
         stopped = "all epochs done"
-        with _bar(self, progress and self.writes, len(done)) as tick, _board(folder, self.writes, len(done)) as log:
+        own = folder if self.writes else None
+        if done and own is not None:
+            self.write_metrics(own, before, done)  # a process that was killed may not have come to it
+        steps = batches.steps(batches.sized(self.train), recipe.batch_size, self.process)
+        shown = bar(progress and self.writes, steps * recipe.epochs, steps * len(done))
+        with shown as tick, board(own, done) as log:
             for number in range(len(done) + 1, recipe.epochs + 1):
                 if self.idle(before, done):
                     stopped = f"no better accuracy in {recipe.patience} epochs"
@@ -132,8 +161,9 @@ class _Run:
                 if epoch.val.accuracy > self.best_score(before, done[:-1]).accuracy:
                     self.best_epoch = number
                     self.keep(number)
-                if folder is not None and self.writes:
-                    self.write(folder, about, number, optimizer, before, done)
+                if own is not None:
+                    self.write(own, about, number, optimizer, before, done)
+                    self.write_metrics(own, before, done)
                     log(epoch)
                 self.accelerator.wait_for_everyone()
                 on_epoch(epoch)
@@ -174,33 +204,37 @@ class _Run:
         self.agree()
         total = int(self.accelerator.reduce(seen))
         means = {name: self.summed(value) / total for name, value in sums.items()}
-        score = self.score(recipe.batch_size)
+        score = self.score()
+        if not math.isfinite(score.loss):  # of the last step; a checkpoint of such weights would be of no use
+            self.diverged(f"epoch {number}, after its last step", "the validation loss", f"{score.loss:.4g}")
         return Epoch(number, recipe.rate(number), means, score, total, time.perf_counter() - started)
 
     def step(
         self, objective: nn.Module, optimizer: Any, inputs: Any, targets: Any, share: float, where: str
     ) -> dict[str, float]:
         """One step of the optimiser; the losses of this process's samples."""
-        inputs, targets = _to(inputs, self.accelerator.device), _to(targets, self.accelerator.device)
+        inputs, targets = batches.to(inputs, self.accelerator.device), batches.to(targets, self.accelerator.device)
         try:
             total, losses = objective(inputs, targets, share)
         except (IndexError, RuntimeError, ValueError) as error:
-            raise TrainingError(f"{where}: the model or its loss failed: {str(error).splitlines()[0]}") from error
+            raise TrainingError(f"{where}: the model or its loss failed: {first_line(error)}") from error
         # One answer for all processes: a lone one that stops would leave the others waiting.
         bad = self.accelerator.reduce((~torch.isfinite(total)).long())
         if int(bad):
-            self.split.load_state_dict(self.best)
-            parts = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            raise TrainingError(
-                f"{where}: the loss is not finite ({parts}). The split has its weights of epoch {self.best_epoch} "
-                "again; try a lower lr, clip_norm, or warmup_epochs"
-            )
+            self.diverged(where, "the loss", ", ".join(f"{name} {float(v):.4g}" for name, v in losses.items()))
         self.accelerator.backward(total)
         if self.recipe.clip_norm:
             self.accelerator.clip_grad_norm_(objective.parameters(), self.recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         return {name: float(value) for name, value in losses.items()}
+
+    def diverged(self, where: str, what: str, value: str) -> NoReturn:
+        self.split.load_state_dict(self.best)
+        raise TrainingError(
+            f"{where}: {what} is not finite ({value}). The split has its weights of epoch {self.best_epoch} again; "
+            "begin in another folder with a lower lr, with clip_norm or warmup_epochs"
+        )
 
     def train_mode(self) -> None:
         self.split.train()
@@ -221,23 +255,30 @@ class _Run:
         return float(self.accelerator.reduce(value.to(self.accelerator.device)))
 
     @torch.no_grad()
-    def score(self, batch_size: int) -> Score:
-        """On the validation set, every sample once; with a loss of the user's, that one takes cross-entropy's place."""
+    def score(self) -> Score:
+        """Accuracy and cross-entropy of the class scores on the validation set, every sample once, whatever loss is
+        trained with."""
         device = self.accelerator.device
         self.split.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # right, loss, samples
-        for inputs, targets, _, size in batches.once(self.val, batch_size, self.process, self.workers):
-            inputs, targets = _to(inputs, device), _to(targets, device)
-            with self.accelerator.autocast():
-                found = logits(self.split(inputs))
+        for inputs, targets, _, size in batches.once(self.val, self.recipe.batch_size, self.process, self.workers):
+            inputs, targets = batches.to(inputs, device), batches.to(targets, device)
+            try:
+                with self.accelerator.autocast():
+                    found = logits(self.split(inputs))
+                loss = F.cross_entropy(found.double(), targets, reduction="sum")
+            except (IndexError, RuntimeError, ValueError) as error:
+                raise TrainingError(f"validation: the model does not take a batch: {first_line(error)}") from error
             right = (found.argmax(1) == targets).sum()
-            sums += torch.stack(
-                [right.double(), F.cross_entropy(found.double(), targets, reduction="sum"), right.new_tensor(size)]
-            )
+            sums += torch.stack([right.double(), loss, right.new_tensor(size)])
         right, loss, count = self.accelerator.reduce(sums).tolist()
         return Score(100 * right / count, loss / count, int(count))
 
     # ------------------------------------------------------------ what is written
+
+    def about(self) -> checkpoint.About:
+        sizes = {"train": batches.sized(self.train), "val": batches.sized(self.val)}
+        return checkpoint.About.of(self.recipe, self.split, sizes, self.objective)
 
     def write(
         self, folder: Path, about: checkpoint.About, number: int, optimizer: Any, before: Score, done: list[Epoch]
@@ -253,9 +294,9 @@ class _Run:
             "best": {"epoch": self.best_epoch, "model": self.best},
         }
         checkpoint.write(folder, about, number, state)
-        stopped = "running" if number < self.recipe.epochs else "all epochs done"
-        table = History(before, tuple(done), self.best_epoch, stopped).to_csv()
-        checkpoint.write_text(folder / checkpoint.METRICS, table)
+
+    def write_metrics(self, folder: Path, before: Score, done: list[Epoch]) -> None:
+        checkpoint.write_metrics(folder, History(before, tuple(done), self.best_epoch, "").to_csv(), len(done))
 
     def resumed(self, folder: Path, about: checkpoint.About, optimizer: Any) -> list[Epoch]:
         """Take everything from the last checkpoint; the epochs that it holds, none where there is no checkpoint."""
@@ -276,56 +317,6 @@ class _Run:
 _NO_TEACHER = "trained without a teacher: give teacher=the unsplit model, and a few epochs reach more"
 
 
-def check(split: nn.Module, train: Data, val: Data, *, own_loss: bool = False) -> None:
-    """Refuse data that does not fit the model, on its first samples, before any work. Raises `TrainingError`."""
-    for name, data in (("training", train), ("validation", val)):
-        if batches.sized(data) == 0:
-            raise TrainingError(f"the {name} set is empty")
-    for name, data in (("training", train), ("validation", val)):
-        inputs, targets, _, _ = next(batches.once(data, 2, Process(), 0))
-        device = next((p.device for p in split.parameters()), torch.device("cpu"))
-        modes = {m: m.training for m in split.modules()}
-        try:
-            with torch.no_grad():
-                out = split.eval()(_to(inputs, device))
-        except Exception as error:  # whatever a model says to an input of the wrong shape
-            shape = list(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-            wanted = _wanted(split)
-            raise TrainingError(
-                f"the {name} set gives inputs {shape}, which the model does not take{wanted}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if own_loss:
-            return
-        classes = logits(out).shape[1]
-        known = getattr(data, "classes", None)
-        if known is not None and len(known) != classes:
-            raise TrainingError(f"the {name} set has {len(known)} classes, the model's head gives {classes}")
-        if not isinstance(targets, torch.Tensor) or targets.dim() != 1 or targets.dtype != torch.int64:
-            raise TrainingError(f"the {name} set's second item is no class number")
-        highest = _highest(data, targets)
-        if highest >= classes:
-            raise TrainingError(f"the {name} set has class number {highest}, the model's head gives {classes} classes")
-
-
-def _highest(data: Data, first: torch.Tensor) -> int:
-    """The highest class number, of all where the data set lists them, else of its first samples."""
-    listed = getattr(data, "targets", None)
-    known = torch.as_tensor(listed) if listed is not None and len(listed) else first
-    return int(known.max())
-
-
-def _wanted(split: nn.Module) -> str:
-    if not is_canonical(split):
-        return ""
-    assert isinstance(split, fx.GraphModule)
-    shapes = [list(one.shape[1:]) for one in info(split).inputs if hasattr(one, "shape")]
-    return f" (it was traced with {', '.join(map(str, shapes))})"
-
-
 def _lost_connections(split: nn.Module) -> bool:
     """Whether a pass that needs training has changed the graph."""
     if not is_canonical(split):
@@ -339,22 +330,6 @@ def _may_own_more(split: nn.Module) -> bool:
     return not is_canonical(split) or bool(info(split).untouched)  # type: ignore[arg-type]
 
 
-def _accelerator(recipe: Recipe, device: str, unused: bool) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise MissingExtraError(f"accelerate cannot be imported ({error}): pip install 'splitfx[train]'") from None
-    try:
-        return Accelerator(
-            cpu=device == "cpu",
-            mixed_precision=recipe.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-        )
-    except ValueError as error:
-        raise TrainingError(f"this process trains with other settings already: {error}") from error
-
-
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Modes and place of a model are the user's."""
@@ -366,47 +341,3 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         model.to(place)
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _bar(run: _Run, shown: bool, done: int) -> Iterator[Callable[[str], None]]:
-    from tqdm import tqdm
-
-    count = batches.steps(batches.sized(run.train), run.recipe.batch_size, run.process)
-    total = count * run.recipe.epochs
-    with tqdm(total=total, initial=done * count, unit="step", disable=None if shown else True, leave=False) as bar:
-
-        def tick(text: str) -> None:
-            bar.set_description_str(text, refresh=False)
-            bar.update()
-
-        yield tick
-
-
-@contextmanager
-def _board(folder: Path | None, writes: bool, done: int) -> Iterator[Callable[[Epoch], None]]:
-    """TensorBoard's events beside the other files, where it is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        yield lambda epoch: None
-        return
-    if folder is None or not writes:
-        yield lambda epoch: None
-        return
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1) as writer:
-
-        def log(one: Epoch) -> None:
-            figures = {"rate": one.rate, "val/loss": one.val.loss, "val/accuracy": one.val.accuracy}
-            figures |= {f"train/{name}": value for name, value in one.losses.items()}
-            for name, value in figures.items():
-                writer.add_scalar(name, value, one.epoch)
-            writer.flush()
-
-        yield log
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), value)

@@ -8,8 +8,10 @@ that saves most work for the weight it loses.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +24,12 @@ from splitfx.report.table import number, size, table
 from splitfx.train.inherit import extended
 from splitfx.train.picture import chart
 from splitfx.train.preview import preview
-from splitfx.train.space import Limit, Space, Tuner, figures, key_of
+from splitfx.train.space import POLL_SECONDS, Limit, Space, Tuner, figures, key_of
 from splitfx.train.trend import Figures
-from splitfx.train.trials import RUN, Trials
+from splitfx.train.trials import RUN, Found, Trials
 
-AGAIN = 50  # proposals in a row that are known already: there is nothing left to find
+ASKED = 10  # proposals of the sampler's that are known already before another plan is drawn
+DRAWN = 100_000  # plans among which that one is
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, MACs, peak
 
 
@@ -94,29 +97,45 @@ class Pareto:
     ) -> None:
         self.space, self.tuner, self.trials, self.limit = space, tuner, trials, limit
         self.verify, self.progress = verify, progress
+        self.unreal: set[tuple[int, ...]] = set()  # plans that are another one, see `Space.real`
 
     def run(self) -> SearchFront:
-        known = 0
         first = self.ranked()
-        while not self.limit.reached and known < AGAIN:
+        while not self.limit.reached:
             factors = self.proposed(first)
-            known = 0 if self.trial(factors) else known + 1
-        tried = [self.candidate(key) for key in self.trials.all()]
+            if factors is None:
+                break  # there is nothing left to try
+            if not self.trial(factors):
+                time.sleep(POLL_SECONDS)  # another worker is at it
+        tried = [self.candidate(found) for found in self.trials.all().values()]
         best = [one for one in tried if not any(other.beats(one) for other in tried)]
         order = lambda one: (one.figures.macs, one.factors)  # noqa: E731
         return SearchFront(
             tuple(sorted(tried, key=order)), tuple(sorted(best, key=order)), lambda f: self.trials.split(key_of(f))
         )
 
-    def proposed(self, first: list[tuple[int, ...]]) -> tuple[int, ...]:
+    def proposed(self, first: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """A plan that is not known yet; None where all are."""
         done = self.trials.all()
-        for factors in first:
-            if key_of(factors) not in done:
-                first.remove(factors)
+        while first:
+            if key_of(factors := self.space.real(first.pop(0))) not in done:
                 return factors
-        asked = self.trials.study.ask(self.trials.distributions(len(self.space.names())))
-        self.trials.study.tell(asked, state=_failed())  # what is found is a line of its own: see `Trials.finish`
-        return tuple(asked.params.values())
+        for _ in range(ASKED):
+            asked = self.trials.study.ask(self.trials.distributions())
+            self.trials.study.tell(asked, state=_failed())  # what is found is a line of its own: see `Trials.finish`
+            if key_of(factors := self.space.real(tuple(asked.params.values()))) not in done:
+                return factors
+        rest = [
+            plan
+            for plan in itertools.islice(itertools.product(*self.trials.choices), DRAWN)
+            if key_of(plan) not in done and plan not in self.unreal
+        ]
+        random.Random(len(done)).shuffle(rest)
+        for plan in rest:
+            if key_of(factors := self.space.real(plan)) not in done:
+                return factors
+            self.unreal.add(plan)
+        return None
 
     def trial(self, factors: tuple[int, ...]) -> bool:
         """Tune and score a plan; False where it is known, or another worker is at it."""
@@ -135,9 +154,9 @@ class Pareto:
             self.progress(f"factors {', '.join(map(str, factors))}: accuracy {accuracy:.2f} %")
         return True
 
-    def candidate(self, key: str) -> Candidate:
-        split = self.trials.split(key)
-        return Candidate(tuple(map(int, key.split("-"))), self.trials.all()[key].accuracy, figures(split))
+    def candidate(self, found: Found) -> Candidate:
+        factors = tuple(map(int, found.key.split("-")))
+        return Candidate(factors, found.accuracy, figures(self.trials.split(found.key)))
 
     def ranked(self) -> list[tuple[int, ...]]:
         """Plans from the unsplit model on, each one step further: the one that saves most work for the weight lost."""
@@ -145,10 +164,10 @@ class Pareto:
         whole = figures(self.space.dense).macs
         at = lambda block, factor: rows[block, factor] if factor > 1 else (whole, 1.0)  # noqa: E731
         found = [(1,) * len(self.space.names())]
-        choices = (1, *self.space.factors)
         while True:
             steps = []
             for index, factor in enumerate(found[-1]):
+                choices = self.trials.choices[index]
                 if factor == choices[-1]:
                     continue
                 further = choices[choices.index(factor) + 1]

@@ -15,8 +15,8 @@ from splitfx.train.trend import Figures
 
 @dataclass(frozen=True)
 class Preview:
-    """What a search may try: per block and factor (the others 1) the figures, and the share of the convs' squared
-    weight that is kept. ``most`` is the largest number of trials."""
+    """What a search may try: per block and factor that divides it (the others 1) the figures, and the share of the
+    convs' squared weight that is kept. ``most`` is the largest number of trials."""
 
     rows: tuple[tuple[int, str, int, Figures, float], ...]
     before: Figures
@@ -41,11 +41,11 @@ def preview(space: Space) -> Preview:
     """The trials of a search with their figures, without training."""
     names = space.names()
     rows = []
-    for index, name in enumerate(names):
-        for factor in space.factors:
+    for index, (name, able) in enumerate(zip(names, space.choices(), strict=True)):
+        for factor in able:
             split = transform(space.dense, Plan([space.step(changed((1,) * len(names), index, factor))]), verify=False)
             rows.append((index + 1, name, factor, figures(split), kept_weight(space.dense, split)))
-    return Preview(tuple(rows), figures(space.dense), len(names) * len(space.factors))
+    return Preview(tuple(rows), figures(space.dense), len(rows))
 
 
 def _words(one: Figures) -> list[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,19 +23,19 @@ from splitfx.errors import PlanError
 from splitfx.graph import copy_graph, is_canonical
 from splitfx.tracing import trace
 from splitfx.train import checkpoint
-from splitfx.train.finetune import Data
+from splitfx.train.fit import Data
 from splitfx.train.front import DIRECTIONS, Pareto
 from splitfx.train.inherit import extended
 from splitfx.train.preview import preview
+from splitfx.train.processes import launched
 from splitfx.train.recipe import Recipe
-from splitfx.train.space import Evaluate, Limit, Space, Tuner, changed, figures, key_of
+from splitfx.train.space import POLL_SECONDS, Evaluate, Limit, Space, Tuner, changed, figures, key_of
 from splitfx.train.trend import Line, SearchResult
 from splitfx.train.trials import RUN, Trials
 
 FACTORS = (2, 4, 6, 8)
 ORIGINAL = "original"
 DIGITS = 6  # of an accuracy in percent: 93.57 - 93.06 is 0.51
-POLL_SECONDS = 0.5
 
 
 def search_factors(
@@ -91,15 +92,26 @@ def search_factors(
     chosen = _factors(factors)
     if dry_run:
         return preview(Space(_dense(model, example_inputs), dict(options or {}), chosen))
+    if folder is None and (resume or study):
+        raise PlanError("a search that goes on, or whose study is in a database, needs a folder: it holds the weights")
+    if launched()[1] > 1:
+        raise PlanError(
+            "a search is not run by torchrun: start it several times on one folder with resume=True (--resume), each "
+            "with a GPU of its own (CUDA_VISIBLE_DEVICES), and they share the trials"
+        )
     tuner = Tuner(model, evaluate, tune, train, val, recipe, device, workers)
     space = Space(_dense(model, example_inputs), dict(options or {}), chosen)
     about = {"method": method, **space.about(), **tuner.about()}
     limit = Limit(max_trials, max_seconds)
-    with _folder(folder, resume) as place:
+    with ExitStack() as held:
+        place = _folder(folder, resume, held)
         if method == "pareto":
-            trials = Trials(place, about, (1, *chosen), DIRECTIONS, study, seed=tuner.recipe.seed)
-            return Pareto(space, tuner, trials, limit, verify, progress).run()
-        trials = Trials(place, about, (1, *chosen), url=study)
+            choices = [(1, *able) for able in space.choices()]
+            trials = Trials(place, about, choices, DIRECTIONS, study, seed=tuner.recipe.seed)
+            front = Pareto(space, tuner, trials, limit, verify, progress).run()
+            weakref.finalize(front, held.pop_all().close)  # it reads its splits when they are asked for
+            return front
+        trials = Trials(place, about, [(1, *chosen)] * len(space.names()), url=study)
         return _Greedy(space, tuner, trials, limit, tolerance, reference, verify, progress).run()
 
 
@@ -158,13 +170,12 @@ class _Greedy:
 
     def block(self, index: int, accepted: tuple[int, ...], bound: float) -> tuple[dict[int, float], int | None]:
         """What each factor gave, and which is selected: None where a limit was reached first."""
-        if self.space.cost(changed(accepted, index, self.space.factors[0])) == self.space.cost(accepted):
-            return {}, 1  # nothing in this block can be divided
+        factors = self.space.dividing(index, accepted)
         while True:
             known = self.trials.all()
             found: dict[int, float] = {}
             selected = 1
-            for factor in self.space.factors:
+            for factor in factors:
                 trial = known.get(key_of(changed(accepted, index, factor)))
                 if trial is None:
                     break
@@ -176,13 +187,12 @@ class _Greedy:
                 return found, selected
             if self.limit.reached:
                 return found, None
-            if not self.one(index, accepted, known):
+            if not self.one([changed(accepted, index, f) for f in factors], accepted, known):
                 time.sleep(POLL_SECONDS)  # others are at what is left of this block
 
-    def one(self, index: int, accepted: tuple[int, ...], known: dict[str, Any]) -> bool:
-        """Try the smallest factor of a block that nobody else is at; False where there is none."""
-        for factor in self.space.factors:
-            trial = changed(accepted, index, factor)
+    def one(self, trials: list[tuple[int, ...]], accepted: tuple[int, ...], known: dict[str, Any]) -> bool:
+        """Do the first of a block's trials that nobody else is at; False where there is none."""
+        for trial in trials:
             if key_of(trial) in known:
                 continue
             with self.trials.claimed(key_of(trial)) as mine:
@@ -221,12 +231,9 @@ def _factors(factors: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-@contextmanager
-def _folder(folder: str | Path | None, resume: bool) -> Iterator[Path]:
-    """Where the trials are; without a folder, somewhere until the search is over."""
+def _folder(folder: str | Path | None, resume: bool, held: ExitStack) -> Path:
+    """Where the trials are; without a folder, somewhere while the result is ``held``."""
     if folder is None:
-        with tempfile.TemporaryDirectory() as place:
-            yield Path(place)
-        return
+        return Path(held.enter_context(tempfile.TemporaryDirectory(prefix="splitfx-")))
     checkpoint.open_folder(Path(folder), resume, "search")
-    yield Path(folder)
+    return Path(folder)

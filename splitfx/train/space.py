@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ from splitfx.plan import Plan
 from splitfx.protocol import Pass
 from splitfx.train import checkpoint
 from splitfx.train.batches import sized
-from splitfx.train.finetune import Data, finetune
 from splitfx.train.finetune import evaluate as scored
+from splitfx.train.finetune import finetune
+from splitfx.train.fit import Data
 from splitfx.train.recipe import Recipe
 from splitfx.train.trend import Figures
 
+POLL_SECONDS = 0.5  # between looks at what other workers do
 Evaluate = Callable[[fx.GraphModule], float]
 
 
@@ -37,6 +37,7 @@ class Space:
     dense: fx.GraphModule
     options: dict[str, Any]
     factors: tuple[int, ...]
+    costs: dict[tuple[int, ...], Figures] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.names():
@@ -60,17 +61,42 @@ class Space:
 
     def cost(self, factors: Sequence[int]) -> Figures:
         """What the graph costs when it is split so."""
-        return figures(transform(self.dense, Plan([self.step(factors)]), verify=False))
+        key = tuple(factors)
+        if key not in self.costs:
+            self.costs[key] = figures(transform(self.dense, Plan([self.step(key)]), verify=False))
+        return self.costs[key]
+
+    def dividing(self, index: int, others: tuple[int, ...]) -> tuple[int, ...]:
+        """The factors that divide a block beside those of the other blocks; one above what its channels allow would
+        leave it whole, and so would any where a single layer reads what nothing divides."""
+        before = self.cost(changed(others, index, 1))
+        return tuple(f for f in self.factors if self.cost(changed(others, index, f)) != before)
+
+    def choices(self) -> list[tuple[int, ...]]:
+        """For each block, the factors that divide it when the others are whole, or when they are divided."""
+        count = len(self.names())
+        found = []
+        for index in range(count):
+            able = {f for others in (1, self.factors[0]) for f in self.dividing(index, (others,) * count)}
+            found.append(tuple(sorted(able)))
+        return found
+
+    def real(self, factors: tuple[int, ...]) -> tuple[int, ...]:
+        """The same plan with factor 1 for each block that it leaves whole."""
+        for index, factor in enumerate(factors):
+            less = changed(factors, index, 1)
+            if factor > 1 and self.cost(less) == self.cost(factors):
+                factors = less
+        return factors
 
     def about(self) -> dict[str, Any]:
         """What a study of this space is for, as plain data; weights by a digest."""
-        digest = hashlib.sha256()
         state = self.dense.state_dict()
-        for key in sorted(state):
-            digest.update(key.encode() + state[key].detach().cpu().contiguous().numpy().tobytes())
         shapes = {key: list(t.shape) for key, t in state.items()}
         options = {key: list(v) if isinstance(v, tuple) else v for key, v in self.options.items()}
-        return {"model": shapes, "weights": digest.hexdigest()[:16], "options": options}
+        return {
+            "model": shapes, "weights": checkpoint.digest(state), "options": options, "factors": list(self.factors),
+        }  # fmt: skip
 
 
 class Tuner:
@@ -102,14 +128,14 @@ class Tuner:
         assert self.train is not None
         assert self.val is not None
         samples = {"train": sized(self.train), "val": sized(self.val)}
-        found = dataclasses.asdict(checkpoint.About.of(self.recipe, nn.Module(), **samples))
-        return {"recipe": found["recipe"], "data": found["data"]}
+        return {"recipe": checkpoint.plain(self.recipe), "data": samples}
 
     def score(self, split: fx.GraphModule) -> float:
         if self.evaluate is not None:
             return _percent(self.evaluate(split))
         assert self.val is not None
-        return scored(split, self.val, device=self.device, workers=self.workers).accuracy
+        more: Any = {"device": self.device, "workers": self.workers, "mixed_precision": self.recipe.mixed_precision}
+        return scored(split, self.val, batch_size=self.recipe.batch_size, **more).accuracy
 
     def tuned(self, split: fx.GraphModule, folder: Path) -> float:
         """Train in place; the accuracy it ends with."""

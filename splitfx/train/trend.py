@@ -52,7 +52,7 @@ class SearchResult:
 
     @property
     def selected(self) -> tuple[int, ...]:
-        """The factor of each block, 1 where none was accepted or none was tried."""
+        """The factor of each block that was looked at, 1 where none was accepted or the search ended in it."""
         return tuple(line.selected or 1 for line in self.lines)
 
     def trend(self) -> str:
@@ -106,7 +106,8 @@ class SearchResult:
                 if line.selected:
                     color = drawn[0].get_color()
                     axes.plot([line.selected], [line.accuracy[line.selected]], "o", ms=11, mfc="none", color=color)
-            bound = self.original - self.tolerance
-            axes.axhline(bound, color="0.5", ls="--", lw=1)
-            axes.annotate("original − tolerance", (1, bound), (2, 3), textcoords="offset points", color="0.4")
+            if self.reference == "original":  # a bound that moves from block to block is no line
+                bound = self.original - self.tolerance
+                axes.axhline(bound, color="0.5", ls="--", lw=1)
+                axes.annotate("original − tolerance", (1, bound), (2, 3), textcoords="offset points", color="0.4")
             axes.set(xticks=(1, *self.factors))
