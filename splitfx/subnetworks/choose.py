@@ -92,7 +92,7 @@ def select(
             limits[name] = float(parse_bytes(value)) if isinstance(value, str) else float(value)
     if not limits:
         raise UnsupportedError("select needs a limit: max_macs, max_latency (seconds) or max_peak (bytes or '8 MiB')")
-    found = _remembered(split, "seconds" in limits)
+    found = remembered(split, "seconds" in limits)
     fits = [m for m in found if all(getattr(m, name) <= limit for name, limit in limits.items())]
     if not fits:
         least = "; ".join(_least(found, name, limit) for name, limit in limits.items())
@@ -101,7 +101,7 @@ def select(
     return split.base() if best.number < 0 else split.detach(best.number)
 
 
-def _remembered(split: SubNetworksGraph, timed: bool) -> Figures:
+def remembered(split: SubNetworksGraph, timed: bool) -> Figures:
     """Figures are kept with the graph until its code changes."""
     kept = vars(split).get(_KEPT)
     if kept is None or kept.code is not split._code or (timed and kept.figures[0].seconds is None):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,9 @@ from splitfx.errors import UnsupportedError
 from splitfx.graph import INFO, attribute, info, resolve, restore_aliases, set_path
 from splitfx.schema import mutates
 from splitfx.subnetworks.entry import Entry, entries
+
+if TYPE_CHECKING:
+    from splitfx.subnetworks.choose import Figures
 
 
 class SubNetworksGraph(fx.GraphModule):
@@ -56,11 +59,12 @@ class SubNetworksGraph(fx.GraphModule):
         """``base``, ``sub0``, ``sub1`` …, in the order of `forward_all`."""
         return ("base", *(f"sub{number}" for number in range(len(entries(self)))))
 
-    def models(self, runs: int = 0) -> tuple[Any, ...]:
-        """MACs, operations, parameters, peak and, with ``runs`` timed calls, seconds of every model, the base first."""
-        from splitfx.subnetworks.choose import figures
+    def figures(self, runs: int = 0) -> Figures:
+        """MACs, operations, parameters, peak and, with ``runs`` timed calls, median seconds of every model at the
+        traced size, the base model's first; ``str()`` is a table. Counted once, measured anew at every call."""
+        from splitfx.subnetworks.choose import figures, remembered
 
-        return figures(self, runs)
+        return figures(self, runs) if runs else remembered(self, timed=False)
 
     def select(
         self, max_macs: float | None = None, max_latency: float | None = None, max_peak: float | str | None = None

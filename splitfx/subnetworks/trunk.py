@@ -99,6 +99,8 @@ class _Follower:
             return before if self.rank - 1 not in before.dims else None
         if name in _REPEATS_SIZE:
             return before
+        if name in ("slice", "narrow", "roll", "flip") and not self.same_size(node, before):
+            return Spread(before.dims, None)
         return before if name in _ALONG_CHANNELS and self.same_size(node, before) else None
 
     def windowed(self, node: fx.Node) -> Spread | None:

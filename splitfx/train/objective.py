@@ -26,7 +26,8 @@ class Objective(nn.Module):
     """Maps a batch to what is minimised: the sum of its losses and penalties.
 
     ``loss(split, inputs, targets)`` is a mean over the batch, a scalar or several by name; by default cross-entropy of
-    the logits [N, C] with class numbers [N], with the recipe's label smoothing, and with a teacher its share of
+    the logits [N, C] with class numbers [N], with the recipe's label smoothing, summed over a base model and its
+    sub-models where there are any, and with a teacher its share of
 
         temperature² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature))
 
@@ -59,19 +60,34 @@ class Objective(nn.Module):
         return total.sum(), {name: one.detach() for name, one in (losses | penalties).items()}
 
     def classification(self, split: nn.Module, inputs: Any, targets: Any) -> Losses:
-        found = logits(split(inputs))
+        """Of one model, or of a base model and its sub-models, each as if it were alone (see `MultiModelLoss`)."""
+        several = getattr(split, "forward_all", None)
+        if several is None:
+            return self.of_one(split(inputs), inputs, targets)
+        outputs = several(inputs)
+        wanted = self.wanted(inputs)
+        parts = [self.of_one(out, inputs, targets, wanted) for out in outputs]
+        return {
+            model if name == "loss" else f"{model} {name}": value
+            for model, part in zip(model_names(len(outputs)), parts, strict=True)
+            for name, value in part.items()
+        }
+
+    def of_one(self, output: Any, inputs: Any, targets: Any, wanted: torch.Tensor | None = None) -> Losses:
+        found = logits(output)
         entropy = F.cross_entropy(found, targets, label_smoothing=self.recipe.label_smoothing)
         part = self.distillation
         if not part:
             return {"loss": entropy}
-        with torch.no_grad():
-            wanted = logits(self.teacher[0](inputs))
-        t = self.recipe.temperature
-        follow = F.kl_div(
-            (found / t).log_softmax(1), (wanted.to(found.dtype) / t).log_softmax(1), log_target=True,
-            reduction="batchmean",
-        )  # fmt: skip
-        return {"loss": (1 - part) * entropy, "distillation": part * t**2 * follow}
+        wanted = self.wanted(inputs) if wanted is None else wanted
+        assert wanted is not None
+        follow = follows(found, wanted, self.recipe.temperature)
+        return {"loss": (1 - part) * entropy, "distillation": part * follow}
+
+    @torch.no_grad()
+    def wanted(self, inputs: Any) -> torch.Tensor | None:
+        """What the teacher says; None where nothing follows one."""
+        return logits(self.teacher[0](inputs)) if self.distillation else None
 
     @property
     def distillation(self) -> float:
@@ -102,6 +118,18 @@ def named(name: str, value: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def follows(found: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+    """temperature² · KL(softmax(wanted / temperature) ‖ softmax(found / temperature)), a mean over the batch."""
+    t = temperature
+    ours, theirs = (found / t).log_softmax(1), (wanted.to(found.dtype) / t).log_softmax(1)
+    return t**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def model_names(count: int) -> list[str]:
+    """``base``, ``sub0``, ``sub1`` …"""
+    return ["base", *(f"sub{i}" for i in range(count - 1))]
+
+
 def logits(output: Any) -> torch.Tensor:
     """The class scores in a model's output. Raises `TrainingError` where there are none, or several."""
     if isinstance(output, torch.Tensor):
@@ -112,25 +140,3 @@ def logits(output: Any) -> torch.Tensor:
         f"the model's output is {type(output).__name__}, not one tensor of class scores [N, C]: give a loss of your "
         "own, loss(split, inputs, targets)"
     )
-
-
-class MultiModelLoss:
-    """One loss over a base model and its sub-models: l = l_base + Σ l_n, unweighted (Fuengfusin and Tamukoh, eq. 1).
-
-    For a graph whose ``forward_all(x)`` gives the logits of every model, the base model's first. ``weights``: one
-    factor per model.
-    """
-
-    def __init__(self, weights: tuple[float, ...] | None = None, label_smoothing: float = 0.0) -> None:
-        self.weights, self.label_smoothing = weights, label_smoothing
-
-    def __call__(self, split: nn.Module, inputs: Any, targets: Any) -> Losses:
-        outputs = split.forward_all(inputs)  # type: ignore[operator]
-        weights = self.weights or (1.0,) * len(outputs)
-        if len(weights) != len(outputs):
-            raise TrainingError(f"{len(weights)} weights for {len(outputs)} models: give one per model, the base first")
-        names = ["base", *(f"sub{i}" for i in range(len(outputs) - 1))]
-        return {
-            name: weight * F.cross_entropy(logits(out), targets, label_smoothing=self.label_smoothing)
-            for name, weight, out in zip(names, weights, outputs, strict=True)
-        }

@@ -14,10 +14,12 @@ from torch.utils.data import TensorDataset
 
 import splitfx
 from splitfx.errors import TrainingError
+from splitfx.passes import Group
 from splitfx.train import checkpoint
 from splitfx.train.data import Images, planted
 from splitfx.train.finetune import evaluate, finetune
-from splitfx.train.objective import MultiModelLoss, Objective
+from splitfx.train.multi_model import MultiModelLoss
+from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
 from tests.train.networks import data, network, split_network
 
@@ -311,3 +313,120 @@ def test_other_refusals() -> None:
     with pytest.raises(TrainingError, match="is a tensor of shape .32., not a scalar"):
         finetune(network(), made.train, made.val, QUICK, loss=vector, progress=False)
     assert issubclass(TrainingError, splitfx.SplitfxError)
+
+
+class Bad(torch.utils.data.Dataset[Any]):
+    """A training set whose sample ``number`` cannot be read."""
+
+    def __init__(self, data: Any, number: int) -> None:
+        self.data, self.number, self.classes = data, number, data.classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.number:
+            raise TrainingError("picture.png cannot be read as an image")
+        return self.data[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named_in_one_line(workers: int) -> None:
+    """Also when another process reads it."""
+    made = data(100)
+    with pytest.raises(TrainingError) as caught:
+        finetune(split_network(), Bad(made.train, 7), made.val, QUICK, workers=workers, progress=False)
+    assert str(caught.value) == "picture.png cannot be read as an image"
+
+
+def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_not_kept(tmp_path: Path) -> None:
+    """The loss of the step was finite; what the step made of the weights shows on the validation set."""
+    made, split = data(), split_network()
+    last = -(-len(made.train) // 32) * 2  # type: ignore[arg-type]
+    seen = []
+
+    class Last(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return grad * float("inf")
+
+    def late(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        found = nn.functional.cross_entropy(model(x), y)
+        return Last.apply(found) if len(seen) == last else found  # type: ignore[no-any-return]
+
+    with pytest.raises(TrainingError, match="epoch 2, after its last step: the validation loss is not finite"):
+        finetune(split, made.train, made.val, QUICK, loss=late, folder=tmp_path, progress=False)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 1
+    assert same(weights(split), kept["best"]["model"])
+    assert all(torch.isfinite(t).all() for t in kept["model"].values())
+
+
+def test_a_run_is_gone_on_with_by_what_it_was_made_for(tmp_path: Path) -> None:
+    """Shapes alone do not tell: another order of channels, teacher, loss or regulariser is another run."""
+    made, model = data(), network()
+    example = torch.zeros(1, 1, 12, 12)
+
+    def run(order: str = "given", **more: Any) -> None:
+        split = splitfx.transform(model, Group(factors=(2, 1), lowering="branches", order=order), example)  # type: ignore[arg-type]
+        given = {"teacher": model, **more}
+        finetune(split, made.train, made.val, Recipe(epochs=1), folder=tmp_path, resume=True, progress=False, **given)
+
+    run()
+    run()
+    other = network()
+    nn.init.zeros_(other[0].bias)  # type: ignore[index, arg-type]
+    entropy = lambda split, x, y: nn.functional.cross_entropy(split(x), y)  # noqa: E731
+    with pytest.raises(TrainingError, match=r"of another plan: 1. group order is None there, mass here"):
+        run("mass")
+    for more, message in (
+        ({"teacher": other}, "another objective: teacher is"),
+        ({"teacher": None}, "another objective: teacher is .* there, none here"),
+        ({"loss": entropy}, "another objective: loss is cross-entropy there, one of the user's here"),
+        ({"regulariser": lambda: torch.zeros(())}, "another objective: regulariser is none there, a function here"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            run(**more)  # type: ignore[arg-type]
+
+
+def test_metrics_that_a_killed_run_did_not_come_to_are_written(tmp_path: Path) -> None:
+    made = data()
+    run = lambda: finetune(  # noqa: E731
+        split_network(), made.train, made.val, QUICK, folder=tmp_path, resume=True, progress=False
+    )
+    whole = run().to_csv()
+    (tmp_path / "metrics.csv").unlink()
+    run()
+    assert (tmp_path / "metrics.csv").read_text() == whole
+
+
+def test_an_own_loss_does_not_excuse_the_validation_set() -> None:
+    """Targets to train on may be of any kind then; accuracy is counted by classes always."""
+    made = data()
+    soft = TensorDataset(made.train.images, nn.functional.one_hot(made.train.targets, 6).float())  # type: ignore[attr-defined]
+    loss = lambda split, x, y: nn.functional.cross_entropy(split(x), y)  # noqa: E731
+    assert finetune(split_network(), soft, made.val, QUICK, loss=loss, progress=False).epochs
+    with pytest.raises(TrainingError, match="the validation set's second item is no class number"):
+        finetune(split_network(), made.train, soft, QUICK, loss=loss, progress=False)
+    small = TensorDataset(torch.zeros(4, 3, 12, 12), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TrainingError, match="the validation set gives inputs .* which the model does not take"):
+        finetune(split_network(), made.train, small, QUICK, loss=loss, progress=False)
+
+
+def test_class_numbers_below_0_and_unlisted_ones() -> None:
+    made, x = data(), torch.zeros(4, 1, 12, 12)
+    negative = TensorDataset(x, torch.tensor([-1, 0, 1, 2]))
+    with pytest.raises(TrainingError, match="has class number -1, the model's head gives 6 classes, from 0 on"):
+        finetune(split_network(), negative, made.val, QUICK, progress=False)
+    late = TensorDataset(x, torch.tensor([0, 1, 2, 9]))  # the first samples do not show it
+    with pytest.raises(TrainingError, match="validation: the model does not take a batch: Target 9 is out of bounds"):
+        finetune(split_network(), made.train, late, QUICK, progress=False)
+    with pytest.raises(TrainingError, match="the given set is empty"):
+        evaluate(network(), Images(torch.zeros(0, 1, 12, 12), torch.zeros(0), ()))
+    with pytest.raises(TrainingError, match="needs the folder of the run"):
+        finetune(split_network(), made.train, made.val, QUICK, resume=True, progress=False)
