@@ -237,13 +237,45 @@ class _Builder:
 
     def moved(self, node: fx.Node) -> Any:
         if op_name(node) == "cat":
+            side = self.side_by_side(node)
+            if side is not None:
+                return side
             for n in node.args[0]:  # type: ignore[union-attr]
                 if self.labels.get(n) is None and isinstance(self.values[n], torch.Tensor):
                     self.labels[n] = self.fresh(n, 1, f"{layer(n)} has no known channels")  # type: ignore[arg-type]
+        elif self.is_constant(node):
+            return None  # as its parameter: whoever reads it gives it channels
         result = move(node, self.labels, self.values)
         if op_name(node) == "pixel_shuffle" and isinstance(result, torch.Tensor):
             self.units.extend(self.labels[node.args[0]].flatten().numpy().reshape(result.numel(), -1))  # type: ignore[index]
         return self.barrier(node) if result is None else result
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Made of parameters alone and not labelled yet, such as a class token spread over the batch."""
+        tensors = self.operands(node)
+        return bool(tensors) and all(
+            self.labels.get(n) is None and (n.op == "get_attr" or (n.op == "call_function" and self.is_constant(n)))
+            for n in tensors
+        )
+
+    def side_by_side(self, node: fx.Node) -> Labels | None:
+        """A concat along another dim than the channels (a class token in front of the others): they are the same
+        channels in every operand, a parameter's too. None for any other concat."""
+        operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        held = [self.labels.get(n) for n in operands]
+        known = [t for t in held if isinstance(t, torch.Tensor)]
+        rank = len(shape(self.values[node]))
+        dims = {channel_dim(t) for t in known}
+        over = bind(node).get("dim") or 0
+        if len(dims) != 1 or None in dims or over % rank in dims or any(t.shape != known[0].shape for t in known):
+            return None
+        bare = [n for n, t in zip(operands, held, strict=True) if t is None]
+        if not all(n.op == "get_attr" or self.is_constant(n) for n in bare):
+            return None
+        for other in known[1:]:
+            self.link(known[0], other)
+        self.labels |= dict.fromkeys(bare, known[0])
+        return known[0]
 
     def normalised(self, node: fx.Node) -> Any:
         operand = bind(node)["input"]

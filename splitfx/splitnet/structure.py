@@ -8,7 +8,7 @@ largest among the layers that touch it; a layer of fewer groups merges neighbour
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,9 +81,10 @@ class Structure:
         self.item_of = np.full(len(self.axes.channel), WHOLE)
         self.whole: dict[int, str] = dict(self.axes.frozen)
         read = np.unique(self.axes.axis[np.concatenate([a for e in touched for a in (e.ins, e.outs)])])
-        names = np.flatnonzero(np.isin(self.axes.axis, read))
-        self.found = [n for n in families(self.axes, names) if not self.is_whole(n)]
+        self.families = families(self.axes, np.flatnonzero(np.isin(self.axes.axis, read)))
         self.splits = [Split(e, asked[e.node]) for e in touched if self.divides(e)]
+        while self.hang_together():
+            self.splits = [s for s in self.splits if self.divides(s.edge)]
         self.vectors = self.named_vectors()
         if not self.splits:
             why = "; ".join(f"{n.where}: {n.what}" for n in self.notes[:3])
@@ -108,9 +109,6 @@ class Structure:
 
     # ------------------------------------------------------------ vectors
 
-    def is_whole(self, names: np.ndarray) -> bool:
-        return any(int(a) in self.whole for a in np.unique(self.axes.axis[names]))
-
     def divides(self, edge: Edge) -> bool:
         """A split layer needs a vector on both sides; a note says where one is missing."""
         why = ""
@@ -130,32 +128,51 @@ class Structure:
     def reason(self, names: np.ndarray) -> str:
         return next(self.whole[int(a)] for a in np.unique(self.axes.axis[names]) if int(a) in self.whole)
 
-    def named_vectors(self) -> dict[str, Vector]:
-        level = {}
+    def levels(self) -> dict[int, int]:
+        """The level of each axis that a split layer touches: the largest among those layers."""
+        found: dict[int, int] = {}
         for split in self.splits:
-            for axis in np.unique(self.axes.axis[np.concatenate([split.edge.ins, split.edge.outs])]):
-                level[int(axis)] = max(split.level, level.get(int(axis), 1))
-        writers = self.axes.writers()
-        vectors: dict[str, Vector] = {}
-        for names in self.found:
-            own = [int(a) for a in np.unique(self.axes.axis[names])]
+            for axis in np.unique(self.axes.axis[np.concatenate([split.edge.ins, split.edge.outs])]).tolist():
+                found[axis] = max(split.level, found.get(axis, 1))
+        return found
+
+    def wanted(self) -> Iterator[tuple[np.ndarray, list[int], int]]:
+        """The labels, axes and level of each vector."""
+        level = self.levels()
+        for names in self.families:
+            own = np.unique(self.axes.axis[names]).tolist()
             groups = max(level.get(a, 1) for a in own)
-            if groups == 1:
-                continue
+            if groups > 1 and not any(a in self.whole for a in own):
+                yield names, own, groups
+
+    def hang_together(self) -> bool:
+        """Leave axes whole whose channels come in fewer units than groups; says whether there was one."""
+        for names, own, groups in self.wanted():
+            units, channels = (len(np.unique(held[names])) for held in (self.axes.unit, self.axes.channel))
+            if channels < groups:
+                raise PlanError(f"{self.name(own)} has {channels} channels, fewer than {groups} groups")
+            if units < groups:
+                why = f"its channels hang together in {units} units, fewer than {groups} groups"
+                self.whole |= dict.fromkeys(own, why)
+                return True
+        return False
+
+    def name(self, own: list[int]) -> str:
+        """The first layer that writes one of these axes."""
+        edges = [e for e in self.axes.edges if int(self.axes.axis[e.outs[0]]) in own]
+        return layer(edges[0].node) if edges else f"axis {own[0]}"
+
+    def named_vectors(self) -> dict[str, Vector]:
+        vectors: dict[str, Vector] = {}
+        for names, own, groups in self.wanted():
             units, first, item = np.unique(self.axes.unit[names], return_index=True, return_inverse=True)
             rank = np.argsort(np.argsort(first))  # items in the order of their first channel
             self.vector_of[names], self.item_of[names] = len(vectors), rank[item]
-            edges = [e for a in own for e in writers.get(a, [])]
-            wanted = layer(edges[0].node) if edges else f"axis{len(vectors)}"
+            wanted = self.name(own)
             name = wanted if wanted not in vectors else f"{wanted}+{len(vectors)}"
-            self.check_size(name, len(units), groups)
             classes = bool(set(own) & self.axes.outputs) and len(units) == shape(self.facts.shapes[self.output])[1]
             vectors[name] = Vector(name, len(units), groups, classes)
         return vectors
-
-    def check_size(self, name: str, size: int, groups: int) -> None:
-        if size < groups:
-            raise PlanError(f"{name} writes {size} channels (or units of channels), fewer than {groups} groups")
 
     def writes_a_vector(self, edge: Edge) -> bool:
         return not edge.computed and bool((self.vector_of[edge.outs] != WHOLE).all())

@@ -20,12 +20,14 @@ from splitfx import registry
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.editing import tidy
+from splitfx.errors import UnsupportedError
 from splitfx.graph import copy_graph, info
 from splitfx.ops import text
-from splitfx.passes import DropIdentity, Group, Tile
+from splitfx.passes import DropIdentity, Group, SplitNet, Tile
 from splitfx.pipeline import Step, run_pass
 from splitfx.plan import Plan
 from splitfx.protocol import Pass, Promise
+from splitfx.splitnet.structure import Structure
 from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO
@@ -39,9 +41,23 @@ def groups(graph: fx.GraphModule) -> list[Pass]:
     ]
 
 
+def splitnets(graph: fx.GraphModule) -> list[Pass]:
+    """Two splits of the last layers, for the classifiers that have a layer to split."""
+    depth = max(1, len(facts(graph).axes.edges) - 1)
+    try:
+        Structure(facts(graph), depth=depth, groups=2)
+    except UnsupportedError:
+        return []
+    return [
+        SplitNet(depth=depth, groups=2, source="random", lowering="branches"),
+        SplitNet(depth=depth, groups=2, source="weights", lowering="grouped", boundary="full", gating="relaxed"),
+    ]
+
+
 OPTIONS: dict[str, Callable[[fx.GraphModule], list[Pass]]] = {
     "group": groups,
     "drop_identity": lambda graph: [DropIdentity(), DropIdentity(eval_only=True)],
+    "splitnet": splitnets,
     "tile": lambda graph: [Tile(rows=4, every=(1, 2)), Tile(budget="least")],
 }
 NAMES = sorted(registry.all())
