@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from splitfx.profiling import Profile, profile
     from splitfx.report.html import inspect_html
     from splitfx.storage import load, save
+    from splitfx.subnetworks.bundle import export_bundle
+    from splitfx.subnetworks.runner import Bundle
     from splitfx.tiling.compare_halo import HaloComparison, compare_halo
     from splitfx.tiling.pareto import Curve, pareto
     from splitfx.tiling.sources import RowSource
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from splitfx.tracing import trace
     from splitfx.train.finetune import finetune
     from splitfx.train.history import History
+    from splitfx.train.multi_model import MultiModelLoss
     from splitfx.train.recipe import Recipe
     from splitfx.train.search import search_factors
     from splitfx.train.trend import SearchResult
@@ -70,6 +73,8 @@ _HOME = {
     "splitfx.profiling": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
+    "splitfx.subnetworks.bundle": ["export_bundle"],
+    "splitfx.subnetworks.runner": ["Bundle"],
     "splitfx.tiling.compare_halo": ["compare_halo", "HaloComparison"],
     "splitfx.tiling.pareto": ["pareto", "Curve"],
     "splitfx.tiling.sources": ["RowSource"],
@@ -77,6 +82,7 @@ _HOME = {
     "splitfx.tracing": ["trace"],
     "splitfx.train.finetune": ["finetune"],
     "splitfx.train.history": ["History"],
+    "splitfx.train.multi_model": ["MultiModelLoss"],
     "splitfx.train.recipe": ["Recipe"],
     "splitfx.train.search": ["search_factors"],
     "splitfx.train.trend": ["SearchResult"],
@@ -84,6 +90,7 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Bundle",
     "Comparison",
     "Curve",
     "ExportError",
@@ -92,6 +99,7 @@ __all__ = [
     "History",
     "Measurement",
     "MissingExtraError",
+    "MultiModelLoss",
     "PassError",
     "Plan",
     "PlanError",
@@ -110,6 +118,7 @@ __all__ = [
     "compare_halo",
     "diagnose",
     "explain",
+    "export_bundle",
     "export_onnx",
     "finetune",
     "inspect_html",

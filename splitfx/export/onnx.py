@@ -73,14 +73,21 @@ def export_onnx(
     check_target(target, overwrite=overwrite, error=ExportError)
     _need_packages()
     gm = _traced(split, example_inputs)
-    with _quiet():
-        exported, fixed, tiled = _export(gm, dynamic_batch)
-        program = _convert(exported, opset, _output_names(exported))
-    _finish(program, gm, exported, fixed, tiled)
-    _write(program.model, target, external_data, overwrite)
+    model, fixed = made(gm, opset, dynamic_batch)
+    _write(model, target, external_data, overwrite)
     if fixed and dynamic_batch is None:
         warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
     return target
+
+
+def made(gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True) -> tuple[Any, str]:
+    """The ONNX model of a graph in memory, and why its batch is fixed ("" when it is free). Without ``fuse`` no weight
+    is computed anew: batch norms stay nodes of their own."""
+    with _quiet():
+        exported, fixed, tiled = _export(gm, dynamic_batch)
+        program = _convert(exported, opset, _output_names(exported), fuse)
+    _finish(program, gm, exported, fixed, tiled)
+    return program.model, fixed
 
 
 def _checked_opset(opset: int | None) -> int:
@@ -172,9 +179,15 @@ def _batch_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
     return {symbol: f"batch_{name}" for symbol, name in free.items()}
 
 
-def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str]) -> Any:
+def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str], fuse: bool = True) -> Any:
+    options: dict[str, Any] = {"dynamo": True, "opset_version": opset, "output_names": outputs, "verbose": False}
     try:
-        program = torch.onnx.export(exported, dynamo=True, opset_version=opset, output_names=outputs, verbose=False)
+        program = torch.onnx.export(exported, **options, optimize=fuse)
+        if program is not None and not fuse:
+            from onnxscript import optimizer
+
+            optimizer.fold_constants(program.model)
+            optimizer.remove_unused_nodes(program.model)
     except Exception as error:
         raise ExportError(f"the graph has no ONNX form{_place(exported, error)}: {_cause(error)}") from error
     if program is None:

@@ -1,0 +1,202 @@
+"""`export_bundle`: the base model and its sub-models as ONNX files over one file of weights.
+
+Does: writes ``base.onnx``, ``sub0.onnx`` …, ``weights.data`` with every weight once, whichever models read it, and
+``manifest.json`` with what each model costs and reaches; checks every file under onnxruntime against its model.
+Refuses (`ExportError`): a folder that is there, a graph without sub-models, a file that does not agree with its model.
+Promises: a folder is there whole or not at all. Where sub-models have statistics of their own, batch norms stay nodes
+of their own, since folding them would make other convolution weights for every model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from splitfx import graph as graphs
+from splitfx.errors import ExportError
+from splitfx.export import onnx as writing
+from splitfx.export.runtime import check_onnx
+from splitfx.subnetworks.choose import ModelFigures
+from splitfx.subnetworks.entry import entries
+from splitfx.subnetworks.model import SubNetworksGraph
+
+FORMAT = 1
+MANIFEST, WEIGHTS = "manifest.json", "weights.data"
+SMALL = 64  # bytes: shapes, scalars and the like stay in the files
+ALIGNED = 64  # bytes that a weight starts at a multiple of
+
+
+def export_bundle(
+    split: fx.GraphModule,
+    folder: str | os.PathLike[str],
+    *,
+    val: Any = None,
+    opset: int | None = None,
+    dynamic_batch: bool | None = None,
+    provider: str = "cpu",
+    runs: int = 20,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write the base model and all sub-models of ``split`` to ``folder``, and return it.
+
+    split: the result of a plan with `SubNetworks`. val: a data set of (input, class); each model's accuracy on it goes
+    into the manifest. opset, dynamic_batch: as for `export_onnx`. provider: what each file is checked and timed on,
+    with ``runs`` timed runs at the traced size. overwrite: replace a folder that this function wrote.
+
+    Raises `ExportError`; what `export_onnx` and `check_onnx` raise.
+    """
+    if not isinstance(split, SubNetworksGraph) or not entries(split):
+        raise ExportError("a bundle is of a model with sub-models: the result of a plan with the pass 'subnetworks'")
+    target = Path(os.path.abspath(folder))
+    _check_target(target, overwrite)
+    opset = writing._checked_opset(opset)
+    writing._need_packages()
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        draft = Path(scratch) / target.name
+        draft.mkdir()
+        models = [split.base(), *(split.detach(i) for i in range(len(entries(split))))]
+        weights = _write_models(split, models, draft, opset, dynamic_batch, progress)
+        rows = []
+        for found, model in zip(split.figures(), models, strict=True):
+            rows.append(_row(split, found, model, draft, val, provider, runs, progress))
+        about = {
+            "format": FORMAT,
+            "model": graphs.info(split).model_class,
+            "inputs": [list(s.shape) for s in graphs.info(split).inputs if isinstance(s, graphs.TensorSpec)],
+            "weights": {"file": WEIGHTS, "bytes": weights},
+            "provider": provider,
+            "threads": torch.get_num_threads(),
+            "models": rows,
+        }
+        (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise ExportError(f"the folder {target.parent} does not exist; create it first.")
+    if target.exists() and not overwrite:
+        raise ExportError(f"{target} already exists; choose another name or pass overwrite=True.")
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise ExportError(f"{target} is no bundle of splitfx's; it is not replaced. Choose another name.")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _write_models(
+    split: SubNetworksGraph,
+    models: list[fx.GraphModule],
+    draft: Path,
+    opset: int,
+    dynamic_batch: bool | None,
+    progress: Callable[[str], None],
+) -> int:
+    """Every model's file, and the one of weights; its size in bytes."""
+    import onnx
+    import onnx_ir as ir
+
+    fuse = not any(entry.private for _, entry in entries(split))
+    with open(draft / WEIGHTS, "wb") as data:
+        store = _Store(data, draft)
+        for name, model in zip(split.names, models, strict=True):
+            progress(f"exporting {name}")
+            made, _ = writing.made(model, opset, dynamic_batch, fuse)
+            for value in made.graph.initializers.values():
+                if value.const_value is not None:
+                    value.const_value = store.placed(value.const_value)
+            data.flush()
+            ir.save(made, draft / f"{name}.onnx")
+            try:
+                onnx.checker.check_model(str(draft / f"{name}.onnx"))
+            except onnx.checker.ValidationError as error:
+                first = str(error).strip().splitlines()[0]
+                raise ExportError(f"onnx.checker refuses the exported {name}: {first}") from error
+        return data.tell()
+
+
+class _Store:
+    """The file of weights: each of them once, by what it holds."""
+
+    def __init__(self, data: Any, folder: Path) -> None:
+        self.data, self.folder = data, folder
+        self.known: dict[Any, int] = {}
+
+    def placed(self, tensor: Any) -> Any:
+        """The tensor as one in the file; small and whole-number ones (shapes) as they are."""
+        import onnx_ir as ir
+
+        if tensor.nbytes < SMALL or not tensor.dtype.is_floating_point():
+            return tensor
+        held = tensor.tobytes()
+        key = (tensor.dtype, len(held), hashlib.sha256(held).digest())
+        if key not in self.known:
+            self.data.write(b"\0" * (-self.data.tell() % ALIGNED))
+            self.known[key] = self.data.tell()
+            self.data.write(held)
+        return ir.ExternalTensor(
+            WEIGHTS,
+            self.known[key],
+            len(held),
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=self.folder,
+        )
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def _row(
+    split: fx.GraphModule,
+    found: ModelFigures,
+    model: fx.GraphModule,
+    draft: Path,
+    val: Any,
+    provider: str,
+    runs: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    name = found.name
+    progress(f"checking {name}")
+    report = check_onnx(draft / f"{name}.onnx", model, providers=(provider,), runs=runs)
+    row = report.rows[0]
+    if not row.ok:
+        raise ExportError(f"{name}.onnx does not agree with its model on {provider}: {row.verdict}")
+    return {
+        "name": name,
+        "file": f"{name}.onnx",
+        "behind": graphs.layer(entries(split)[found.number][0].all_input_nodes[0]) if found.number >= 0 else "",
+        "macs": found.macs,
+        "ops": found.ops,
+        "params": found.params,
+        "peak_bytes": found.peak_bytes,
+        "runtime_peak_bytes": row.peak_bytes,
+        "seconds": None if row.median_ms is None else row.median_ms / 1e3,
+        "p90_seconds": None if row.p90_ms is None else row.p90_ms / 1e3,
+        "accuracy": _accuracy(model, val, name, progress),
+        "max_rel": max((one.max_rel for one in row.outputs), default=0.0),
+    }
+
+
+def _accuracy(model: fx.GraphModule, val: Any, name: str, progress: Callable[[str], None]) -> float | None:
+    if val is None:
+        return None
+    from splitfx.train.finetune import evaluate
+
+    progress(f"accuracy of {name}")
+    return evaluate(model, val).accuracy

@@ -1,0 +1,189 @@
+"""Bundle: the models of a folder that `export_bundle` wrote; each call takes the best that meets its deadline.
+
+Sessions are opened when they are first needed. How long a model takes is what it took on this machine: `warm_up`
+measures all models for inputs of a size, and every call adds to it. Refused (`UnsupportedError`): a deadline that no
+model meets, with the nearest, unless ``late="fastest"``; sizes of inputs for which nothing is known. `ExportError`: a
+folder that is no bundle, or is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from splitfx.errors import ExportError, UnsupportedError
+from splitfx.export import sessions
+from splitfx.report.table import number, seconds, size, table
+from splitfx.subnetworks.bundle import FORMAT, MANIFEST
+
+REMEMBERED = 50  # latest calls of a model that its time is judged by
+Sizes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class BundleModel:
+    """One model of a manifest; ``accuracy`` in percent and ``seconds``, a median, as they were when it was written."""
+
+    name: str
+    file: str
+    macs: int
+    params: int
+    peak_bytes: int
+    seconds: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outputs of one call, which model gave them, how long it took, and whether that was within the deadline."""
+
+    outputs: tuple[torch.Tensor, ...]
+    model: str
+    seconds: float
+    met: bool
+
+
+class Bundle:
+    """Opens a bundle on one provider. ``threads``: of onnxruntime, None for torch's number."""
+
+    def __init__(self, folder: str | os.PathLike[str], provider: str = "cpu", threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
+        about = _manifest(self.folder)
+        names = BundleModel.__dataclass_fields__
+        try:
+            self.models = tuple(BundleModel(**{key: row[key] for key in names}) for row in about["models"])
+        except (KeyError, TypeError) as error:
+            raise ExportError(f"{self.folder / MANIFEST} is damaged: {error}.") from None
+        for one in self.models:
+            if not (self.folder / one.file).is_file():
+                raise ExportError(f"{self.folder / one.file} is missing.")
+        weights = self.folder / about["weights"]["file"]
+        if not weights.is_file() or weights.stat().st_size < about["weights"]["bytes"]:
+            raise ExportError(f"{weights} is missing or truncated.")
+        self._sessions: dict[str, Any] = {}
+        self._times: dict[tuple[str, Sizes], deque[float]] = {}
+
+    # ------------------------------------------------------------ running
+
+    def run(
+        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["refuse", "fastest"] = "refuse"
+    ) -> Answer:
+        """Run the best model whose time is within ``deadline`` seconds; without one, the best model.
+
+        The best is the one with the highest accuracy, or with the most MACs where accuracies are not known. ``late``:
+        what to do where no model is fast enough: "refuse", or run the "fastest" and say so in the answer.
+        """
+        name = self.pick(*inputs, deadline=deadline, late=late)
+        answer, took = self._timed(name, inputs)
+        self._remember(name, inputs, took)
+        return Answer(answer, name, took, deadline is None or took <= deadline)
+
+    def pick(
+        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["refuse", "fastest"] = "refuse"
+    ) -> str:
+        """The name of the model that `run` would take."""
+        if late not in ("refuse", "fastest"):
+            raise UnsupportedError(f"late is 'refuse' or 'fastest', not {late!r}")
+        if deadline is None:
+            return self._best(list(self.models)).name
+        times = {one.name: self.seconds(one.name, *inputs) for one in self.models}
+        fits = [one for one in self.models if times[one.name] <= deadline]
+        fastest = min(times, key=lambda name: times[name])
+        if fits:
+            return self._best(fits).name
+        if late == "fastest":
+            return fastest
+        raise UnsupportedError(
+            f"no model meets a deadline of {seconds(deadline)}: the fastest is {fastest} with "
+            f"{seconds(times[fastest])}; late='fastest' runs it all the same"
+        )
+
+    def warm_up(self, *inputs: torch.Tensor, runs: int = 20) -> dict[str, float]:
+        """Run every model in turn on inputs of these sizes; what each takes, in seconds."""
+        for turn in range(-3, runs):
+            for one in self.models:
+                _, took = self._timed(one.name, inputs)
+                if turn >= 0:
+                    self._remember(one.name, inputs, took)
+        return {one.name: self.seconds(one.name, *inputs) for one in self.models}
+
+    def seconds(self, name: str, *inputs: torch.Tensor) -> float:
+        """How long nine of ten calls of a model take for inputs of these sizes, as measured here."""
+        known = self._times.get((name, _sizes(inputs)))
+        if not known:
+            raise UnsupportedError(
+                f"how long {name} takes for inputs of {[list(t.shape) for t in inputs]} is not known yet: call warm_up "
+                "with such inputs once"
+            )
+        return sorted(known)[math.ceil(0.9 * len(known)) - 1]
+
+    def _best(self, models: list[BundleModel]) -> BundleModel:
+        if all(one.accuracy is not None for one in self.models):
+            return max(models, key=lambda m: (m.accuracy or 0.0, -m.macs))
+        return max(models, key=lambda m: m.macs)
+
+    def _timed(self, name: str, inputs: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], float]:
+        session = self._session(name)
+        feed = sessions.feeds(session, inputs, {}, self.folder / f"{name}.onnx")
+        started = time.perf_counter()
+        found = session.run(None, feed)
+        took = time.perf_counter() - started
+        return tuple(torch.from_numpy(one) for one in found), took
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            file = next(one.file for one in self.models if one.name == name)
+            options = sessions.session_options(self.threads)
+            self._sessions[name] = sessions.open_session(self.folder / file, self.provider, options)
+        return self._sessions[name]
+
+    def _remember(self, name: str, inputs: tuple[torch.Tensor, ...], took: float) -> None:
+        self._times.setdefault((name, _sizes(inputs)), deque(maxlen=REMEMBERED)).append(took)
+
+    def __str__(self) -> str:
+        measured: dict[str, list[float]] = {}
+        for (name, _), times in self._times.items():
+            measured.setdefault(name, []).extend(times)
+        rows = [
+            (
+                one.name,
+                number(one.macs),
+                number(one.params),
+                size(one.peak_bytes),
+                "-" if one.accuracy is None else f"{one.accuracy:.2f} %",
+                seconds(one.seconds),
+                seconds(statistics.median(measured[one.name])) if one.name in measured else "-",
+            )
+            for one in self.models
+        ]
+        return table(("model", "MACs", "parameters", "peak", "accuracy", "latency", "latency here"), rows)
+
+
+def _sizes(inputs: tuple[torch.Tensor, ...]) -> Sizes:
+    return tuple(tuple(t.shape) for t in inputs)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{path} is missing; {folder} is not a folder that export_bundle wrote.") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}.") from None
+    found = about.get("format") if isinstance(about, dict) else None
+    if not isinstance(found, int) or not isinstance(about.get("weights"), dict):
+        raise ExportError(f"{path} is not the manifest of a bundle.")
+    if found > FORMAT:
+        raise ExportError(f"{folder} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
+    return about
