@@ -100,9 +100,14 @@ def seeded(seed: int, epoch: int, process: Process) -> int:
     return common
 
 
-def _loader(data: Dataset[Any], parts: list[list[int]], seed: int, workers: int) -> DataLoader[Any]:
+def _loader(data: Dataset[Any], parts: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)  # the workers' seeds
-    return DataLoader(data, batch_sampler=parts, num_workers=workers, generator=generator)  # type: ignore[arg-type]
+    try:
+        yield from DataLoader(data, batch_sampler=parts, num_workers=workers, generator=generator)  # type: ignore[arg-type]
+    except TrainingError as error:  # that of a worker carries the worker's traceback; its last line is what was said
+        raise TrainingError(
+            str(error).strip().splitlines()[-1].removeprefix("splitfx.errors.TrainingError: ")
+        ) from error
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -37,7 +37,7 @@ class Space:
     dense: fx.GraphModule
     options: dict[str, Any]
     factors: tuple[int, ...]
-    costs: dict[tuple[int, ...], Figures] = field(default_factory=dict, init=False, repr=False, compare=False)
+    known: dict[tuple[int, ...], set[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.names():
@@ -59,18 +59,18 @@ class Space:
         shapes = [one.shape for one in info(self.dense).inputs if isinstance(one, TensorSpec)]
         return Plan([self.step(factors)], shapes[0] if len(shapes) == 1 else tuple(shapes))
 
-    def cost(self, factors: Sequence[int]) -> Figures:
-        """What the graph costs when it is split so."""
-        key = tuple(factors)
-        if key not in self.costs:
-            self.costs[key] = figures(transform(self.dense, Plan([self.step(key)]), verify=False))
-        return self.costs[key]
+    def divided(self, factors: Sequence[int]) -> set[int]:
+        """The blocks that a plan divides, by the notes of the pass; a factor above a block's channels leaves it whole,
+        and so does any where its only layer reads what nothing divides."""
+        key, names = tuple(factors), self.names()
+        if key not in self.known:
+            notes = info(transform(self.dense, Plan([self.step(key)]), verify=False)).steps[-1].notes
+            self.known[key] = {names.index(one.where) for one in notes if one.kind == "did" and one.where in names}
+        return self.known[key]
 
     def dividing(self, index: int, others: tuple[int, ...]) -> tuple[int, ...]:
-        """The factors that divide a block beside those of the other blocks; one above what its channels allow would
-        leave it whole, and so would any where a single layer reads what nothing divides."""
-        before = self.cost(changed(others, index, 1))
-        return tuple(f for f in self.factors if self.cost(changed(others, index, f)) != before)
+        """The factors that divide a block beside those of the other blocks."""
+        return tuple(f for f in self.factors if index in self.divided(changed(others, index, f)))
 
     def choices(self) -> list[tuple[int, ...]]:
         """For each block, the factors that divide it when the others are whole, or when they are divided."""
@@ -83,11 +83,12 @@ class Space:
 
     def real(self, factors: tuple[int, ...]) -> tuple[int, ...]:
         """The same plan with factor 1 for each block that it leaves whole."""
-        for index, factor in enumerate(factors):
-            less = changed(factors, index, 1)
-            if factor > 1 and self.cost(less) == self.cost(factors):
-                factors = less
-        return factors
+        while True:
+            divided = self.divided(factors)
+            found = tuple(factor if index in divided else 1 for index, factor in enumerate(factors))
+            if found == factors:
+                return found
+            factors = found
 
     def about(self) -> dict[str, Any]:
         """What a study of this space is for, as plain data; weights by a digest."""

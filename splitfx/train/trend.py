@@ -102,10 +102,13 @@ class SearchResult:
         with chart(path, overwrite, "factor (branches of the block)") as axes:
             for line in self.lines:
                 tried = sorted(line.accuracy)
-                drawn = axes.plot(tried, [line.accuracy[f] for f in tried], marker="o", label=f"block {line.block}")
+                later = (line.block - 1) / len(self.lines)  # thinner, so that what lies beneath shows
+                width: dict[str, Any] = {"lw": 4 - 2.5 * later, "ms": 9 - 4 * later, "marker": "o"}
+                drawn = axes.plot(tried, [line.accuracy[f] for f in tried], label=f"block {line.block}", **width)
                 if line.selected:
-                    color = drawn[0].get_color()
-                    axes.plot([line.selected], [line.accuracy[line.selected]], "o", ms=11, mfc="none", color=color)
+                    color, ring = drawn[0].get_color(), 17 - 5 * later
+                    axes.plot([line.selected], [line.accuracy[line.selected]], "o", ms=ring, mfc="none", color=color)
+            axes.plot([], [], "o", ms=12, mfc="none", color="0.4", label="selected")
             if self.reference == "original":  # a bound that moves from block to block is no line
                 bound = self.original - self.tolerance
                 axes.axhline(bound, color="0.5", ls="--", lw=1)

@@ -368,12 +368,12 @@ def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_not_kept(tmp_path
 
 
 def test_a_run_is_gone_on_with_by_what_it_was_made_for(tmp_path: Path) -> None:
-    """Shapes alone do not tell: another order of channels, teacher, loss or regulariser is another run."""
+    """Shapes alone do not tell: another plan, teacher, loss or regulariser is another run."""
     made, model = data(), network()
     example = torch.zeros(1, 1, 12, 12)
 
-    def run(order: str = "given", **more: Any) -> None:
-        split = splitfx.transform(model, Group(factors=(2, 1), lowering="branches", order=order), example)  # type: ignore[arg-type]
+    def run(gating: str = "strict", **more: Any) -> None:
+        split = splitfx.transform(model, Group(factors=(2, 1), lowering="branches", gating=gating), example)  # type: ignore[arg-type]
         given = {"teacher": model, **more}
         finetune(split, made.train, made.val, Recipe(epochs=1), folder=tmp_path, resume=True, progress=False, **given)
 
@@ -382,8 +382,8 @@ def test_a_run_is_gone_on_with_by_what_it_was_made_for(tmp_path: Path) -> None:
     other = network()
     nn.init.zeros_(other[0].bias)  # type: ignore[index, arg-type]
     entropy = lambda split, x, y: nn.functional.cross_entropy(split(x), y)  # noqa: E731
-    with pytest.raises(TrainingError, match=r"of another plan: 1. group order is None there, mass here"):
-        run("mass")
+    with pytest.raises(TrainingError, match=r"of another plan: 1. group gating is None there, relaxed here"):
+        run("relaxed")
     for more, message in (
         ({"teacher": other}, "another objective: teacher is"),
         ({"teacher": None}, "another objective: teacher is .* there, none here"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,24 @@ def test_a_block_that_cannot_be_divided_is_not_tried() -> None:
     assert tried[1:] == [(1, 2), (1, 4)]
 
 
+def test_factors_above_the_channels_are_not_tried() -> None:
+    """They would leave a block whole, with the accuracy of the unsplit model: the largest factor of all."""
+    tried = []
+
+    def accuracy(split: fx.GraphModule) -> float:
+        tried.append(factors_of(split))
+        return 90.0
+
+    found = search_factors(five_blocks(4), accuracy, example_inputs=X, verify=False)
+    assert found.selected == (4,) * 5
+    assert len(tried) == 1 + 2 * 5
+    assert found.after.macs < found.before.macs
+    shown = search_factors(five_blocks(4), example_inputs=X, dry_run=True)
+    assert {factor for _, _, factor, _, _ in shown.rows} == {2, 4}
+    assert shown.most == 10
+    assert all(one.macs < shown.before.macs for _, _, _, one, _ in shown.rows)
+
+
 def test_a_limit_ends_a_search_that_goes_on_later(tmp_path: Path) -> None:
     run = lambda paper, **more: search_factors(  # noqa: E731
         five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False, folder=tmp_path / "s", **more
@@ -189,6 +208,8 @@ def test_search_with_training(tmp_path: Path) -> None:
     assert tuple(told["selected"]) == found.selected
     assert splitfx.Plan.from_toml(told["plan"]) == found.plan
     found.plot(tmp_path / "trend.png")
+    dataclasses.replace(found, reference="block").plot(tmp_path / "block.svg")  # whose bound moves: no line
+    assert "tolerance" not in (tmp_path / "block.svg").read_text()
     assert (tmp_path / "trend.png").stat().st_size > 5000
     assert max(map(len, str(found).splitlines())) <= 100
 
@@ -245,6 +266,19 @@ def test_a_front_ends_when_all_plans_are_known() -> None:
         small, lambda split: 50.0, example_inputs=X, factors=(2,), method="pareto", max_trials=99, verify=False
     )  # fmt: skip
     assert {one.factors for one in found.tried} == {(1,), (2,)}
+    assert factors_of(found.split((2,))) == (2,)  # without a folder too
+
+
+def test_a_front_names_blocks_that_are_left_whole_by_1() -> None:
+    """The second block is one conv, which nothing can divide as long as the first is whole."""
+    from tests.train.networks import network
+
+    found = search_factors(
+        network(), lambda split: 50.0, example_inputs=torch.zeros(1, 1, 12, 12), factors=(2,), method="pareto",
+        max_trials=99, verify=False,
+    )  # fmt: skip
+    assert {one.factors for one in found.tried} == {(1, 1), (2, 1), (2, 2)}
+    assert len({one.figures for one in found.tried}) == 3
 
 
 @pytest.mark.parametrize(

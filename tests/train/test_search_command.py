@@ -31,6 +31,21 @@ def test_searches_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "trend.png").exists()
 
 
+def test_a_front_is_searched_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = ["search", MODEL, *SHAPE, "--out", str(out), "--set", "epochs=1", "--method", "pareto"]
+    assert main(command) == 2
+    assert "give max_trials or max_seconds" in capsys.readouterr().err
+    assert main([*command, "--max-trials", "2", "--json", "--quiet"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["result"]["tried"]) == 2
+    assert json.loads((out / "result.json").read_text()) == told["result"]
+    assert sorted(p.name for p in out.iterdir()) == ["front.png", "locks", "result.json", "study.journal", "trials"]
+    for one in told["result"]["tried"]:
+        split = splitfx.load(out / "trials" / "-".join(map(str, one["factors"])) / "split")
+        assert splitfx.profile(split).macs == one["figures"]["macs"]
+
+
 def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     few = ["search", MODEL, "--input", "1x1x12x12", "--factors", "2,4"]
@@ -50,6 +65,7 @@ def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--factors", "2,x"], "a positive whole number, not 'x'"),
         (["--option", "fusoin=keep"], "Did you mean 'fusion'"),
         (["--reference", "first"], "'original' or 'block'"),
+        (["--method", "random"], "'greedy' or 'pareto'"),
         (["--input", "1x1x12x12"], "too many positional arguments"),
     ],
 )
