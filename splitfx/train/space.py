@@ -13,9 +13,8 @@ from torch import fx, nn
 from splitfx import registry
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.api import transform
 from splitfx.errors import PlanError, TrainingError
-from splitfx.graph import TensorSpec, info
+from splitfx.graph import TensorSpec, copy_graph, info
 from splitfx.plan import Plan
 from splitfx.protocol import Pass
 from splitfx.train import checkpoint
@@ -64,8 +63,10 @@ class Space:
         and so does any where its only layer reads what nothing divides."""
         key, names = tuple(factors), self.names()
         if key not in self.known:
-            notes = info(transform(self.dense, Plan([self.step(key)]), verify=False)).steps[-1].notes
-            self.known[key] = {names.index(one.where) for one in notes if one.kind == "did" and one.where in names}
+            work = copy_graph(self.dense)
+            made = self.step(key).run(work, facts(work))  # by itself: of the pipeline's care only the notes matter
+            found = {one.where for one in made.notes if one.kind == "did"}
+            self.known[key] = {index for index, name in enumerate(names) if name in found}
         return self.known[key]
 
     def dividing(self, index: int, others: tuple[int, ...]) -> tuple[int, ...]:
