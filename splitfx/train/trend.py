@@ -111,6 +111,5 @@ class SearchResult:
             axes.plot([], [], "o", ms=12, mfc="none", color="0.4", label="selected")
             if self.reference == "original":  # a bound that moves from block to block is no line
                 bound = self.original - self.tolerance
-                axes.axhline(bound, color="0.5", ls="--", lw=1)
-                axes.annotate("original − tolerance", (1, bound), (2, 3), textcoords="offset points", color="0.4")
+                axes.axhline(bound, color="0.5", ls="--", lw=1, label="original − tolerance")
             axes.set(xticks=(1, *self.factors))

@@ -209,6 +209,8 @@ def test_search_with_training(tmp_path: Path) -> None:
     assert splitfx.Plan.from_toml(told["plan"]) == found.plan
     found.plot(tmp_path / "trend.png")
     dataclasses.replace(found, reference="block").plot(tmp_path / "block.svg")  # whose bound moves: no line
+    found.plot(tmp_path / "original.svg")
+    assert "tolerance" in (tmp_path / "original.svg").read_text()
     assert "tolerance" not in (tmp_path / "block.svg").read_text()
     assert (tmp_path / "trend.png").stat().st_size > 5000
     assert max(map(len, str(found).splitlines())) <= 100
