@@ -39,6 +39,7 @@ def require_models(name: str, before: fx.GraphModule, after: fx.GraphModule, sma
 def _difference(name: str, before: fx.GraphModule, node: fx.Node, entry: Entry, made: fx.GraphModule) -> float:
     inputs = random_flat(before, entry.number, small=False)
     cut = _origin(before, node)
+    _require_all(name, before, cut, entry)
     wanted = fed(before, cut, entry, inputs)
     found = run_exact(made, inputs)
     worst = max((_off(name, entry, a, b) for a, b in zip(wanted, found, strict=True)), default=0.0)
@@ -73,6 +74,19 @@ def _origin(before: fx.GraphModule, node: fx.Node) -> fx.Node:
     if found is None:
         raise VerificationError(f"the entry at {node.target} reads {operand.name}, which the model does not have")
     return found
+
+
+def _require_all(name: str, before: fx.GraphModule, cut: fx.Node, entry: Entry) -> None:
+    """Nothing but the cut's tensor reaches the output from the image: no way leads around it."""
+    reached = {n for n in before.graph.nodes if n.op == "placeholder" and n is not cut}
+    for node in before.graph.nodes:
+        if node is not cut and not is_size(node) and any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    if any(n.op == "output" for n in reached):
+        raise VerificationError(
+            f"pass '{name}' broke its promise: sub{entry.number} enters at {layer(cut)}, and the image reaches the "
+            "output around it"
+        )
 
 
 def _module(node: fx.Node) -> Any:

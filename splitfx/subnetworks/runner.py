@@ -127,6 +127,13 @@ class Bundle:
             )
         return sorted(known)[math.ceil(0.9 * len(known)) - 1]
 
+    def medians(self) -> dict[str, float]:
+        """Median seconds of the latest calls of every model that has run, whatever their sizes."""
+        found: dict[str, list[float]] = {}
+        for (name, _), times in self._times.items():
+            found.setdefault(name, []).extend(times)
+        return {name: statistics.median(times) for name, times in found.items()}
+
     def _best(self, models: list[BundleModel]) -> BundleModel:
         if all(one.accuracy is not None for one in self.models):
             return max(models, key=lambda m: (m.accuracy or 0.0, -m.macs))
@@ -151,9 +158,7 @@ class Bundle:
         self._times.setdefault((name, _sizes(inputs)), deque(maxlen=REMEMBERED)).append(took)
 
     def __str__(self) -> str:
-        measured: dict[str, list[float]] = {}
-        for (name, _), times in self._times.items():
-            measured.setdefault(name, []).extend(times)
+        measured = self.medians()
         rows = [
             (
                 one.name,
@@ -162,7 +167,7 @@ class Bundle:
                 size(one.peak_bytes),
                 "-" if one.accuracy is None else f"{one.accuracy:.2f} %",
                 seconds(one.seconds),
-                seconds(statistics.median(measured[one.name])) if one.name in measured else "-",
+                seconds(measured.get(one.name)),
             )
             for one in self.models
         ]

@@ -34,7 +34,7 @@ class Site:
 
 
 class Sites:
-    """The sites of a graph, in order. ``why``: the reason where it can have none at all."""
+    """The sites of a graph, in order. ``why``: the reason where it has none; ``unfit``: where it can have none."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts, self.values = facts, facts.shapes
@@ -43,21 +43,21 @@ class Sites:
         self.convs = [n for n in self.nodes if op_name(n).startswith("conv")]
         self.data = self._data()
         self.spread: dict[fx.Node, Spread] = {}
-        self.why = self._unfit()
-        self.cuts = [] if self.why else facts.cuts
-        if not self.why:
+        self.why = self.unfit = self._unfit()
+        self.cuts = [] if self.unfit else facts.cuts
+        if not self.unfit:
             self.spread = spreads(facts, self.image)
         self.embedding = self._embedding()
         self.found = [self._site(cut, reader) for cut, reader in self._places()]
-        if not self.why and not self.found:
+        if not self.unfit and not self.found:
             self.why = "no single tensor carries a map from its input to its output: there is no cut"
 
     # ------------------------------------------------------------ what is asked for
 
     def resolve(self, word: int | str) -> Site:
         """The site of a cut as the user writes it. Raises `PlanError`."""
-        if self.why:
-            raise PlanError(f"pass 'subnetworks': cannot cut at {word!r}: {self.why}")
+        if self.unfit:
+            raise PlanError(f"pass 'subnetworks': cannot cut at {word!r}: {self.unfit}")
         return self._by_count(word) if isinstance(word, int) else self._by_name(word)
 
     def _by_count(self, count: int) -> Site:
@@ -69,15 +69,19 @@ class Sites:
         return self._at(self.convs[count], f"behind {count} convs", self._counts())
 
     def _by_name(self, name: str) -> Site:
-        under = [n for n in self.nodes if n in self.data and self._is_under(n, name) and n.op != "placeholder"]
-        if not under:
+        reader = self._named(name)
+        if reader is None:
             known = dict.fromkeys(layer(n) for n in self.nodes if n in self.data)
             raise PlanError(f"pass 'subnetworks': there is no layer {name!r}.{nearest(name, known)}{self._names()}")
-        return self._at(under[0], f"at {name!r}", self._names())
+        return self._at(reader, f"at {name!r}", self._names())
 
-    def _is_under(self, node: fx.Node, name: str) -> bool:
-        path = layer(node)
-        return path == name or path.startswith(f"{name}.") or node.name == name
+    def _named(self, name: str) -> fx.Node | None:
+        """The layer of that path, else the first node of the user's module of that path, else the node of that name."""
+        known = [n for n in self.nodes if n in self.data and n.op in ("call_module", "call_function")]
+        exact = (n for n in known if n.op == "call_module" and str(n.target) == name)
+        under = (n for n in known if layer(n) == name or layer(n).startswith(f"{name}."))
+        by_node = (n for n in known if n.name == name)
+        return next(exact, None) or next(under, None) or next(by_node, None)
 
     def _at(self, reader: fx.Node, where: str, known: str) -> Site:
         crossing = self._crossing(reader)
@@ -136,8 +140,7 @@ class Sites:
 
     def _site(self, cut: fx.Node, reader: fx.Node) -> Site:
         names = (layer(reader), reader.name)
-        first = lambda name: next(n for n in self.nodes if n in self.data and self._is_under(n, name))  # noqa: E731
-        enters = next((name for name in names if first(name) is reader), reader.name)
+        enters = next((name for name in names if self._named(name) is reader), reader.name)
         dropped = sum(self.place[n] <= self.place[cut] for n in self.convs)
         tokens = self.spread.get(cut) is None
         return Site(cut, enters, dropped, self.embedding if tokens else None)

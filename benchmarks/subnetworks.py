@@ -1,0 +1,94 @@
+"""What sub-models reach and take: accuracy, MACs and measured latency of each, and what they cost the base model.
+
+A small VGG on scikit-learn's digits, trained alone and with two sub-models (behind 2 and 4 convs) by the multi-model
+loss: with the base model's running statistics (the paper's), with statistics of their own, and with the base model as
+their teacher besides. Five seeds, each with a network and a shuffle of its own; mean and standard deviation of the last
+epoch, on images that nothing was chosen by. Latency: eager and onnxruntime, one image, all models in turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import splitfx
+from benchmarks.fusion_training import network
+from splitfx import MultiModelLoss, Recipe
+from splitfx.passes import SubNetworks
+from splitfx.report.table import number, seconds
+from splitfx.train.data import load_data
+from splitfx.train.finetune import evaluate
+
+NAME = "subnetworks"
+SHAPE = (1, 16, 16)
+CUTS = (2, 4)
+SEEDS = 5
+EPOCHS = 8
+RUNS = 200
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared": ("shared", {}),
+    "own": ("private", {}),
+    "own, taught": ("private", {"distillation": 0.5, "temperature": 2.0}),
+}
+COLUMNS = (
+    ("model", "model", str),
+    ("macs", "MACs", number),
+    ("alone", "alone", lambda v: _words(v)),
+    *((name, name, lambda v: _words(v)) for name in SETTINGS),
+    ("seconds", "eager", seconds),
+    ("onnx_seconds", "onnx", seconds),
+)
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    seeds, epochs = (1, 1) if quick else (SEEDS, EPOCHS)
+    digits = load_data("digits", SHAPE)
+    found: dict[tuple[str, str], list[float]] = {}
+    for seed in range(seeds):
+        recipe = Recipe(epochs=epochs, lr=0.01, seed=seed, keep="last")
+        alone = network(seed).eval()
+        splitfx.finetune(alone, digits.train, digits.val, recipe, progress=False)
+        found.setdefault(("base", "alone"), []).append(evaluate(alone, digits.val).accuracy)
+        for name, (kept, options) in SETTINGS.items():
+            split = divided(network(seed), kept, seed)
+            loss = MultiModelLoss(**options)
+            splitfx.finetune(split, digits.train, digits.val, recipe, loss=loss, progress=False)
+            for model, graph in zip(split.names, [split.base(), split.detach(0), split.detach(1)], strict=True):
+                found.setdefault((model, name), []).append(evaluate(graph, digits.val).accuracy)
+        print(f"  seed {seed} is done", flush=True)
+    times = latencies(divided(network(0), "shared", 0), 5 if quick else RUNS)
+    rows = []
+    for one in times:
+        scores = {
+            setting: {"mean": statistics.mean(values), "sd": statistics.pstdev(values), "all": values}
+            for (model, setting), values in found.items()
+            if model == one["model"]
+        }
+        rows.append({**one, **scores, "seeds": seeds, "epochs": epochs, "cuts": list(CUTS)})
+    return rows
+
+
+def divided(model: nn.Module, kept: str, seed: int) -> Any:
+    step = SubNetworks(cuts=CUTS, statistics=kept, seed=seed)  # type: ignore[arg-type]
+    return splitfx.transform(model.eval(), step, torch.zeros(1, *SHAPE))
+
+
+def latencies(split: Any, runs: int) -> list[dict[str, Any]]:
+    figures = split.figures(runs)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = splitfx.Bundle(splitfx.export_bundle(split, Path(folder) / "bundle", runs=5))
+        bundle.warm_up(torch.zeros(1, *SHAPE), runs=min(runs, 50))
+        measured = bundle.medians()
+    return [
+        {"model": m.name, "macs": m.macs, "params": m.params, "seconds": m.seconds, "onnx_seconds": measured[m.name]}
+        for m in figures
+    ]
+
+
+def _words(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.2f} ± {value['sd']:.2f} %"
