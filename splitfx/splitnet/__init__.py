@@ -5,7 +5,8 @@ An `Assignment` is learned (`attach`), or comes from `random` draws, a taxonomy 
 """
 
 from splitfx.splitnet.assignment import Assignment, structure
+from splitfx.splitnet.learn import Convergence, Groups, attach
 from splitfx.splitnet.sources import clustering, random, semantic
 from splitfx.splitnet.weights import weights
 
-__all__ = ["Assignment", "clustering", "random", "semantic", "structure", "weights"]
+__all__ = ["Assignment", "Convergence", "Groups", "attach", "clustering", "random", "semantic", "structure", "weights"]
