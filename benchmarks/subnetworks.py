@@ -1,16 +1,14 @@
-"""What sub-models reach and take: accuracy, MACs and measured latency of each, and what they cost the base model.
+"""What sub-models reach, and what they cost the base model: accuracy of each on digits, over five seeds.
 
 A small VGG on scikit-learn's digits, trained alone and with two sub-models (behind 2 and 4 convs) by the multi-model
 loss: with the base model's running statistics (the paper's), with statistics of their own, and with the base model as
 their teacher besides. Five seeds, each with a network and a shuffle of its own; mean and standard deviation of the last
-epoch, on images that nothing was chosen by. Latency: eager and onnxruntime, one image, all models in turn.
+epoch, on images that nothing was chosen by.
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import splitfx
 from benchmarks.fusion_training import network
 from splitfx import MultiModelLoss, Recipe
 from splitfx.passes import SubNetworks
-from splitfx.report.table import number, seconds
+from splitfx.report.table import number
 from splitfx.train.data import load_data
 from splitfx.train.finetune import evaluate
 
@@ -29,7 +27,6 @@ SHAPE = (1, 16, 16)
 CUTS = (2, 4)
 SEEDS = 5
 EPOCHS = 8
-RUNS = 200
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("shared", {}),
     "own": ("private", {}),
@@ -40,8 +37,6 @@ COLUMNS = (
     ("macs", "MACs", number),
     ("alone", "alone", lambda v: _words(v)),
     *((name, name, lambda v: _words(v)) for name in SETTINGS),
-    ("seconds", "eager", seconds),
-    ("onnx_seconds", "onnx", seconds),
 )
 
 
@@ -61,33 +56,21 @@ def run(quick: bool) -> list[dict[str, Any]]:
             for model, graph in zip(split.names, [split.base(), split.detach(0), split.detach(1)], strict=True):
                 found.setdefault((model, name), []).append(evaluate(graph, digits.val).accuracy)
         print(f"  seed {seed} is done", flush=True)
-    times = latencies(divided(network(0), "shared", 0), 5 if quick else RUNS)
     rows = []
-    for one in times:
+    for one in divided(network(0), "shared", 0).figures():
         scores = {
             setting: {"mean": statistics.mean(values), "sd": statistics.pstdev(values), "all": values}
             for (model, setting), values in found.items()
-            if model == one["model"]
+            if model == one.name
         }
-        rows.append({**one, **scores, "seeds": seeds, "epochs": epochs, "cuts": list(CUTS)})
+        about = {"model": one.name, "macs": one.macs, "params": one.params}
+        rows.append({**about, **scores, "seeds": seeds, "epochs": epochs, "cuts": list(CUTS)})
     return rows
 
 
 def divided(model: nn.Module, kept: str, seed: int) -> Any:
     step = SubNetworks(cuts=CUTS, statistics=kept, seed=seed)  # type: ignore[arg-type]
     return splitfx.transform(model.eval(), step, torch.zeros(1, *SHAPE))
-
-
-def latencies(split: Any, runs: int) -> list[dict[str, Any]]:
-    figures = split.figures(runs)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = splitfx.Bundle(splitfx.export_bundle(split, Path(folder) / "bundle", runs=5))
-        bundle.warm_up(torch.zeros(1, *SHAPE), runs=min(runs, 50))
-        measured = bundle.medians()
-    return [
-        {"model": m.name, "macs": m.macs, "params": m.params, "seconds": m.seconds, "onnx_seconds": measured[m.name]}
-        for m in figures
-    ]
 
 
 def _words(value: dict[str, Any] | None) -> str:

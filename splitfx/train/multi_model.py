@@ -27,8 +27,9 @@ class MultiModelLoss:
     For a graph whose ``forward_all(x)`` gives the logits of every model, the base model's first. ``weights``: one
     factor per model. ``sandwich``: train the base model and the smallest in every call, and so many of the others,
     drawn anew each time from torch's generator; None trains all. ``distillation``: the share, 0 to 1, of a sub-model's
-    loss that follows the base model's output at ``temperature``, through which no gradient goes. ``accumulate``: run one model at
-    a time and keep its gradients only; with float16 small gradients may vanish, since no scale reaches them.
+    loss that follows the base model's output at ``temperature``, through which no gradient goes. ``accumulate``: run
+    one model at a time and keep its gradients only; with float16 small gradients may vanish, since no scale reaches
+    them.
 
     Returns one loss per model by name: ``base``, ``sub0``, ``sub1`` … Raises `TrainingError`.
     """
