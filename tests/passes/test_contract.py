@@ -23,7 +23,7 @@ from splitfx.editing import tidy
 from splitfx.errors import UnsupportedError
 from splitfx.graph import copy_graph, info
 from splitfx.ops import text
-from splitfx.passes import DropIdentity, Group, SplitNet, Tile
+from splitfx.passes import DropIdentity, Group, SplitNet, SubNetworks, Tile
 from splitfx.pipeline import Step, run_pass
 from splitfx.plan import Plan
 from splitfx.protocol import Pass, Promise
@@ -58,6 +58,7 @@ OPTIONS: dict[str, Callable[[fx.GraphModule], list[Pass]]] = {
     "group": groups,
     "drop_identity": lambda graph: [DropIdentity(), DropIdentity(eval_only=True)],
     "splitnet": splitnets,
+    "subnetworks": lambda graph: [SubNetworks(), SubNetworks(statistics="private")],
     "tile": lambda graph: [Tile(rows=4, every=(1, 2)), Tile(budget="least")],
 }
 NAMES = sorted(registry.all())
