@@ -28,6 +28,7 @@ def test_every_example_is_tested() -> None:
         "03_inspect",
         "04_stream_large_image",
         "05_search_factors",
+        "06_subnetworks",
     ]
 
 
@@ -78,6 +79,25 @@ def test_factors_are_searched(
     assert result.finished
     assert result.accuracy >= result.original - 0.5
     assert "* selected" in capsys.readouterr().out
+
+
+def test_sub_models_share_one_set_of_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = example("06_subnetworks")
+    monkeypatch.setattr(one, "network", lambda make=one.network: make((8, 12, 12)))
+    accuracy = one.main(tmp_path / "out", epochs=2)
+    assert min(accuracy.values()) > 60
+    assert {p.name for p in (tmp_path / "out" / "bundle").iterdir()} == {
+        "base.onnx",
+        "sub0.onnx",
+        "sub1.onnx",
+        "weights.data",
+        "manifest.json",
+    }
+    out = capsys.readouterr().out
+    assert "sub1 enters here with" in out
+    assert "with time enough" in out
 
 
 def small() -> nn.Module:
