@@ -166,7 +166,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     one = command("export", "write a saved split as ONNX")
     one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
-    one.add_argument("--onnx", required=True, metavar="FILE", help="the file to write")
+    where = one.add_mutually_exclusive_group(required=True)
+    where.add_argument("--onnx", metavar="FILE", help="the file to write; with sub-models, of the base model")
+    where.add_argument("--bundle", metavar="FOLDER", help="base model and sub-models over one file of weights")
     one.add_argument("--opset", type=int, help="ONNX opset, 18 to 25 (default 20)")
     one.add_argument("--fixed-batch", action="store_true", help="keep the traced batch size")
     with_overwrite(one)

@@ -86,6 +86,8 @@ def search(given: Namespace, progress: Progress) -> int:
 def export(given: Namespace, progress: Progress) -> int:
     from splitfx.export.onnx import export_onnx
 
+    if given.bundle:
+        return _bundle(given, progress)
     target = _free_file(given.onnx, given.overwrite)
     split = _saved(given.split, progress)
     progress("exporting")
@@ -100,6 +102,21 @@ def export(given: Namespace, progress: Progress) -> int:
     total = sum(one.stat().st_size for one in parts)
     made = {"onnx": str(target), "files": [str(one) for one in parts], "bytes": total}
     return _print(given, json.dumps(made, indent=2), f"wrote {' and '.join(map(str, parts))} ({size(total)})")
+
+
+def _bundle(given: Namespace, progress: Progress) -> int:
+    from splitfx.subnetworks.bundle import export_bundle
+    from splitfx.subnetworks.runner import Bundle
+
+    split = _saved(given.split, progress)
+    free = False if given.fixed_batch else None
+    folder = export_bundle(
+        split, given.bundle, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite, progress=progress
+    )
+    files = sorted(folder.iterdir())
+    total = sum(one.stat().st_size for one in files)
+    made = {"bundle": str(folder), "files": [str(one) for one in files], "bytes": total}
+    return _print(given, json.dumps(made, indent=2), f"{Bundle(folder)}\n\nwrote {folder} ({size(total)})")
 
 
 def check(given: Namespace, progress: Progress) -> int:
