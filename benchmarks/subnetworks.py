@@ -73,5 +73,24 @@ def divided(model: nn.Module, kept: str, seed: int) -> Any:
     return splitfx.transform(model.eval(), step, torch.zeros(1, *SHAPE))
 
 
+def draw(path: str = "docs/subnetworks.svg") -> None:
+    """The README's picture from the kept results of this benchmark and of `subnetworks_latency`."""
+    from benchmarks.run import load
+    from splitfx.train.picture import chart
+
+    times = {
+        r["model"]: 1e6 * r["onnx_seconds"] for r in load("subnetworks_latency")["rows"] if "small" in r["network"]
+    }
+    rows = load(NAME)["rows"]
+    with chart(path, True, "one image under onnxruntime, one thread [µs]") as axes:
+        for setting in ("alone", *SETTINGS):
+            known = [row for row in rows if setting in row]
+            x, y = [times[row["model"]] for row in known], [row[setting]["mean"] for row in known]
+            spread = [row[setting]["sd"] for row in known]
+            axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=setting)
+        for row in rows:
+            axes.annotate(row["model"], (times[row["model"]], 99.75), ha="center")
+
+
 def _words(value: dict[str, Any] | None) -> str:
     return "-" if value is None else f"{value['mean']:.2f} ± {value['sd']:.2f} %"
