@@ -14,7 +14,7 @@ parameters, copied where they are no run. So train the model itself and make its
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,13 +62,14 @@ class Tree:
 
     def __init__(self, split: fx.GraphModule, narrow: bool = True) -> None:
         _carved(split)
-        self.graph = graphs.copy_graph(split, share=True)
+        self.graph = _as_now(graphs.copy_graph(split, share=True))
         joint = logits(self.graph)
         if narrow and boundary.divide(self.graph, needs(self.graph, joint)):
             joint = logits(self.graph)
         self._joint, self._needs = joint, needs(self.graph, joint)
         self.pieces = tuple(n.name for n in joint.args[0])  # type: ignore[union-attr]
         self.inputs = tuple(n.name for n in self.graph.graph.nodes if n.op == "placeholder")
+        self.dim: int = bind(joint)["dim"]  # along which the groups' logits lie side by side
         self.classes = _classes(self.graph, joint)
         self.parts = self._divided()
 
@@ -184,7 +185,22 @@ def _carved(split: fx.GraphModule) -> None:
         )
     writes = next((n for n in split.graph.nodes if n.meta.get("writes_view")), None)
     if writes is not None:
-        raise UnsupportedError(f"layer {layer(writes)} writes into a part of a tensor, so the model cannot be taken apart")
+        raise UnsupportedError(
+            f"layer {layer(writes)} writes into a part of a tensor, so the model cannot be taken apart"
+        )
+
+
+def _as_now(graph: fx.GraphModule) -> fx.GraphModule:
+    """The record of the inputs as the model is now: it may have been moved, or converted, since it was traced."""
+    known, weight = graphs.info(graph), next(graph.parameters(), None)
+    if weight is not None:
+        known.inputs = tuple(
+            replace(s, device=str(weight.device), dtype=weight.dtype if s.dtype.is_floating_point else s.dtype)
+            if isinstance(s, TensorSpec)
+            else s
+            for s in known.inputs
+        )
+    return graph
 
 
 def logits(graph: fx.GraphModule) -> fx.Node:

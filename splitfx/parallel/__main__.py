@@ -1,0 +1,80 @@
+"""``torchrun --nproc-per-node N -m splitfx.parallel FOLDER``: run a saved split on N processes and measure it.
+
+Loads what `splitfx.save` wrote, runs random inputs in the traced sizes (or of ``--batch`` images) on all ranks, holds
+the result to the whole model's on rank 0, and prints who runs what and the median time of a call beside the whole
+model's on one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from splitfx.errors import SplitfxError
+from splitfx.graph import random_inputs
+from splitfx.parallel.link import ParallelError
+from splitfx.parallel.ranks import Ranks
+from splitfx.report.table import seconds
+from splitfx.storage import load
+
+PARITY = 1e-4  # relative to the largest output
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m splitfx.parallel", description=__doc__)
+    parser.add_argument("folder", help="what splitfx.save wrote")
+    parser.add_argument("--batch", type=int, help="inputs of this many rows instead of the traced number")
+    parser.add_argument("--runs", type=int, default=20, help="timed calls (default 20)")
+    parser.add_argument("--stem", choices=("auto", "duplicate", "own"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another rank (default 60)")
+    parser.add_argument("--compile", action="store_true", help="run through torch.compile")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except SplitfxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    split = load(options.folder).eval()
+    args, kwargs = random_inputs(split, batch=options.batch)
+    with Ranks(
+        split, stem=options.stem, device=options.device, timeout=options.timeout, compile=options.compile
+    ) as ranks:
+        output = ranks(*args, **kwargs)
+        together = _median(lambda: ranks(*args, **kwargs), options.runs, ranks.link.barrier)
+        if ranks.rank:
+            return 0
+        with torch.inference_mode():
+            wanted = split(*args, **kwargs)
+            alone = _median(lambda: split(*args, **kwargs), options.runs, lambda: None)
+        off = float((output.cpu() - wanted).abs().max() / wanted.abs().max())
+        print(ranks.placement)
+        print(
+            f"{ranks.size} ranks {seconds(together)}, the whole model on one process {seconds(alone)}; off by {off:.1e}"
+        )
+    if off > PARITY:
+        raise ParallelError(f"the ranks' output is off by {off:.1e} of its largest value; {PARITY:.0e} allowed")
+    return 0
+
+
+def _median(call: Callable[[], Any], runs: int, together: Callable[[], None]) -> float:
+    found = []
+    for _ in range(max(runs, 1)):
+        together()
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
