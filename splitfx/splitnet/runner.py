@@ -1,0 +1,176 @@
+"""`Branches`: runs the folder of ONNX files that `export_branches` wrote, all of it or some groups.
+
+Parts run one after the other, values go from part to part by name, and the merge puts the logits into the user's order
+of classes. Opened for some groups it reads only their files and gives their logits, to be merged elsewhere.
+Refuses (`ExportError`): a folder of something else or of a newer format, files that are missing, cut short or changed,
+inputs that do not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from splitfx.errors import ExportError
+from splitfx.export import sessions
+from splitfx.report.table import number, size, table
+from splitfx.splitnet.tree import MERGE
+
+FORMAT, KIND = 1, "splitfx branches"
+MANIFEST = "branches.json"
+
+
+@dataclass(frozen=True)
+class OnnxPart:
+    """One part of a manifest. ``inputs`` and ``outputs``: values by name, in the order of the file's own. ``groups``:
+    those that need it; none for the merge. ``macs`` for one call in the traced sizes."""
+
+    name: str
+    file: str
+    bytes: int
+    sha256: str
+    groups: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    macs: int
+    params: int
+
+
+class Branches:
+    """Opens a folder that `export_branches` wrote, on one onnxruntime provider.
+
+    ``groups``: only these, for a process that runs some of the branches: it has the parts that they need, and gives
+    `pieces`. ``threads``: of onnxruntime, None for torch's number. ``parts``, ``classes`` (of each group, in the order
+    of its logits) and ``inputs`` as in the manifest. Raises `ExportError`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        provider: str = "cpu",
+        threads: int | None = None,
+        groups: Iterable[int] | None = None,
+    ) -> None:
+        self.folder, full = Path(folder), sessions.full_name(provider)
+        about = _manifest(self.folder)
+        self.inputs: tuple[str, ...] = tuple(about["inputs"])
+        self.classes = tuple(tuple(own) for own in about["classes"])
+        everyone = range(len(self.classes))
+        self.groups = tuple(everyone) if groups is None else tuple(sorted(set(groups)))
+        wrong = next((g for g in self.groups if g not in everyone), None)
+        if wrong is not None or not self.groups:
+            raise ExportError(
+                f"the groups of {self.folder} are 0 to {len(everyone) - 1}; asked for {list(self.groups)}."
+            )
+        whole = len(self.groups) == len(everyone)
+        listed = [_part(row, self.folder) for row in about["parts"]]
+        self.parts = tuple(p for p in listed if set(p.groups) & set(self.groups) or (whole and p.name == MERGE))
+        self._logits = next(p.inputs for p in listed if p.name == MERGE)
+        self._sessions = {}
+        for part in self.parts:
+            _check_file(self.folder, part)
+            options = sessions.session_options(threads or torch.get_num_threads())
+            self._sessions[part.name] = sessions.open_session(self.folder / part.file, full, options)
+
+    def run(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """The logits (or what the model makes of them) in the user's order of classes. Raises `ExportError`."""
+        if len(self.groups) < len(self.classes):
+            raise ExportError(
+                f"only groups {list(self.groups)} are open: call pieces, and merge all of them elsewhere."
+            )
+        return self._values(args, kwargs)[self.parts[-1].outputs[0]]
+
+    def pieces(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The logits of each open group, its classes in the order of ``classes[group]``. Raises `ExportError`."""
+        values = self._values(args, kwargs)
+        return {g: values[self._logits[g]] for g in self.groups}
+
+    def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        given = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
+        if len(given) != len(self.inputs):
+            raise ExportError(
+                f"the model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}); {len(given)} given."
+            )
+        values = dict(zip(self.inputs, given, strict=True))
+        for part in self.parts:
+            session = self._sessions[part.name]
+            read = tuple(values[name] for name in part.inputs)
+            feed = sessions.feeds(session, read, {}, self.folder / part.file)
+            made = [torch.from_numpy(one) for one in session.run(None, feed)]
+            values |= dict(zip(part.outputs, made, strict=True))
+        return values
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                p.name,
+                sum(len(self.classes[g]) for g in p.groups) or "-",
+                number(p.params),
+                number(p.macs),
+                size(p.bytes),
+            )
+            for p in self.parts
+        ]
+        return table(("part", "classes", "parameters", "MACs", "file"), rows)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{path} is missing; {folder} is not a folder that export_branches wrote.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(about, dict) or about.get("kind") != KIND or not isinstance(about.get("format"), int):
+        raise ExportError(f"{path} is not the manifest of a carved model's branches.")
+    if about["format"] > FORMAT:
+        newer = about["format"]
+        raise ExportError(f"{folder} has format {newer}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
+    wrong = [key for key in ("inputs", "classes", "parts") if not isinstance(about.get(key), list) or not about[key]]
+    if wrong or not all(isinstance(own, list) for own in about["classes"]):
+        raise ExportError(f"{path} is damaged: see {', '.join(wrong) or 'classes'}.")
+    if sum(isinstance(row, dict) and row.get("name") == MERGE for row in about["parts"]) != 1:
+        raise ExportError(f"{path} is damaged: it names no one part that merges.")
+    return about
+
+
+def _part(row: Any, folder: Path) -> OnnxPart:
+    kinds = {"name": str, "file": str, "sha256": str, "bytes": int, "macs": int, "params": int}
+    listed = ("groups", "inputs", "outputs")
+    ok = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+    if not ok or not all(isinstance(row.get(key), list) for key in listed):
+        raise ExportError(f"{folder / MANIFEST} is damaged: a part lacks its file, groups, inputs or outputs.")
+    return OnnxPart(**{key: row[key] for key in kinds}, **{key: tuple(row[key]) for key in listed})
+
+
+def _check_file(folder: Path, part: OnnxPart) -> None:
+    path = folder / Path(part.file).name  # a manifest names files of its own folder only
+    if not path.is_file():
+        raise ExportError(f"{path} is missing: copy the file of {part.name} there, or export again.")
+    found = fingerprint(path)
+    if found["bytes"] != part.bytes:
+        raise ExportError(
+            f"{path} is damaged: {found['bytes']} bytes instead of {part.bytes}; copy or export it again."
+        )
+    if found["sha256"] != part.sha256:
+        raise ExportError(f"{path} is damaged or of another export: its SHA-256 differs; copy or export it again.")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file; weights beside it would escape both."""
+    if path.with_name(path.name + ".data").exists():
+        raise ExportError(f"{path.stem} holds more than 2 GB of weights; split the model into more groups.")
+    with open(path, "rb") as held:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(held, "sha256").hexdigest()}
