@@ -3,6 +3,7 @@ convolutions, trained together, picked at run time, exported as ONNX files over 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def main(out: Path = Path("demo-out/subnetworks"), epochs: int = 5) -> dict[str,
     out.mkdir(parents=True, exist_ok=True)
     digits = load_data("digits", SHAPE)
     plan = splitfx.Plan([SubNetworks(cuts=(2, 4), statistics="private")], input_shape=(1, *SHAPE))
-    split = splitfx.transform(network().eval(), plan)
+    split: Any = splitfx.transform(network().eval(), plan)  # a SubNetworksGraph
     print(splitfx.explain(split))
 
     recipe = Recipe(epochs=epochs, lr=0.01, keep="last")

@@ -107,7 +107,9 @@ def test_a_sub_model_by_hand() -> None:
 
 
 def test_closed_forms_fit_other_sizes_too() -> None:
-    model = nn.Sequential(*list(small().children())[:-2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)).eval()
+    model = nn.Sequential(
+        *list(small().children())[:-2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)
+    ).eval()
     split = divided(model, cuts=(1, 2, 3))
     for size in ((16, 16), (23, 18), (37, 41)):
         x = torch.randn(3, 1, *size)
