@@ -49,14 +49,16 @@ def place(tree: Tree, ranks: int, stem: Stem = "auto", pipelined: bool = False) 
     """
     if stem not in ("auto", "duplicate", "own"):
         raise UnsupportedError(f"stem is 'auto', 'duplicate' or 'own', not {stem!r}")
-    own_possible = 2 <= ranks <= tree.groups + 1
+    has_stem = any(p.name == STEM for p in tree.parts)
+    own_possible = has_stem and 2 <= ranks <= tree.groups + 1
     if ranks < 1 or (ranks > tree.groups and not (own_possible and stem in ("own", "auto"))):
         raise UnsupportedError(
             f"{ranks} processes for {tree.groups} groups: start 1 to {tree.groups}, or {tree.groups + 1} with a stem "
             "of its own"
         )
-    if stem == "own" and ranks < 2:
-        raise UnsupportedError("a stem on a rank of its own needs at least 2 processes")
+    if stem == "own" and (ranks < 2 or not has_stem):
+        why = "needs at least 2 processes" if has_stem else "needs a stem: this model's groups share no layer"
+        raise UnsupportedError(f"a stem on a rank of its own {why}")
     found = []
     if stem in ("auto", "duplicate") and ranks <= tree.groups:
         found.append(_duplicated(tree, ranks))

@@ -37,7 +37,7 @@ class Ranks:
     ``stem``: "duplicate" on every rank, on its "own" (rank 0), or "auto", by estimate (`place`). ``gather``: who gets
     the model's output, the "first" rank (the others get None) or "all". ``timeout``: seconds to wait for another rank.
     ``device``: "cpu", or "cuda" for the GPU of this process's LOCAL_RANK. ``compile``: run the share through
-    ``torch.compile``. ``pipelined``: it will be used through `stream`, which counts for "auto".
+    ``torch.compile``. ``pipelined``: it will be used through `stream`, which counts for "auto". ``verify``: see `Tree`.
 
     ``placement`` says who runs what. Close it, or use it as a context manager.
     """
@@ -52,12 +52,13 @@ class Ranks:
         device: Literal["cpu", "cuda"] = "cpu",
         compile: bool = False,
         pipelined: bool = False,
+        verify: bool = True,
     ) -> None:
         if gather not in ("first", "all"):
             raise UnsupportedError(f"gather is 'first' or 'all', not {gather!r}")
         if not in_eval(split):
             raise UnsupportedError("ranks are for inference: call split.eval() first, and train the model itself")
-        self.tree = Tree(split)
+        self.tree = Tree(split, verify=verify)
         self.link = Link(device, timeout)
         self.rank, self.size = self.link.rank, self.link.size
         try:

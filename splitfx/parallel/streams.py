@@ -19,9 +19,10 @@ from splitfx.verify import in_eval
 
 
 class Streams:
-    """``split``: the result of a plan with ``SplitNet(lowering="branches")``, in eval mode on a GPU; called like it."""
+    """``split``: the result of a plan with ``SplitNet(lowering="branches")``, in eval mode on a GPU; called like it.
+    ``verify``: as for `Tree`."""
 
-    def __init__(self, split: fx.GraphModule) -> None:
+    def __init__(self, split: fx.GraphModule, verify: bool = True) -> None:
         places = {p.device for p in split.parameters()}
         if any(one.type != "cuda" for one in places) or len(places) != 1:
             listed = ", ".join(sorted(map(str, places))) or "nowhere"
@@ -31,7 +32,7 @@ class Streams:
         if not in_eval(split):
             raise UnsupportedError("streams are for inference: call split.eval() first")
         self.device = next(iter(places))
-        self.tree = Tree(split)
+        self.tree = Tree(split, verify=verify)
         self.lanes = [torch.cuda.Stream(self.device) for _ in range(self.tree.groups)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

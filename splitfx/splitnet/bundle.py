@@ -71,7 +71,7 @@ def export_branches(
             }
             (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             progress("checking")
-            _check_parity(split, draft, provider)
+            _check_parity(tree, draft, provider)
             _move(draft, target)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
@@ -87,14 +87,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"{target} is no folder of export_branches; it is not replaced. Choose another name.")
 
 
-def _check_parity(split: fx.GraphModule, draft: Path, provider: str) -> None:
-    args, kwargs = graphs.random_inputs(split)
-    copied = graphs.copy_graph(split, share=True).eval()
+def _check_parity(tree: Tree, draft: Path, provider: str) -> None:
+    args, kwargs = graphs.random_inputs(tree.graph)
+    whole = graphs.copy_graph(tree.graph, share=True).eval()
     with torch.inference_mode():
-        wanted = pytree.tree_leaves(copied(*args, **kwargs))[0]
-    off = float(
-        (Branches(draft, provider).run(*args, **kwargs) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-    )
+        wanted = pytree.tree_leaves(whole(*args, **kwargs))[0]
+    found = Branches(draft, provider).run(*args, **kwargs)
+    off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
     if not off <= PARITY:
         raise ExportError(
             f"the written files are off by {off:.1e} of the largest output on {provider}; {PARITY:.0e} allowed."

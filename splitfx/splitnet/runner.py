@@ -74,11 +74,28 @@ class Branches:
         listed = [_part(row, self.folder) for row in about["parts"]]
         self.parts = tuple(p for p in listed if set(p.groups) & set(self.groups) or (whole and p.name == MERGE))
         self._logits = next(p.inputs for p in listed if p.name == MERGE)
+        self._check_values(listed)
         self._sessions = {}
         for part in self.parts:
             _check_file(self.folder, part)
             options = sessions.session_options(threads or torch.get_num_threads())
             self._sessions[part.name] = sessions.open_session(self.folder / part.file, full, options)
+
+    def _check_values(self, listed: list[OnnxPart]) -> None:
+        """Every value that a part reads is given by one in front of it; the merge reads one per group."""
+        known = set(self.inputs)
+        for part in listed:
+            lost = next((name for name in part.inputs if name not in known), None)
+            if lost is not None:
+                where = self.folder / MANIFEST
+                raise ExportError(
+                    f"{where} is damaged: {part.name} reads {lost!r}, which no part in front of it gives."
+                )
+            known |= set(part.outputs)
+        if len(self._logits) != len(self.classes) or not all(p.outputs for p in listed):
+            raise ExportError(
+                f"{self.folder / MANIFEST} is damaged: its parts and its {len(self.classes)} groups differ."
+            )
 
     def run(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The logits (or what the model makes of them) in the user's order of classes. Raises `ExportError`."""

@@ -8,7 +8,8 @@ channels, a relaxed gate) has all of that in its stem.
 Refuses (`UnsupportedError`): a model that `SplitNet` did not carve, one with grouped convolutions instead of branches.
 Promises: all parts together are the model; they hold its own parameters. With ``narrow``, layers of the stem of which
 each group reads other channels are divided among the groups (`splitfx.splitnet.boundary`): those hold parts of the
-parameters, copied where they are no run. So train the model itself and make its tree afterwards.
+parameters, copied where they are no run, and the result is held to the model in float64 unless ``verify`` is off. So
+train the model itself and make its tree afterwards.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from splitfx.ops import Channel, bind, in_place, is_size, op, op_name, out_of_pl
 from splitfx.report.table import number, size, table
 from splitfx.splitnet import boundary
 from splitfx.tiling.extract import stage_graph
+from splitfx.verify import require_equal
 
 STEM, MERGE = "stem", "merge"
 
@@ -57,15 +59,17 @@ class Tree:
 
     ``parts``: in an order in which they can run, the merge last. ``pieces``: the value that each group gives, its
     logits. ``classes``: the classes of each group, as numbers of the model's output, in the order of its logits.
-    ``graph``: the whole. ``inputs``: names of the model's inputs. Raises `UnsupportedError`.
+    ``graph``: the whole. ``inputs``: names of the model's inputs. Raises `UnsupportedError`, `VerificationError`.
     """
 
-    def __init__(self, split: fx.GraphModule, narrow: bool = True) -> None:
+    def __init__(self, split: fx.GraphModule, narrow: bool = True, verify: bool = True) -> None:
         _carved(split)
         self.graph = _as_now(graphs.copy_graph(split, share=True))
         joint = logits(self.graph)
         if narrow and boundary.divide(self.graph, needs(self.graph, joint)):
             joint = logits(self.graph)
+            if verify:
+                require_equal("splitnet", split, self.graph)
         self._joint, self._needs = joint, needs(self.graph, joint)
         self.pieces = tuple(n.name for n in joint.args[0])  # type: ignore[union-attr]
         self.inputs = tuple(n.name for n in self.graph.graph.nodes if n.op == "placeholder")
