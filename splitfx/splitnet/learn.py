@@ -4,7 +4,7 @@
     splitfx.finetune(graph, train, val, recipe, regulariser=groups)      # or: loss + groups.penalty() in your own loop
     plan = splitfx.Plan([SplitNet(groups.assignment())])
 
-Every vector has logits α [G, n], softmax over the groups. The penalties push the weights between groups to zero
+Every vector has a parameter α [G, n], softmax over the groups. The penalties push the weights between groups to zero
 (weight), the groups apart (disjoint) and to equal sizes (balance); each is 1 where all groups are alike.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Split, Structure, Vector
+from splitfx.splitnet.weights import heaviest
 
-SPREAD = 0.01  # standard deviation of α at the start
+SPREAD = 0.01  # standard deviation of the logits at the start
+LEAN = 1.0  # what the logits of a group that the weights suggest are raised by
 TINY = 1e-12  # under square roots: their slope at zero is infinite
 
 
@@ -66,6 +68,7 @@ def attach(
     weight: float = 1.0,
     disjoint: float = 1.0,
     balance: float = 10.0,
+    start: Literal["noise", "weights"] = "noise",
     seed: int = 0,
     classes: Sequence[str] = (),
     freeze_norms: bool = True,
@@ -73,7 +76,9 @@ def attach(
 ) -> Groups:
     """Soft groups for a graph from `splitfx.trace`, which is trained as it is and computes what it did.
 
-    ``weight``, ``disjoint``, ``balance``: the factors γ of the three penalties. ``freeze_norms``: scales of batch norms
+    ``weight``, ``disjoint``, ``balance``: the factors γ of the three penalties. ``start``: ``"noise"``, as in the paper,
+    for weights that are trained along from scratch; ``"weights"`` leans towards the groups that keep the most weight,
+    for a model that is trained already (from noise its groups are decided before they can follow it). ``freeze_norms``: scales of batch norms
     are not trained while groups are learned (they would undo the weight penalty); `Groups.release` gives them back.
     ``options``: ``depth``, ``groups``, ``boundary``, ``gating``. Raises `PlanError` and `UnsupportedError` as `SplitNet`.
     """
@@ -82,7 +87,10 @@ def attach(
     for factor in (weight, disjoint, balance):
         if not 0 <= factor < float("inf"):
             raise PlanError(f"a penalty's factor is 0 or more, not {factor}")
-    groups = Groups(found, (weight, disjoint, balance), seed, {"levels": levels, "classes": names, **options})
+    if start not in ("noise", "weights"):
+        raise PlanError(f"start is 'noise' or 'weights', not {start!r}")
+    lean = heaviest(found, seed) if start == "weights" else None
+    groups = Groups(found, (weight, disjoint, balance), seed, lean, {"levels": levels, "classes": names, **options})
     if freeze_norms:
         groups.freeze(graph)
     return groups
@@ -91,19 +99,30 @@ def attach(
 class Groups(nn.Module):
     """Soft assignments of a graph's channels, one parameter α [G, n] per vector, to be trained without weight decay.
 
+    The logits are √n α: each penalty is a mean over a vector's n items, and so every item's logits move at the same
+    pace, whether its vector has ten classes or a thousand channels.
+
     Called, it gives the three penalties by name, each with its factor: `splitfx.finetune` takes it as its
     ``regulariser``. The weights stay the graph's: this module owns none of them.
     """
 
     def __init__(
-        self, found: Structure, factors: tuple[float, float, float], seed: int, options: dict[str, Any]
+        self,
+        found: Structure,
+        factors: tuple[float, float, float],
+        seed: int,
+        lean: dict[str, np.ndarray] | None,
+        options: dict[str, Any],
     ) -> None:
         super().__init__()
         self.vectors = list(found.vectors.values())
         self.options, self.factors = options, factors
         generator = torch.Generator().manual_seed(seed)
-        made = [torch.randn(v.level, v.size, generator=generator) * SPREAD / v.size**0.5 for v in self.vectors]
-        self.alpha = nn.ParameterList([nn.Parameter(a) for a in made])
+        made = [torch.randn(v.level, v.size, generator=generator) * SPREAD for v in self.vectors]
+        if lean is not None:
+            for v, logits in zip(self.vectors, made, strict=True):
+                logits[torch.as_tensor(lean[v.name]), torch.arange(v.size)] += LEAN
+        self.alpha = nn.ParameterList([nn.Parameter(m / v.size**0.5) for v, m in zip(self.vectors, made, strict=True)])
         self.layers = [_Layer(found, split) for split in found.splits if split.edge.groups == 1]
         self.frozen: list[nn.Parameter] = []
         self.history: list[torch.Tensor] = []

@@ -30,6 +30,7 @@ from splitfx.splitnet.structure import Structure, Vector
 
 Labels = dict[str, np.ndarray]
 STARTS, SWEEPS = 4, 50
+MOST_KICKS, KICKED_ITEMS = 100, 20_000  # kicks, and items that they may sweep over all together
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _feeds_a_norm(node: fx.Node) -> bool:
 
 
 def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray] | None = None) -> Labels:
-    """The labels of the most kept mass that the search finds."""
+    """The labels of the most kept mass that the search finds: the best of several starts, then kicked out of its
+    optimum again and again (iterated local search), as often as the size of the problem allows."""
     search = _Search(found, links(found, moments))
     rng = np.random.default_rng(seed)
     best, most = {}, -1.0
@@ -121,6 +123,13 @@ def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray]
         labels = search.spectral(rng) if start < STARTS - 1 else search.random(rng)
         value = search.ascend(labels)
         if value > most:
+            best, most = labels, value
+    items = sum(v.size for v in found.vectors.values())
+    for _ in range(min(MOST_KICKS, KICKED_ITEMS // items)):
+        labels = dict(best)
+        kicked = search.kick(labels, rng)
+        value = search.ascend(labels, last=kicked)
+        if value > most + 1e-12:
             best, most = labels, value
     return best
 
@@ -154,12 +163,26 @@ class _Search:
 
     # ------------------------------------------------------------ coordinate ascent
 
-    def ascend(self, labels: Labels) -> float:
-        """Improve ``labels`` in place until no vector can be improved alone; returns the kept mass. Monotone."""
+    def kick(self, labels: Labels, rng: np.random.Generator) -> str:
+        """Swap some items between two groups of one vector; returns its name."""
+        name = str(rng.choice(list(self.vectors)))
+        own = labels[name].copy()
+        a, b = rng.choice(self.vectors[name].level, 2, replace=False)
+        first, second = np.flatnonzero(own == a), np.flatnonzero(own == b)
+        count = int(rng.integers(1, max(2, min(len(first), len(second)) // 2 + 1)))
+        first, second = (rng.choice(places, count, replace=False) for places in (first, second))
+        own[first], own[second] = b, a
+        labels[name] = own
+        return name
+
+    def ascend(self, labels: Labels, last: str = "") -> float:
+        """Improve ``labels`` in place until no vector can be improved alone; returns the kept mass. Monotone.
+        The vector ``last`` comes after the others, which may follow it first."""
         value = sum(self.kept(e, labels) for e in self.links)
+        order = sorted(self.vectors, key=lambda name: name == last)
         for _ in range(SWEEPS):
             before = value
-            for name in self.vectors:
+            for name in order:
                 value += self.improve(name, labels)
             if value - before < 1e-12:
                 break

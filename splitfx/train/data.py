@@ -96,23 +96,30 @@ def _digits(shape: Shape | None) -> Data:
 def planted(
     shape: Shape | None = None,
     groups: int = 2,
-    classes: int = 3,
+    classes: int = 4,
     samples: int = 1200,
     noise: float = 0.7,
     seed: int = 0,
 ) -> Data:
     """A generated data set with a hierarchy: ``groups`` of ``classes`` each, named ``a0``, ``a1`` … ``b0``, ``b1`` ….
 
-    Classes of a group share a smooth pattern that the others do not have, and differ by a weaker one of their own, so a
-    network that learns it finds features that only one group needs. By default images of 1x12x12.
+    Every group has smooth patterns of its own, and its classes are the combinations of their signs. Every image shows
+    the patterns of all groups: those of its own group with its class's signs, the others with random ones, and faintly
+    one pattern that says which group counts. So each feature matters to the classes of one group and to no other. By
+    default images of 1x12x12.
     """
     made = torch.Generator().manual_seed(seed)
-    pattern = lambda count: F.interpolate(  # noqa: E731
-        torch.randn(count, 1, 4, 4, generator=made), (12, 12), mode="bilinear", align_corners=False
-    )
-    shared, own = pattern(groups), pattern(groups * classes)
+    bits = max(1, (classes - 1).bit_length())
+    if groups * (1 + bits) > 16:
+        raise TrainingError(f"{groups} groups of {classes} classes need {groups * (1 + bits)} patterns; there are 16")
+    apart = 4 * torch.linalg.qr(torch.randn(16, 16, generator=made))[0]  # patterns that do not overlap
+    patterns = F.interpolate(apart.view(16, 1, 4, 4), (12, 12), mode="bilinear", align_corners=False)
+    which, own = patterns[:groups], patterns[groups : groups * (1 + bits)].view(groups, bits, 1, 12, 12)
     targets = torch.arange(samples) % (groups * classes)
-    clean = shared[targets // classes] + 0.5 * own[targets]
+    group, code = targets // classes, targets % classes
+    signs = torch.randint(2, (samples, groups, bits), generator=made)
+    signs[torch.arange(samples), group] = code[:, None] >> torch.arange(bits) & 1
+    clean = 0.5 * which[group] + torch.einsum("ngb,gbchw->nchw", 2.0 * signs - 1, own)
     images = clean + noise * torch.randn(clean.shape, generator=made)
     names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
     return _halved("planted", _as(images, shape), targets, names)
