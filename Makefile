@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo demo-search test slow zoo bench bench-tile lint clean
+.PHONY: help env demo demo-search test slow zoo bench bench-tile bench-parallel lint clean
 
 help:
-	@echo "make demo | demo-search | test | slow | zoo | bench | bench-tile | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | bench | bench-tile | bench-parallel | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -31,6 +31,9 @@ bench: $(STAMP)
 
 bench-tile: $(STAMP)
 	$(PY) -m benchmarks.run tile
+
+bench-parallel: $(STAMP)
+	$(PY) -m benchmarks.run parallel
 
 lint: $(STAMP)
 	$(PY) -m ruff check --quiet .
