@@ -71,7 +71,8 @@ def _parts(graph: fx.GraphModule, node: fx.Node, needs: Needs) -> list[np.ndarra
             seen.add(user)
             chosen = _chosen(graph, user, dim, size)
             if chosen is not None:
-                readers[np.ix_(chosen, sorted(needs[user]))] = True
+                for g in needs[user]:
+                    readers[chosen, g] = True
             elif _follows(graph, user, dim, size):
                 waiting.append(user)
             else:

@@ -169,7 +169,8 @@ def _part(row: Any, folder: Path) -> OnnxPart:
     ok = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
     if not ok or not all(isinstance(row.get(key), list) for key in listed):
         raise ExportError(f"{folder / MANIFEST} is damaged: a part lacks its file, groups, inputs or outputs.")
-    return OnnxPart(**{key: row[key] for key in kinds}, **{key: tuple(row[key]) for key in listed})
+    given: dict[str, Any] = {key: tuple(row[key]) if key in listed else row[key] for key in (*kinds, *listed)}
+    return OnnxPart(**given)
 
 
 def _check_file(folder: Path, part: OnnxPart) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
@@ -100,7 +101,7 @@ class Tree:
 
     def returned(self, values: dict[str, Any]) -> Any:
         """What the model returns, from the value of the merge."""
-        held = fx.node.map_arg(output_node(self.graph).args[0], lambda n: values[n.name])
+        held = map_arg(output_node(self.graph).args[0], lambda n: values[n.name])
         return self.graph.graph.process_outputs(held)
 
     def program(self, groups: Iterable[int], stem: bool = True) -> Part:

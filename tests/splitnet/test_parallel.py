@@ -313,7 +313,7 @@ def test_streams_wait_for_what_they_read(nested: fx.GraphModule, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, lane: log.append(("record", lane.name)))
     for part in tree.parts:
-        part.graph.register_forward_pre_hook(lambda m, a, name=part.name: log.append(("run", now[-1].name, name)))
+        part.graph.register_forward_pre_hook(lambda m, a, name=part.name: log.append(("run", now[-1].name, str(name))))
     assert off(streams(image()), nested(image())) <= EXACT
     runs = [(lane, name) for what, lane, *name in log if what == "run" for name in name]
     assert runs == [
