@@ -192,7 +192,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     one = command("explain", "tell what the passes did to a saved split, and what not, and why")
     one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
 
-    one = command("inspect", "write a page about a saved split: graph, figures, notes, layers")
+    one = command("inspect", "list the groups of classes of a saved split; write a page about it: graph, notes, layers")
     one.add_argument("split", metavar="FOLDER", help="the folder of a saved split")
     one.add_argument("--html", metavar="FILE", help="the page to write")
     one.add_argument("--svg", metavar="FILE", help="write the drawing of the graph alone")

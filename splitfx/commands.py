@@ -159,17 +159,26 @@ def explain(given: Namespace, progress: Progress) -> int:
 
 def inspect(given: Namespace, progress: Progress) -> int:
     from splitfx.report.html import inspect_html, inspect_svg
+    from splitfx.report.splitnet_classes import carved_classes, classes_text
 
     asked = {kind: path for kind, path in (("html", given.html), ("svg", given.svg)) if path}
-    if not asked:
-        raise SplitfxError("nothing to write: give --html FILE, --svg FILE or both")
     for path in asked.values():
         _free_file(path, given.overwrite)
     split = _saved(given.split, progress)
-    progress("drawing")
+    classes = carved_classes(split)
+    if not asked and classes is None:
+        raise SplitfxError("nothing to write: give --html FILE, --svg FILE or both; its classes are not in groups")
+    if asked:
+        progress("drawing")
     for kind, path in asked.items():
         (inspect_html if kind == "html" else inspect_svg)(split, path, overwrite=given.overwrite)
-    return _print(given, json.dumps(asked), f"wrote {' and '.join(asked.values())}")
+    made: dict[str, object] = dict(asked)
+    people = [classes_text(classes)] if classes else []
+    if classes:
+        made["groups"] = [classes.members(g) for g in range(classes.level)]
+    if asked:
+        people.append(f"wrote {' and '.join(asked.values())}")
+    return _print(given, json.dumps(made), "\n\n".join(people))
 
 
 def passes(given: Namespace, progress: Progress) -> int:

@@ -31,6 +31,7 @@ _AGAINST = {
 }
 _KINDS = (("did", "done"), ("declined", "declined"), ("info", "also"))
 _NAME = 26  # columns for the layer's name before a note; longer names get a line of their own
+_VALUES = 40  # values of an option that are written
 _NAMED = 3  # layers named where many share a note
 
 
@@ -179,6 +180,11 @@ def _where(places: list[str]) -> str:
 
 
 def _value(value: object) -> str:
+    """An option's value; of long ones (the groups of thousands of channels) their size, the plan has them in full."""
+    if isinstance(value, dict) and any(isinstance(one, (list, tuple)) for one in value.values()):
+        return f"{{{len(value)} entries}}"
+    if isinstance(value, (list, tuple)) and len(value) > _VALUES:
+        return f"[{', '.join(map(_value, value[:3]))}, …, {len(value)} in all]"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
     return str(value)

@@ -22,6 +22,7 @@ from splitfx.profiling import Profile, profile
 from splitfx.report.boxes import Box, boxes
 from splitfx.report.drawing import graph_svg, memory_svg, picture_svg
 from splitfx.report.explanation import by_kind, promise, ratio, title
+from splitfx.report.splitnet_html import splitnet_html
 from splitfx.report.style import CSS, JS
 from splitfx.report.table import dims, number, seconds, size
 
@@ -64,6 +65,7 @@ def inspect_text(split: fx.GraphModule) -> str:
         _tiles(before, now, counted),
         *_plan(known.plan),
         *(part for position, step in enumerate(steps, 1) for part in _step(position, step)),
+        *splitnet_html(split),
         *_traced(known.notes),
         "<h2>Graph</h2>",
         _key(),

@@ -71,7 +71,17 @@ border:0;padding:2px 0}
 .notes td:first-child{font-weight:600}}
 """
 
-CSS = COLOURS + GRAPH + PAGE
+SPLITNET = """
+.notes+.wide{margin-top:12px}svg.classes{margin:0 0 12px}svg.classes:last-child{margin:0}svg text.end{text-anchor:end}
+svg.classes text.name{font-weight:400}
+svg .in{fill:var(--blue);stroke:var(--card)}svg .out{fill:none;stroke:var(--line);stroke-width:.7}
+.blocks{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:14px}
+figure{margin:0;overflow-wrap:anywhere}figcaption{font-size:13px;line-height:1.35;padding-top:4px}
+svg.block{width:100%}svg image{image-rendering:pixelated}
+svg .border{fill:none;stroke:var(--orange);stroke-width:1.2}
+"""
+
+CSS = COLOURS + GRAPH + PAGE + SPLITNET
 
 JS = """
 document.querySelectorAll('table.sortable').forEach(function(table){

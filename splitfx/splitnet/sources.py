@@ -41,7 +41,8 @@ def semantic(
     graph: fx.GraphModule, taxonomy: Taxonomy, classes: Sequence[str], levels: Levels = (), **options: Any
 ) -> Assignment:
     """Groups of classes that lie together in a taxonomy: nested tables of class names (``{"plants": {"trees":
-    ["oak", "maple"], "flowers": [...]}, ...}``), a dict or a JSON or TOML file. ``classes``: the names in the order of the logits."""
+    ["oak", "maple"], "flowers": [...]}, ...}``), a dict or a JSON or TOML file. ``classes``: the names in the order of
+    the logits."""
     found = structure(graph, levels, **options)
     names = class_names(found, classes)
     labels = semantic_labels(found, read_taxonomy(taxonomy), names)
@@ -128,7 +129,15 @@ def read_taxonomy(given: Taxonomy) -> Mapping[str, Any]:
 
 def semantic_labels(found: Structure, taxonomy: Mapping[str, Any], names: Sequence[str]) -> Labels:
     own = classes_of(found, "a taxonomy")
-    listed = list(_leaves(taxonomy))
+    checked_taxonomy(taxonomy, names)
+    parts = _parts(taxonomy, own.level)
+    group = {name: g for g, part in enumerate(parts) for name in part}
+    return spread(found, np.array([group[n] for n in names]))
+
+
+def checked_taxonomy(taxonomy: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises `PlanError` for a taxonomy that does not hold every class once, and no others."""
+    listed = list(leaves(taxonomy))
     twice = next((n for i, n in enumerate(listed) if n in listed[:i]), None)
     if twice is not None:
         raise PlanError(f"the taxonomy names the class {twice!r} twice")
@@ -137,16 +146,14 @@ def semantic_labels(found: Structure, taxonomy: Mapping[str, Any], names: Sequen
     if missing or unknown:
         what = f"has no place for {_some(missing)}" if missing else f"names {_some(unknown)}, which the model lacks"
         raise PlanError(f"the taxonomy {what}: it must hold every class of the model once")
-    parts = _parts(taxonomy, own.level)
-    group = {name: g for g, part in enumerate(parts) for name in part}
-    return spread(found, np.array([group[n] for n in names]))
 
 
-def _leaves(node: Any) -> list[str]:
+def leaves(node: Any) -> list[str]:
+    """The class names in a part of a taxonomy, in its order."""
     if isinstance(node, Mapping):
-        return [leaf for child in node.values() for leaf in _leaves(child)]
+        return [leaf for child in node.values() for leaf in leaves(child)]
     if isinstance(node, list | tuple):
-        return [leaf for child in node for leaf in _leaves(child)]
+        return [leaf for child in node for leaf in leaves(child)]
     if isinstance(node, str):
         return [node]
     raise PlanError(f"a taxonomy holds tables, lists and class names; got {node!r}")
@@ -163,12 +170,12 @@ def _parts(taxonomy: Mapping[str, Any], groups: int) -> list[list[str]]:
     two neighbours that are smallest together are joined until there are not too many."""
     parts: list[Any] = _children(taxonomy)
     while len(parts) < groups:
-        largest = max((p for p in parts if len(_children(p)) > 0), key=lambda p: len(_leaves(p)), default=None)
+        largest = max((p for p in parts if len(_children(p)) > 0), key=lambda p: len(leaves(p)), default=None)
         if largest is None:
             raise PlanError(f"the taxonomy's {len(parts)} classes are fewer than {groups} groups")
         at = next(i for i, p in enumerate(parts) if p is largest)
         parts[at : at + 1] = _children(largest)
-    sets = [_leaves(p) for p in parts]
+    sets = [leaves(p) for p in parts]
     while len(sets) > groups:
         at = min(range(len(sets) - 1), key=lambda i: len(sets[i]) + len(sets[i + 1]))
         sets[at : at + 2] = [sets[at] + sets[at + 1]]
