@@ -9,6 +9,7 @@ after a barrier, as a share of the parallel call; ``off`` how far the result is 
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import splitfx
 from benchmarks.networks import WideResNet
@@ -113,14 +115,14 @@ def worker(settings: dict[str, Any]) -> None:
     dense, split = splitfx.load(place / "dense").eval(), splitfx.load(place / "split").eval()
     image = torch.randn(settings["batch"], 3, 32, 32, generator=torch.Generator().manual_seed(0))
     rows: list[dict[str, Any]] = []
-    for number_, engine in enumerate(settings["engines"]):
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+    for engine in settings["engines"]:
         compile_ = engine == "torch.compile"
         with Ranks(split, stem="duplicate", timeout=PATIENCE, compile=compile_, verify=False) as ranks:
             alone = [torch.compile(one) if compile_ else one for one in (dense, split)]
             found = measured(ranks, alone, image, settings["rounds"])
             rows += table_of(engine, found, ranks, dense, split, image)
-        if number_ + 1 < len(settings["engines"]):
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # a fresh job for the next engine
+    dist.destroy_process_group()
     if os.environ["RANK"] == "0":
         (place / "rows.json").write_text(json.dumps(rows))
 

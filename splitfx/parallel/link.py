@@ -59,7 +59,7 @@ class Link:
             if self.began:
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=START))
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self.group = dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=timeout))
+            self.group: Any = dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise ParallelError(f"the ranks did not come together within {START:g} s: {_first(error)}") from error
 
@@ -68,7 +68,7 @@ class Link:
         own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).clone().to(self.device)
         there = [torch.empty_like(own) for _ in range(self.size)]
         with self.guarded("another rank"):
-            waiting = (
+            waiting: Any = (
                 dist.group.WORLD if self.began else self.group
             )  # the one with the long timeout, where there is one
             dist.all_gather(there, own, group=waiting)
