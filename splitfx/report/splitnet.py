@@ -153,7 +153,8 @@ def _band(axes: Any, known: Classes, found: Agreement | None, band: list[int], w
     axes.set(xlim=(0, width), ylim=(len(groups), 0))
     names = [shorten(known.names[c], 34) for c in band]
     axes.set_xticks(np.arange(len(band)) + 0.5, names, rotation=90, fontsize=8, color=PALETTE["ink"])
-    sizes = [f"group {g + 1}, {len(known.members(g))} classes" for g in groups]
+    counts = [len(known.members(g)) for g in groups]
+    sizes = [f"group {g + 1}, {n} class{'es' * (n != 1)}" for g, n in zip(groups, counts, strict=True)]
     axes.set_yticks(np.arange(len(groups)) + 0.5, sizes, fontsize=8.5, color=PALETTE["ink"])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -86,8 +86,8 @@ def _weights(graph: fx.GraphModule) -> Iterator[str]:
     yield "<h3>weights by group</h3>"
     yield (
         f'<p class="soft">The blocks that {which} have, channels by group: root mean square over the kernel, the '
-        "darker the larger. The weights between groups and the order of channels before the split are no longer in "
-        "this model; splitfx.splitnet.plot_weights draws both from the dense one.</p>"
+        "stronger the colour the larger. The weights between groups and the order of channels before the split are no "
+        "longer in this model; splitfx.splitnet.plot_weights draws both from the dense one.</p>"
     )
     yield f'<div class="wide blocks">{"".join(_figure(where, blocks) for where, blocks in shown)}</div>'
 
