@@ -28,7 +28,7 @@ from splitfx.splitnet.sources import Taxonomy
 from splitfx.splitnet.structure import Structure
 
 PALETTE = dict(re.findall(r"--(\w+):\s*(#\w+)", COLOURS.partition("@media")[0]))  # the light one: pictures are printed
-FONTS = {
+FONTS: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Segoe UI", "Roboto", "DejaVu Sans"],
     "svg.hashsalt": "splitfx",

@@ -31,7 +31,7 @@ class Assignment(FrozenDict):
     the names of the model's classes, if given. ``source``: where it comes from, in a few words.
     """
 
-    def __init__(self, labels: Mapping[str, Sequence[int]], source: str = "given", **options: Any) -> None:
+    def __init__(self, labels: Mapping[str, Sequence[int] | np.ndarray], source: str = "given", **options: Any) -> None:
         super().__init__({name: tuple(int(g) for g in given) for name, given in labels.items()})
         unknown = next((o for o in options if o not in OPTIONS), None)
         if unknown is not None:
@@ -97,7 +97,7 @@ def group_lines(labels: Sequence[int], names: Sequence[str], shown: int | None =
     groups = np.asarray(labels)
     lines = []
     for g in range(groups.max() + 1):
-        own = [names[i] for i in np.flatnonzero(groups == g)]
+        own = [names[i] for i in np.flatnonzero(groups == g).tolist()]
         some = own if shown is None or len(own) <= shown else [*own[:shown], f"and {len(own) - shown} more"]
         lines.append(f"group {g + 1}, {len(own)} classes: {', '.join(some)}")
     return lines
