@@ -251,7 +251,7 @@ def test_refused_ranks(nested: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torchrun(tmp_path: Path, ranks: int) -> None:
     splitfx.save(carved(wide(), FLAT), tmp_path / "split")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [
         *run,
         "-m",
