@@ -18,7 +18,7 @@ from splitfx.errors import PlanError, nearest
 from splitfx.graph import is_canonical, layer
 from splitfx.options import FrozenDict
 from splitfx.splitnet.levels import Levels
-from splitfx.splitnet.structure import Boundary, Gating, Structure, Vector
+from splitfx.splitnet.structure import Structure, Vector
 
 OPTIONS = ("levels", "depth", "groups", "boundary", "gating", "classes")
 
