@@ -1,8 +1,8 @@
 """Tables 2 to 4 of the SplitNet paper from real modules, carved with equal random groups.
 
-Parameters are weights of convolutions and linear layers, without norms (WRN counts the classifier's bias too); FLOPs are
-2 x MACs, for the split AlexNets with one more per output element of the convolutions and linear layers (as the paper
-counts them there).
+Parameters are weights of convolutions and linear layers, without norms (WRN counts the classifier's bias too); FLOPs
+are 2 x MACs, for the split AlexNets with one more per output element of the convolutions and linear layers (as the
+paper counts them there).
 """
 
 from __future__ import annotations
@@ -99,4 +99,6 @@ def figures(graph: fx.GraphModule, bias: bool) -> tuple[int, int]:
     params = sum(p.numel() for m in layers for p in m.parameters())
     known = facts(graph)
     elements = sum(torch.Size(shape(known.shapes[e.node])).numel() for e in known.axes.edges) if bias else 0
-    return params, 2 * splitfx.profile(graph, torch.zeros(shape(known.shapes[next(iter(graph.graph.nodes))]))).macs + elements
+    return params, 2 * splitfx.profile(
+        graph, torch.zeros(shape(known.shapes[next(iter(graph.graph.nodes))]))
+    ).macs + elements

@@ -29,6 +29,7 @@ def test_every_example_is_tested() -> None:
         "04_stream_large_image",
         "05_search_factors",
         "06_subnetworks",
+        "07_splitnet",
     ]
 
 
@@ -103,3 +104,10 @@ def test_sub_models_share_one_set_of_weights(
 def small() -> nn.Module:
     blocks = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*blocks, nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_splitnet_learns_and_carves(capsys: pytest.CaptureFixture[str]) -> None:
+    example("07_splitnet").main(samples=600)
+    out = capsys.readouterr().out
+    assert "2 groups of 24:8/24:8 channels" in out
+    assert "split in two" in out

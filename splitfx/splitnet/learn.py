@@ -57,7 +57,8 @@ class Convergence:
         return (
             f"{len(self.undecided)} of {len(self.surest)} vectors are undecided; the least decided is {worst}, with a "
             f"channel in its likeliest group at probability {self.surest[worst]:.3f} (wanted: above "
-            f"{1 - self.epsilon:.3f}) and a disjoint penalty of {self.disjoint[worst]:.3f} (wanted: below {self.tolerance:.3f})"
+            f"{1 - self.epsilon:.3f}) and a disjoint penalty of {self.disjoint[worst]:.3f} (wanted: below "
+            f"{self.tolerance:.3f})"
         )
 
 
@@ -76,11 +77,12 @@ def attach(
 ) -> Groups:
     """Soft groups for a graph from `splitfx.trace`, which is trained as it is and computes what it did.
 
-    ``weight``, ``disjoint``, ``balance``: the factors γ of the three penalties. ``start``: ``"noise"``, as in the paper,
-    for weights that are trained along from scratch; ``"weights"`` leans towards the groups that keep the most weight,
-    for a model that is trained already (from noise its groups are decided before they can follow it). ``freeze_norms``: scales of batch norms
-    are not trained while groups are learned (they would undo the weight penalty); `Groups.release` gives them back.
-    ``options``: ``depth``, ``groups``, ``boundary``, ``gating``. Raises `PlanError` and `UnsupportedError` as `SplitNet`.
+    ``weight``, ``disjoint``, ``balance``: the factors γ of the three penalties. ``start``: ``"noise"``, as in the
+    paper, for weights that are trained along from scratch; ``"weights"`` leans towards the groups that keep the most
+    weight, for a model that is trained already (from noise its groups are decided before they can follow it).
+    ``freeze_norms``: scales of batch norms are not trained while groups are learned (they would undo the weight
+    penalty); `Groups.release` gives them back.
+    ``options``: ``depth``, ``groups``, ``boundary``, ``gating``. Raises `PlanError` and `UnsupportedError`.
     """
     found = structure(graph, levels, **options)
     names = class_names(found, classes) if classes else ()
@@ -170,15 +172,17 @@ class Groups(nn.Module):
         self.frozen = []
 
     def convergence(self, epsilon: float = 0.05, tolerance: float = 0.05) -> Convergence:
-        """Whether every item is in one group with more than 1 - ``epsilon`` and every vector's disjoint penalty is below
-        ``tolerance``; it tells both numbers per vector."""
+        """Whether every item is in one group with more than 1 - ``epsilon`` and every vector's disjoint penalty is
+        below ``tolerance``; it tells both numbers per vector."""
         with torch.no_grad():
             soft = self.soft()
             surest = {name: float(p.amax(0).min()) for name, p in soft.items()}
             apart = {name: float(disjoint_penalty(p)) for name, p in soft.items()}
         return Convergence(surest, apart, epsilon, tolerance)
 
-    def assignment(self, *, balance: bool = False, unconverged: bool = False, epsilon: float = 0.05, tolerance: float = 0.05) -> Assignment:
+    def assignment(
+        self, *, balance: bool = False, unconverged: bool = False, epsilon: float = 0.05, tolerance: float = 0.05
+    ) -> Assignment:
         """The learned groups: each item's likeliest, or, with ``balance``, the likeliest among groups of equal size.
 
         Raises `PassError` while the groups are not decided, with the numbers, unless ``unconverged``, and where a group
@@ -218,8 +222,12 @@ class _Layer:
         module = module_of(split.edge.node)
         assert module is not None
         self.module, self.level, self.path = module, split.level, layer(split.edge.node)
-        self.ins = [(v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.ins)]
-        self.outs = [(v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.outs)]
+        self.ins = [
+            (v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.ins)
+        ]
+        self.outs = [
+            (v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.outs)
+        ]
         count = len(split.edge.ins)
         # Channels that every group reads have no group of their own: they drop out.
         self.grouped = np.sort(np.concatenate([places.numpy() for _, places, _, _ in self.ins]))
@@ -229,14 +237,16 @@ class _Layer:
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         if transposed(self.module):
             weight = weight.transpose(0, 1)
-        square = weight.square()
+        square = weight.square().to(next(iter(soft.values())).dtype)
         square = square.flatten(2).mean(2) if square.dim() > 2 else square
         if not self.whole:
             square = square[:, torch.as_tensor(self.grouped, device=square.device)]
         kernel = float(np.sqrt(weight[0, 0].numel()))
         return layer_penalty(square, self.along(self.ins, soft), self.along(self.outs, soft), kernel)
 
-    def along(self, views: list[tuple[Vector, torch.Tensor, torch.Tensor, torch.Tensor]], soft: dict[str, torch.Tensor]) -> torch.Tensor:
+    def along(
+        self, views: list[tuple[Vector, torch.Tensor, torch.Tensor, torch.Tensor]], soft: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """Probabilities [level, channels] of the layer's groups along its channels."""
         parts = []
         for vector, _, items, merge in views:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import fx
 
@@ -28,8 +29,8 @@ def asked_levels(known: Facts, levels: Levels = (), depth: int = 0, groups: int 
 
     ``levels``: globs of layer names to groups (``{"layer4.*": 2, "fc": 4}``, the last that matches counts), or groups
     per stage (see `stages`). Instead of it, ``depth`` and ``groups``: the last ``depth`` weighted layers, shortcut
-    convs among them, have ``groups`` groups each (the paper's depth). Raises `PlanError` for a glob without a layer, another number of stages, nothing
-    to split.
+    convs among them, have ``groups`` groups each (the paper's depth). Raises `PlanError` for a glob without a layer,
+    another number of stages, nothing to split.
     """
     edges = known.axes.edges
     if bool(levels) == bool(depth or groups):
@@ -70,7 +71,7 @@ def stages(known: Facts) -> list[tuple[Edge, ...]]:
     bounds = [-1, *ends, len(place)]
     found = [
         tuple(e for e in known.axes.edges if start < place[e.node] <= end)
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        for start, end in pairwise(bounds)
     ]
     return [s for s in found if s]
 
@@ -90,7 +91,9 @@ def _span(stage: tuple[Edge, ...]) -> str:
 
 def _by_depth(edges: Sequence[Edge], depth: int, groups: int) -> Asked:
     if depth < 1 or groups < 2:
-        raise PlanError(f"depth and groups go together: 1 layer and 2 groups at least; got depth={depth}, groups={groups}")
+        raise PlanError(
+            f"depth and groups go together: 1 layer and 2 groups at least; got depth={depth}, groups={groups}"
+        )
     if depth > len(edges):
         raise PlanError(f"depth={depth} is more than the model's {len(edges)} weighted layers")
     last = {e.node for e in edges[len(edges) - depth :]}

@@ -271,7 +271,11 @@ def embedded(near: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndar
 
 
 def balanced_kmeans(
-    points: np.ndarray, spans: dict[str, slice], sizes: dict[str, np.ndarray], rng: np.random.Generator, rounds: int = 25
+    points: np.ndarray,
+    spans: dict[str, slice],
+    sizes: dict[str, np.ndarray],
+    rng: np.random.Generator,
+    rounds: int = 25,
 ) -> dict[str, np.ndarray]:
     """k-means in which every vector (a span of the points) fills its groups to given sizes."""
     groups = len(next(iter(sizes.values())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, Levels, Levels]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def traced(name: str) -> fx.GraphModule:
     """The graph of a case, not to be changed, with running statistics that are not left at zero and one."""
     make, size, *_ = CASES[name]

@@ -179,3 +179,8 @@ def test_curves_are_plain_numbers() -> None:
     curves = groups.curves()
     assert [len(v) for v in curves.values()] == [1, 1, 1]
     assert curves["balance"][0] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_graph_in_float64() -> None:
+    groups = attach(network().double(), LEVELS)
+    assert torch.isfinite(groups.penalty())
