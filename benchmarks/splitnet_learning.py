@@ -3,7 +3,7 @@
 A small network is trained, then carved into two groups from its third convolution on. *learned* trains on with the
 three penalties (α leaning towards the heaviest groups at the start), is carved by balanced groups and fine-tuned; the
 others are carved at once and fine-tuned for as many epochs as both phases take. *planted*: images whose 16 classes come
-in two groups that need features of their own; agreement is the adjusted Rand index with those. *digits*: scikit-learn's.
+in two groups that need features of their own; agreement is the adjusted Rand index with those. *digits*: of sklearn.
 """
 
 from __future__ import annotations

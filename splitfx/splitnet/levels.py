@@ -69,10 +69,7 @@ def stages(known: Facts) -> list[tuple[Edge, ...]]:
     place = {node: i for i, node in enumerate(known.graph.graph.nodes)}
     ends = [place[b.edges[-1].node] for b in blocks(known)]
     bounds = [-1, *ends, len(place)]
-    found = [
-        tuple(e for e in known.axes.edges if start < place[e.node] <= end)
-        for start, end in pairwise(bounds)
-    ]
+    found = [tuple(e for e in known.axes.edges if start < place[e.node] <= end) for start, end in pairwise(bounds)]
     return [s for s in found if s]
 
 
