@@ -69,9 +69,7 @@ class SplitNet(Pass):
         if isinstance(self.assignment, Assignment):
             for option in OPTIONS:
                 own, brought = getattr(self, option), self.assignment.options.get(option)
-                if brought and not own:
-                    object.__setattr__(self, option, brought)
-                elif brought and option in ("boundary", "gating"):
+                if (brought and not own) or (brought and option in ("boundary", "gating")):
                     object.__setattr__(self, option, brought)
         super().__post_init__()
         if self.assignment is None and self.source is None:
@@ -138,7 +136,10 @@ def _called_apart(divisions: dict[fx.Node, Division]) -> str:
     first: dict[str, Division] = {}
     for node, division in divisions.items():
         other = first.setdefault(str(node.target), division)
-        same = [np.array_equal(a, b) for a, b in zip((*other.ins, *other.outs), (*division.ins, *division.outs), strict=False)]
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip((*other.ins, *other.outs), (*division.ins, *division.outs), strict=False)
+        ]
         if not all(same) or len(other.ins) != len(division.ins):
             return layer(node)
     calls = Counter(str(n.target) for n in divisions)

@@ -102,7 +102,7 @@ def target(graph: fx.GraphModule, nodes: list[fx.Node], divided: Iterable[fx.Nod
     return Target([watch.kept[n] for n in nodes], norms, watch.moments)
 
 
-def run_watched(watch: _Watch, graph: fx.GraphModule, inputs: Any) -> None:
+def run_watched(watch: fx.Interpreter, graph: fx.GraphModule, inputs: Any) -> None:
     """Run an interpreter of the graph on example inputs, in eval mode. Raises `PlanError` where they do not fit."""
     args, kwargs = split_inputs(inputs)
     modes = {m: m.training for m in graph.modules()}
