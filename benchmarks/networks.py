@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,12 +31,16 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
         self.conv = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
-        for stage in (1, 2, 3):
-            made = [
-                PreActivated(widths[stage - 1] if i == 0 else widths[stage], widths[stage], 2 if stage > 1 > i else 1)
-                for i in range(blocks)
-            ]
-            setattr(self, f"stage{stage}", nn.Sequential(*made))
+        stages = [
+            nn.Sequential(
+                *(
+                    PreActivated(widths[s - 1] if i == 0 else widths[s], widths[s], 2 if s > 1 > i else 1)
+                    for i in range(blocks)
+                )
+            )
+            for s in (1, 2, 3)
+        ]
+        self.stage1, self.stage2, self.stage3 = stages
         self.bn, self.fc = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,10 +107,11 @@ class ResNet18x2(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(3, 128, 7, 2, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         )
-        for stage in (1, 2, 3, 4):
-            ins, outs = widths[stage - 1], widths[stage]
-            blocks = nn.Sequential(Residual(ins, outs, 2 if stage > 1 else 1), Residual(outs, outs, 1))
-            setattr(self, f"conv{stage + 1}", blocks)
+        stages = [
+            nn.Sequential(Residual(ins, outs, 2 if outs > ins else 1), Residual(outs, outs, 1))
+            for ins, outs in pairwise(widths)
+        ]
+        self.conv2, self.conv3, self.conv4, self.conv5 = stages
         self.fc = nn.Linear(1024, classes, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

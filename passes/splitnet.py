@@ -163,6 +163,6 @@ def _told(
         notes.append(Note(where, f"{split.level} groups of {sizes} channels{share}"))
     own = found.classes
     if own is not None:
-        for line in group_lines(labels[own.name], names, SHOWN)[:SHOWN]:
+        for line in group_lines(labels[own.name].tolist(), names, SHOWN)[:SHOWN]:
             notes.append(Note("classes", line, "info"))
     return notes

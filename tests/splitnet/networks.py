@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ def vit() -> nn.Module:
     model = VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10
     )
-    for weight in (model.heads.head.weight, model.class_token):  # torchvision starts them at zero
+    head: Any = model.heads
+    for weight in (head.head.weight, model.class_token):  # torchvision starts them at zero
         nn.init.normal_(weight)
     return model
 
