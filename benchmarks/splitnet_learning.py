@@ -18,7 +18,7 @@ from torch import nn
 import splitfx
 from splitfx import Recipe, splitnet
 from splitfx.passes import SplitNet
-from splitfx.train.data import Data, load_data, planted
+from splitfx.train.data import Data, load_data, planted_features
 from splitfx.train.finetune import evaluate
 
 NAME = "splitnet_learning"
@@ -65,7 +65,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def _planted(seed: int) -> Data:
-    return planted(groups=2, classes=8, samples=3000, noise=1.0, seed=seed)
+    return planted_features(groups=2, classes=8, samples=3000, noise=1.0, seed=seed)
 
 
 def _digits(seed: int) -> Data:

@@ -9,12 +9,12 @@ from torch import nn
 import splitfx
 from splitfx import Recipe, splitnet
 from splitfx.passes import SplitNet
-from splitfx.train.data import planted
+from splitfx.train.data import planted_features
 from splitfx.train.finetune import evaluate
 
 
 def main(samples: int = 3000) -> None:
-    data = planted(groups=2, classes=8, samples=samples, noise=1.0)
+    data = planted_features(groups=2, classes=8, samples=samples, noise=1.0)
     torch.manual_seed(0)
     model = network(len(data.classes))
     graph = splitfx.trace(model, torch.zeros(1, 1, 12, 12))

@@ -96,6 +96,31 @@ def _digits(shape: Shape | None) -> Data:
 def planted(
     shape: Shape | None = None,
     groups: int = 2,
+    classes: int = 3,
+    samples: int = 1200,
+    noise: float = 0.7,
+    seed: int = 0,
+) -> Data:
+    """A generated data set with a hierarchy: ``groups`` of ``classes`` each, named ``a0``, ``a1`` … ``b0``, ``b1`` ….
+
+    Classes of a group share a smooth pattern that the others do not have, and differ by a weaker one of their own, so a
+    network that learns it finds features that only one group needs. By default images of 1x12x12.
+    """
+    made = torch.Generator().manual_seed(seed)
+    pattern = lambda count: F.interpolate(  # noqa: E731
+        torch.randn(count, 1, 4, 4, generator=made), (12, 12), mode="bilinear", align_corners=False
+    )
+    shared, own = pattern(groups), pattern(groups * classes)
+    targets = torch.arange(samples) % (groups * classes)
+    clean = shared[targets // classes] + 0.5 * own[targets]
+    images = clean + noise * torch.randn(clean.shape, generator=made)
+    names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
+    return _halved("planted", _as(images, shape), targets, names)
+
+
+def planted_features(
+    shape: Shape | None = None,
+    groups: int = 2,
     classes: int = 4,
     samples: int = 1200,
     noise: float = 0.7,
