@@ -107,7 +107,7 @@ def small() -> nn.Module:
 
 
 def test_splitnet_learns_and_carves(capsys: pytest.CaptureFixture[str]) -> None:
-    example("07_splitnet").main(samples=600)
+    example("07_splitnet").main(samples=2000)
     out = capsys.readouterr().out
     assert "2 groups of 24:8/24:8 channels" in out
     assert "split in two" in out
