@@ -182,5 +182,8 @@ def test_curves_are_plain_numbers() -> None:
 
 
 def test_a_graph_in_float64() -> None:
-    groups = attach(network().double(), LEVELS)
-    assert torch.isfinite(groups.penalty())
+    groups = attach(network(dtype=torch.float64), LEVELS)
+    penalty = groups.penalty()
+    assert torch.isfinite(penalty)
+    penalty.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in groups.parameters())

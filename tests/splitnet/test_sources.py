@@ -27,13 +27,13 @@ NAMES = tuple("abcdefgh")
 TAXONOMY = {"first": {"x": ["a", "c"], "y": ["e", "g"]}, "second": {"x": ["b", "d"], "y": ["f", "h"]}}
 
 
-def network(classes: int = 8) -> fx.GraphModule:
+def network(classes: int = 8, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, classes),
     )  # fmt: skip
-    return splitfx.trace(model.eval(), torch.zeros(1, 3, 12, 12))
+    return splitfx.trace(model.eval().to(dtype), torch.zeros(1, 3, 12, 12, dtype=dtype))
 
 
 def planted(graph: fx.GraphModule, levels: Any, ratio: float, seed: int = 0) -> Assignment:
