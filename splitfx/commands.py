@@ -58,7 +58,7 @@ def profile(given: Namespace, progress: Progress) -> int:
 
 
 def transform(given: Namespace, progress: Progress) -> int:
-    folder = _free_folder(given.out, given.overwrite)
+    folder = storage.KIND.check_target(given.out, overwrite=given.overwrite, advice="add --overwrite")
     plan = _plan(given)
     model = _model(given, progress)
     split = api.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
@@ -285,22 +285,6 @@ def _free_file(path: str, overwrite: bool) -> Path:
     check_target(target, overwrite=overwrite, error=SplitfxError)
     if not os.access(target.parent, os.W_OK):
         raise SplitfxError(f"{target}: its folder {target.parent} is not writable")
-    return target
-
-
-def _free_folder(path: str, overwrite: bool) -> Path:
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise SplitfxError(f"{target} already exists; choose another name or add --overwrite")
-    if target.exists() and not target.is_dir():
-        raise SplitfxError(f"{target} is a file; a split is saved as a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / storage.ABOUT).is_file():
-        raise SplitfxError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise SplitfxError(f"{target}: its folder {parent} does not exist; create it first")
-    if not os.access(parent, os.W_OK):
-        raise SplitfxError(f"{target}: its folder {parent} is not writable")
     return target
 
 

@@ -1,18 +1,22 @@
-"""Writes a file or a folder whole or not at all.
+"""Writes a file or a folder whole or not at all, and reads the manifest that says what a folder is.
 
 Does: hands out a temporary name in the target's own folder and renames it when the writer is done.
-Refuses: an existing target unless `overwrite`, a missing parent folder, a place that cannot be written.
+Refuses: an existing target unless `overwrite`, a folder of someone else's, a missing parent folder, a place that
+cannot be written; a manifest that is missing, damaged, of another kind or of a newer format.
 Promises: after an error, the target is as it was and nothing temporary is left.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from splitfx.errors import SplitfxError
 
@@ -52,3 +56,96 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool, error: type[S
         raise error(f"{target}: already exists; choose another name or pass overwrite=True.")
     if not target.parent.is_dir():
         raise error(f"{target}: its folder {target.parent} does not exist; create it first.")
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that splitfx writes: the function that does, the file that names its format, the newest format
+    that this splitfx reads, and the class of the errors."""
+
+    writer: str
+    manifest: str
+    format: int
+    error: type[SplitfxError]
+
+    def check_target(
+        self, folder: str | os.PathLike[str], *, overwrite: bool, advice: str = "pass overwrite=True"
+    ) -> Path:
+        """The absolute path of a folder to write. Raises ``error`` where it must not be, before any long work."""
+        target = Path(os.path.abspath(folder))
+        if not target.parent.is_dir():
+            raise self.error(f"the folder {target.parent} does not exist; create it first.")
+        if os.path.lexists(target) and not overwrite:
+            raise self.error(f"{target} already exists; choose another name or {advice}.")
+        if os.path.lexists(target) and not target.is_dir():
+            raise self.error(f"{target} is a file; {self.writer} writes a folder.")
+        if target.is_dir() and any(target.iterdir()) and not (target / self.manifest).is_file():
+            raise self.error(f"{target} is no folder of {self.writer}; it is not replaced. Choose another name.")
+        if not os.access(target.parent, os.W_OK):
+            raise self.error(f"the folder {target.parent} is not writable.")
+        return target
+
+    @contextmanager
+    def written_whole(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+        """Yield an empty folder to fill; it becomes ``folder`` when the block ends without an error, else it
+        vanishes. An older folder of this kind is moved aside first, and back again if that fails."""
+        target = self.check_target(folder, overwrite=overwrite)
+        try:
+            with tempfile.TemporaryDirectory(
+                prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+            ) as scratch:
+                draft, old = Path(scratch) / target.name, Path(scratch) / "replaced"
+                draft.mkdir()
+                yield draft
+                if target.exists():
+                    os.rename(target, old)
+                try:
+                    os.rename(draft, target)
+                except OSError:
+                    if old.exists():
+                        os.rename(old, target)
+                    raise
+        except OSError as problem:
+            raise self.error(f"{target} cannot be written: {problem.strerror or problem}.") from problem
+
+    def read_manifest(self, folder: Path, **lists: type) -> dict[str, Any]:
+        """The manifest of a folder, with these entries of these types. Raises ``error``."""
+        path = folder / self.manifest
+        if not folder.is_dir():
+            raise self.error(f"there is no folder {folder}.")
+        about = read_json(path, self.error, f"{folder} is not a folder that {self.writer} wrote")
+        found = about.get("format") if isinstance(about, dict) else None
+        if not isinstance(found, int) or about.get("kind", self.writer) != self.writer:
+            raise self.error(f"{path} is not the manifest of a folder that {self.writer} wrote.")
+        if found > self.format:
+            raise self.error(
+                f"{folder} has format {found}; this splitfx reads up to {self.format}. Install a newer splitfx."
+            )
+        wrong = [key for key, kind in lists.items() if not isinstance(about.get(key), kind)]
+        if wrong:
+            raise self.error(f"{path} is damaged: see {', '.join(wrong)}.")
+        return about
+
+    def held_file(self, folder: Path, name: Any, size: Any) -> Path:
+        """A file that a manifest names, in its own folder and nowhere else. Raises ``error`` where it is missing or
+        cut short."""
+        if not isinstance(name, str) or not isinstance(size, int) or name != Path(name).name:
+            raise self.error(f"{folder / self.manifest} is damaged: {name!r} is no file of this folder.")
+        path = folder / name
+        if not path.is_file():
+            raise self.error(f"{path} is missing.")
+        if path.stat().st_size < size:
+            raise self.error(f"{path} is truncated: {path.stat().st_size} of {size} bytes.")
+        return path
+
+
+def read_json(path: Path, error: type[SplitfxError], missing: str) -> Any:
+    """A file's JSON. Raises ``error`` in one line; ``missing`` says what it means that the file is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing; {missing}.") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not readable JSON: {problem}.") from None

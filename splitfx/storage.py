@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,12 +24,13 @@ from torch import fx, nn
 from splitfx import graph as graphs
 from splitfx import program, rebuild
 from splitfx.errors import ExportError, PlanError
+from splitfx.files import FolderKind, read_json
 from splitfx.plan import Plan
 from splitfx.protocol import Note
 from splitfx.record import read_record, write_record
 
-FORMAT = 1
-ABOUT, PLAN, PROGRAM = "splitfx.json", "plan.toml", "program.json"
+KIND = FolderKind("splitfx.save", "splitfx.json", 1, ExportError)
+PLAN, PROGRAM = "plan.toml", "program.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
 SHOWN = 5  # names listed in a message
 _ABOUT = {"keys": list, "tied": dict, "kinds": dict, "bytes": dict, "program_missing": str}
@@ -47,17 +46,9 @@ def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bo
     """
     if not (isinstance(split, nn.Module) and graphs.is_canonical(split)):
         raise ExportError(f"save takes the result of transform or trace, not a {type(split).__name__}.")
-    target = Path(os.path.abspath(folder))
-    _check_target(target, overwrite)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            draft = Path(scratch) / target.name
-            draft.mkdir()
-            _write(split, draft)
-            _move(draft, target)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
-    return target
+    with KIND.written_whole(folder, overwrite=overwrite) as draft:
+        _write(split, draft)
+    return Path(os.path.abspath(folder))
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
@@ -93,19 +84,6 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
 # ---------------------------------------------------------------- writing
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ExportError(f"the folder {target.parent} does not exist; create it first.")
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} already exists; choose another name or pass overwrite=True.")
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file; save writes a folder.")
-    if target.exists() and any(target.iterdir()) and not (target / ABOUT).is_file():
-        raise ExportError(f"{target} holds other files than splitfx's; it is not replaced. Choose another name.")
-    if not os.access(target.parent, os.W_OK):
-        raise ExportError(f"the folder {target.parent} is not writable.")
-
-
 def _write(split: fx.GraphModule, draft: Path) -> None:
     info = graphs.info(split)
     state = split.state_dict(keep_vars=True)
@@ -128,7 +106,7 @@ def _write(split: fx.GraphModule, draft: Path) -> None:
         info.plan.save(draft / PLAN)
     write_record(split, draft)
     about = {
-        "format": FORMAT,
+        "format": KIND.format,
         "splitfx": _version("splitfx"),
         "torch": torch.__version__,
         "model": info.model_class,
@@ -138,7 +116,7 @@ def _write(split: fx.GraphModule, draft: Path) -> None:
         "program_missing": missing,
         "bytes": {one.name: one.stat().st_size for one in draft.iterdir()},
     }
-    (draft / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (draft / KIND.manifest).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -190,54 +168,14 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     )
 
 
-def _move(draft: Path, target: Path) -> None:
-    """Into place by renaming; an old folder is moved aside first and back again if that fails."""
-    if not target.exists():
-        os.rename(draft, target)
-        return
-    old = draft.parent / "replaced"
-    os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # ---------------------------------------------------------------- reading
 
 
 def _about(place: Path) -> dict[str, Any]:
-    if not place.is_dir():
-        raise ExportError(f"there is no folder {place}.")
-    about = _json(place / ABOUT)
-    found = about.get("format") if isinstance(about, dict) else None
-    if not isinstance(found, int):
-        raise ExportError(f"{place / ABOUT} is not the description of a splitfx folder.")
-    if found > FORMAT:
-        raise ExportError(f"{place} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
-    wrong = [key for key, kind in _ABOUT.items() if not isinstance(about.get(key), kind)]
-    if wrong:
-        raise ExportError(f"{place / ABOUT} is damaged: see {_listed(wrong)}.")
+    about = KIND.read_manifest(place, **_ABOUT)
     for name, size in about["bytes"].items():
-        one = place / Path(name).name
-        if not one.is_file():
-            raise ExportError(f"{one} is missing.")
-        if one.stat().st_size < size:
-            raise ExportError(f"{one} is truncated: {one.stat().st_size} of {size} bytes.")
+        KIND.held_file(place, name, size)
     return about
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} is missing; {path.parent} is not a folder that splitfx.save wrote.") from None
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path} is not readable JSON: {error}.") from None
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -255,7 +193,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _rebuilt(place: Path, about: Mapping[str, Any], stored: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    plain = _json(place / PROGRAM)
+    plain = read_json(place / PROGRAM, ExportError, f"{place} is not complete")
     kinds: dict[str, str] = about["kinds"]
     constants = _tensors(place / CONSTANTS) if "constant" in kinds.values() else {}
     held: dict[str, torch.Tensor] = {}
@@ -299,7 +237,7 @@ def _example(place: Path, model: nn.Module) -> Any:
         return None
     device = next((str(one.device) for one in model.parameters()), "cpu")
     try:
-        return rebuild.example(_json(place / PROGRAM), device)
+        return rebuild.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ExportError(f"{place / PROGRAM} is damaged ({type(error).__name__}: {error}).") from error
 

@@ -230,7 +230,7 @@ def test_a_folder_of_others_is_never_replaced(tiny: str, capsys: pytest.CaptureF
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear")
     words = ["transform", tiny, "--pass", GROUP, "--input", "1x3x8x8", "--out", "mine", "--overwrite"]
-    assert "other files" in wrong(capsys, *words)
+    assert "is no folder of splitfx.save" in wrong(capsys, *words)
     assert Path("mine/letter.txt").read_text() == "dear"
 
 

@@ -21,7 +21,7 @@ from splitfx.errors import ExportError, PlanError
 from splitfx.graph import resolve as at
 from splitfx.passes import Group
 from splitfx.record import NAME as RECORD
-from splitfx.storage import ABOUT, CONSTANTS, PROGRAM, WEIGHTS, load, save
+from splitfx.storage import CONSTANTS, KIND, PROGRAM, WEIGHTS, load, save
 from splitfx.tracing import trace
 
 
@@ -108,8 +108,8 @@ def test_loaded_twice_and_trained(odd, tmp_path: Path) -> None:
 
 def test_weights_are_stored_once_and_without_local_paths(odd, tmp_path: Path) -> None:
     folder = save(odd, tmp_path / "split")
-    assert sorted(one.name for one in folder.iterdir()) == sorted([ABOUT, PROGRAM, WEIGHTS, CONSTANTS, RECORD])
-    for name in (ABOUT, PROGRAM, RECORD):
+    assert sorted(one.name for one in folder.iterdir()) == sorted([KIND.manifest, PROGRAM, WEIGHTS, CONSTANTS, RECORD])
+    for name in (KIND.manifest, PROGRAM, RECORD):
         text = (folder / name).read_text()
         assert ".py" not in text
         assert str(Path(__file__).parent) not in text
@@ -241,7 +241,7 @@ def test_a_forged_program_is_refused(small: Path, attack: str, monkeypatch) -> N
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("name", [ABOUT, PROGRAM, WEIGHTS])
+@pytest.mark.parametrize("name", [KIND.manifest, PROGRAM, WEIGHTS])
 @pytest.mark.parametrize("size", [0, 60, None])
 def test_empty_truncated_and_missing_files(small: Path, name: str, size: int | None) -> None:
     one = small / name
@@ -265,8 +265,8 @@ def test_garbage_of_the_right_size(small: Path) -> None:
 
 
 def test_a_newer_format_and_no_folder(small: Path) -> None:
-    about = json.loads((small / ABOUT).read_text())
-    (small / ABOUT).write_text(json.dumps({**about, "format": 99}))
+    about = json.loads((small / KIND.manifest).read_text())
+    (small / KIND.manifest).write_text(json.dumps({**about, "format": 99}))
     with pytest.raises(ExportError, match="format 99.*newer splitfx"):
         load(small)
     with pytest.raises(ExportError, match="no folder"):
@@ -306,7 +306,7 @@ def test_an_existing_folder(small: Path) -> None:
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ExportError, match="other files"):
+    with pytest.raises(ExportError, match="is no folder of splitfx.save; it is not replaced"):
         save(trace(nn.Linear(3, 3), torch.randn(1, 3)), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 

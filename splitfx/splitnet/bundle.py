@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch.utils import _pytree as pytree
 from splitfx import graph as graphs
 from splitfx.errors import ExportError
 from splitfx.export.onnx import export_onnx
-from splitfx.splitnet.runner import FORMAT, KIND, MANIFEST, Branches, OnnxPart, fingerprint
+from splitfx.splitnet.runner import KIND, Branches, OnnxPart, fingerprint
 from splitfx.splitnet.tree import Tree
 
 PARITY = 1e-4  # of the largest output: onnxruntime in float32 against torch
@@ -48,43 +46,26 @@ def export_branches(
     wrote. Raises `ExportError`, `UnsupportedError`.
     """
     tree = Tree(split)
-    target = Path(os.path.abspath(folder))
-    _check_target(target, overwrite)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            draft = Path(scratch) / target.name
-            draft.mkdir()
-            rows = []
-            for part in tree.parts:
-                progress(f"exporting {part.name}")
-                file = f"{part.name.replace(', ', '-').replace(' ', '-')}.onnx"
-                export_onnx(part.graph, draft / file, opset=opset, dynamic_batch=dynamic_batch)
-                given = {f.name: getattr(part, f.name) for f in fields(OnnxPart) if hasattr(part, f.name)}
-                rows.append(OnnxPart(**{**given, "file": file, **fingerprint(draft / file)}))
-            about = {
-                "format": FORMAT,
-                "kind": KIND,
-                "model": graphs.info(split).model_class,
-                "inputs": list(tree.inputs),
-                "classes": [list(own) for own in tree.classes],
-                "parts": [asdict(row) for row in rows],
-            }
-            (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            progress("checking")
-            _check_parity(tree, draft, provider)
-            _move(draft, target)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
-    return target
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ExportError(f"the folder {target.parent} does not exist; create it first.")
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} already exists; choose another name or pass overwrite=True.")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise ExportError(f"{target} is no folder of export_branches; it is not replaced. Choose another name.")
+    with KIND.written_whole(folder, overwrite=overwrite) as draft:
+        rows = []
+        for part in tree.parts:
+            progress(f"exporting {part.name}")
+            file = f"{part.name.replace(', ', '-').replace(' ', '-')}.onnx"
+            export_onnx(part.graph, draft / file, opset=opset, dynamic_batch=dynamic_batch)
+            given = {f.name: getattr(part, f.name) for f in fields(OnnxPart) if hasattr(part, f.name)}
+            rows.append(OnnxPart(**{**given, "file": file, **fingerprint(draft / file)}))
+        about = {
+            "format": KIND.format,
+            "kind": KIND.writer,
+            "model": graphs.info(split).model_class,
+            "inputs": list(tree.inputs),
+            "classes": [list(own) for own in tree.classes],
+            "parts": [asdict(row) for row in rows],
+        }
+        (draft / KIND.manifest).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        progress("checking")
+        _check_parity(tree, draft, provider)
+    return Path(os.path.abspath(folder))
 
 
 def _check_parity(tree: Tree, draft: Path, provider: str) -> None:
@@ -98,17 +79,3 @@ def _check_parity(tree: Tree, draft: Path, provider: str) -> None:
         raise ExportError(
             f"the written files are off by {off:.1e} of the largest output on {provider}; {PARITY:.0e} allowed."
         )
-
-
-def _move(draft: Path, target: Path) -> None:
-    """Into place by renaming; an old folder is moved aside first and back again if that fails."""
-    old = draft.parent / "replaced"
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

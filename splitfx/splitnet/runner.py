@@ -9,7 +9,6 @@ inputs that do not fit.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError
 from splitfx.export import sessions
+from splitfx.files import FolderKind
 from splitfx.report.table import number, size, table
 from splitfx.splitnet.tree import MERGE
 
-FORMAT, KIND = 1, "splitfx branches"
-MANIFEST = "branches.json"
+KIND = FolderKind("export_branches", "branches.json", 1, ExportError)
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ class Branches:
         for part in listed:
             lost = next((name for name in part.inputs if name not in known), None)
             if lost is not None:
-                where = self.folder / MANIFEST
+                where = self.folder / KIND.manifest
                 raise ExportError(
                     f"{where} is damaged: {part.name} reads {lost!r}, which no part in front of it gives."
                 )
             known |= set(part.outputs)
         if len(self._logits) != len(self.classes) or not all(p.outputs for p in listed):
             raise ExportError(
-                f"{self.folder / MANIFEST} is damaged: its parts and its {len(self.classes)} groups differ."
+                f"{self.folder / KIND.manifest} is damaged: its parts and its {len(self.classes)} groups differ."
             )
 
     def run(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -143,19 +142,9 @@ class Branches:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} is missing; {folder} is not a folder that export_branches wrote.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(about, dict) or about.get("kind") != KIND or not isinstance(about.get("format"), int):
-        raise ExportError(f"{path} is not the manifest of a carved model's branches.")
-    if about["format"] > FORMAT:
-        newer = about["format"]
-        raise ExportError(f"{folder} has format {newer}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
-    wrong = [key for key in ("inputs", "classes", "parts") if not isinstance(about.get(key), list) or not about[key]]
+    about = KIND.read_manifest(folder, inputs=list, classes=list, parts=list)
+    path = folder / KIND.manifest
+    wrong = [key for key in ("inputs", "classes", "parts") if not about[key]]
     if wrong or not all(isinstance(own, list) for own in about["classes"]):
         raise ExportError(f"{path} is damaged: see {', '.join(wrong) or 'classes'}.")
     if sum(isinstance(row, dict) and row.get("name") == MERGE for row in about["parts"]) != 1:
@@ -168,7 +157,7 @@ def _part(row: Any, folder: Path) -> OnnxPart:
     listed = ("groups", "inputs", "outputs")
     ok = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
     if not ok or not all(isinstance(row.get(key), list) for key in listed):
-        raise ExportError(f"{folder / MANIFEST} is damaged: a part lacks its file, groups, inputs or outputs.")
+        raise ExportError(f"{folder / KIND.manifest} is damaged: a part lacks its file, groups, inputs or outputs.")
     given: dict[str, Any] = {key: tuple(row[key]) if key in listed else row[key] for key in (*kinds, *listed)}
     return OnnxPart(**given)
 

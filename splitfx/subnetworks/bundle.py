@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,13 @@ from splitfx import graph as graphs
 from splitfx.errors import ExportError
 from splitfx.export import onnx as writing
 from splitfx.export.runtime import check_onnx
+from splitfx.files import FolderKind
 from splitfx.subnetworks.choose import ModelFigures
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
 
-FORMAT = 1
-MANIFEST, WEIGHTS = "manifest.json", "weights.data"
+KIND = FolderKind("export_bundle", "manifest.json", 1, ExportError)
+WEIGHTS = "weights.data"
 SMALL = 64  # bytes: shapes, scalars and the like stay in the files
 ALIGNED = 64  # bytes that a weight starts at a multiple of
 
@@ -57,20 +56,18 @@ def export_bundle(
     """
     if not isinstance(split, SubNetworksGraph) or not entries(split):
         raise ExportError("a bundle is of a model with sub-models: the result of a plan with the pass 'subnetworks'")
-    target = Path(os.path.abspath(folder))
-    _check_target(target, overwrite)
+    target = KIND.check_target(folder, overwrite=overwrite)
     opset = writing._checked_opset(opset)
     writing._need_packages()
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        draft = Path(scratch) / target.name
-        draft.mkdir()
+    with KIND.written_whole(target, overwrite=overwrite) as draft:
         models = [split.base(), *(split.detach(i) for i in range(len(entries(split))))]
         weights = _write_models(split, models, draft, opset, dynamic_batch, progress)
         rows = []
         for found, model in zip(split.figures(), models, strict=True):
             rows.append(_row(split, found, model, draft, val, provider, runs, progress))
         about = {
-            "format": FORMAT,
+            "format": KIND.format,
+            "kind": KIND.writer,
             "model": graphs.info(split).model_class,
             "inputs": [list(s.shape) for s in graphs.info(split).inputs if isinstance(s, graphs.TensorSpec)],
             "weights": {"file": WEIGHTS, "bytes": weights},
@@ -78,20 +75,8 @@ def export_bundle(
             "threads": torch.get_num_threads(),
             "models": rows,
         }
-        (draft / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(draft, target)
+        (draft / KIND.manifest).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return target
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ExportError(f"the folder {target.parent} does not exist; create it first.")
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} already exists; choose another name or pass overwrite=True.")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise ExportError(f"{target} is no bundle of splitfx's; it is not replaced. Choose another name.")
 
 
 # ---------------------------------------------------------------- files

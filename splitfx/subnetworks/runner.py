@@ -8,7 +8,6 @@ folder that is no bundle, or is damaged.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ import torch
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
 from splitfx.report.table import number, seconds, size, table
-from splitfx.subnetworks.bundle import FORMAT, MANIFEST
+from splitfx.subnetworks.bundle import KIND
 
 REMEMBERED = 50  # latest calls of a model that its time is judged by
 Sizes = tuple[tuple[int, ...], ...]
@@ -58,18 +57,15 @@ class Bundle:
     def __init__(self, folder: str | os.PathLike[str], provider: str = "cpu", threads: int | None = None) -> None:
         self.folder = Path(folder)
         self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
-        about = _manifest(self.folder)
+        about = KIND.read_manifest(self.folder, models=list, weights=dict)
         names = BundleModel.__dataclass_fields__
         try:
             self.models = tuple(BundleModel(**{key: row[key] for key in names}) for row in about["models"])
         except (KeyError, TypeError) as error:
-            raise ExportError(f"{self.folder / MANIFEST} is damaged: {error}.") from None
+            raise ExportError(f"{self.folder / KIND.manifest} is damaged: {error}.") from None
         for one in self.models:
-            if not (self.folder / one.file).is_file():
-                raise ExportError(f"{self.folder / one.file} is missing.")
-        weights = self.folder / about["weights"]["file"]
-        if not weights.is_file() or weights.stat().st_size < about["weights"]["bytes"]:
-            raise ExportError(f"{weights} is missing or truncated.")
+            KIND.held_file(self.folder, one.file, 1)
+        KIND.held_file(self.folder, about["weights"].get("file"), about["weights"].get("bytes"))
         self._sessions: dict[str, Any] = {}
         self._times: dict[tuple[str, Sizes], deque[float]] = {}
 
@@ -176,19 +172,3 @@ class Bundle:
 
 def _sizes(inputs: tuple[torch.Tensor, ...]) -> Sizes:
     return tuple(tuple(t.shape) for t in inputs)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{path} is missing; {folder} is not a folder that export_bundle wrote.") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.") from None
-    found = about.get("format") if isinstance(about, dict) else None
-    if not isinstance(found, int) or not isinstance(about.get("weights"), dict):
-        raise ExportError(f"{path} is not the manifest of a bundle.")
-    if found > FORMAT:
-        raise ExportError(f"{folder} has format {found}; this splitfx reads up to {FORMAT}. Install a newer splitfx.")
-    return about

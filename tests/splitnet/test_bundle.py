@@ -17,7 +17,7 @@ from splitfx.errors import ExportError, UnsupportedError
 from splitfx.graph import copy_graph
 from splitfx.splitnet import bundle as writing
 from splitfx.splitnet.bundle import PARITY, export_branches
-from splitfx.splitnet.runner import MANIFEST, Branches
+from splitfx.splitnet.runner import KIND, Branches
 from splitfx.splitnet.tree import MERGE, STEM, Tree
 from tests.splitnet.carved import NESTED, Chain, carved, image, off, wide
 
@@ -49,14 +49,14 @@ def test_the_files_give_what_the_model_gives(split: fx.GraphModule, folder: Path
 
 
 def test_the_manifest_says_what_the_parts_are(split: fx.GraphModule, folder: Path) -> None:
-    about, tree = json.loads((folder / MANIFEST).read_text()), Tree(split)
+    about, tree = json.loads((folder / KIND.manifest).read_text()), Tree(split)
     assert (about["format"], about["inputs"]) == (1, list(tree.inputs))
     assert about["classes"] == [list(own) for own in tree.classes]
     assert [p["name"] for p in about["parts"]] == [STEM, "branch 0", "branch 1", MERGE]
     assert sum(p["macs"] for p in about["parts"]) == splitfx.profile(split, X).macs
     assert sum(p["params"] for p in about["parts"]) == sum(p.numel() for p in split.parameters())
-    assert {p.name for p in folder.iterdir()} == {MANIFEST, *(p["file"] for p in about["parts"])}
-    assert str(folder.parent) not in (folder / MANIFEST).read_text()
+    assert {p.name for p in folder.iterdir()} == {KIND.manifest, *(p["file"] for p in about["parts"])}
+    assert str(folder.parent) not in (folder / KIND.manifest).read_text()
 
 
 def test_some_groups_need_only_their_own_files(split: fx.GraphModule, copied: Path) -> None:
@@ -106,17 +106,17 @@ def test_sabotage_a_wrong_file_is_not_written(
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    about = json.loads((folder / MANIFEST).read_text())
+    about = json.loads((folder / KIND.manifest).read_text())
     change(about)
-    (folder / MANIFEST).write_text(json.dumps(about))
+    (folder / KIND.manifest).write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda a: a.update(format=2), "has format 2; this splitfx reads up to 1. Install a newer splitfx"),
-        (lambda a: a.update(kind="a bundle"), "is not the manifest of a carved model's branches"),
-        (lambda a: a.update(format="1"), "is not the manifest of a carved model's branches"),
+        (lambda a: a.update(kind="a bundle"), "is not the manifest of a folder that export_branches wrote"),
+        (lambda a: a.update(format="1"), "is not the manifest of a folder that export_branches wrote"),
         (lambda a: a.pop("classes"), "is damaged: see classes"),
         (lambda a: a.update(classes=[3, 4]), "is damaged: see classes"),
         (lambda a: a["parts"].pop(), "is damaged: it names no one part that merges"),
@@ -143,10 +143,10 @@ def test_files_that_are_damaged(copied: Path) -> None:
     (copied / "branch-1.onnx").write_bytes(whole[:-9] + b"somewhere")
     with pytest.raises(ExportError, match="branch-1.onnx is damaged or of another export"):
         Branches(copied)
-    (copied / MANIFEST).write_text("{")
-    with pytest.raises(ExportError, match="cannot be read"):
+    (copied / KIND.manifest).write_text("{")
+    with pytest.raises(ExportError, match="branches.json is not readable JSON"):
         Branches(copied)
-    (copied / MANIFEST).unlink()
+    (copied / KIND.manifest).unlink()
     with pytest.raises(ExportError, match="is not a folder that export_branches wrote"):
         Branches(copied)
 
@@ -163,6 +163,7 @@ def test_places_that_cannot_be_written(split: fx.GraphModule, folder: Path, tmp_
     with pytest.raises(ExportError, match="already exists; choose another name or pass overwrite=True"):
         export_branches(split, folder)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
     with pytest.raises(ExportError, match="is no folder of export_branches; it is not replaced"):
         export_branches(split, tmp_path / "mine", overwrite=True)
     with pytest.raises(ExportError, match="does not exist; create it first"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,23 +139,32 @@ def test_what_is_refused(made: tuple[SubNetworksGraph, Path], tmp_path: Path) ->
         splitfx.export_bundle(split, folder)
     with pytest.raises(ExportError, match="with the pass 'subnetworks'"):
         splitfx.export_bundle(split.base(), tmp_path / "bundle")
-    with pytest.raises(ExportError, match="is no bundle of splitfx's; it is not replaced"):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ExportError, match="is no folder of export_bundle; it is not replaced"):
         splitfx.export_bundle(split, tmp_path, overwrite=True)
     with pytest.raises(ExportError, match="manifest.json is missing"):
         splitfx.Bundle(tmp_path)
 
 
-def test_a_damaged_bundle(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -> None:
-    import shutil
+def rewritten(folder: Path, change: Callable[[Any], Any]) -> None:
+    about = json.loads((folder / "manifest.json").read_text())
+    change(about)
+    (folder / "manifest.json").write_text(json.dumps(about))
 
-    for fault, why in (
+
+def test_a_damaged_bundle(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -> None:
+    faults: tuple[tuple[Callable[[Path], Any], str], ...] = (
         (lambda f: (f / "sub1.onnx").unlink(), "sub1.onnx is missing"),
-        (lambda f: (f / "weights.data").write_bytes(b"short"), "weights.data is missing or truncated"),
-        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "weights.data").write_bytes(b"short"), "weights.data is truncated"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is not readable JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
         (lambda f: (f / "manifest.json").write_text('{"format": 9, "weights": {}}'), "has format 9"),
-    ):
-        folder = Path(shutil.copytree(made[1], tmp_path / why.split()[0]))
+        (lambda f: rewritten(f, lambda a: a["models"][0].update(file="../base.onnx")), "is no file of this folder"),
+        (lambda f: rewritten(f, lambda a: a["weights"].update(file="/etc/passwd")), "is no file of this folder"),
+        (lambda f: rewritten(f, lambda a: a.pop("models")), "is damaged: see models"),
+    )
+    for i, (fault, why) in enumerate(faults):
+        folder = Path(shutil.copytree(made[1], tmp_path / str(i)))
         fault(folder)
         with pytest.raises(ExportError, match=why):
             splitfx.Bundle(folder)
