@@ -69,7 +69,7 @@ class SplitNet(Pass):
         if isinstance(self.assignment, Assignment):
             for option in OPTIONS:
                 own, brought = getattr(self, option), self.assignment.options.get(option)
-                if (brought and not own) or (brought and option in ("boundary", "gating")):
+                if brought and (not own or option in ("boundary", "gating")):
                     object.__setattr__(self, option, brought)
         super().__post_init__()
         if self.assignment is None and self.source is None:
@@ -95,7 +95,7 @@ class SplitNet(Pass):
             laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
         carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
         plain = {name: tuple(given.tolist()) for name, given in labels.items()}
-        return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering, source=self.source))
+        return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering))
 
     def made(self, found: Structure) -> dict[str, np.ndarray]:
         if self.source == "random":

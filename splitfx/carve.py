@@ -172,9 +172,8 @@ class _Carver(Pieces):
         dim = self.dim(node)
         assert dim is not None
         existing = getattr(module, "groups", 1)
-        if (
-            existing == 1 and self.calls[str(node.target)] == 1
-        ):  # the order that the channels have goes into the weights
+        if existing == 1 and self.calls[str(node.target)] == 1:
+            # The order that the channels have goes into the weights.
             division = Division(tuple(value.in_order(i) for i in division.ins), division.outs)
         grouped = self.lowering.get(node) == "grouped" and division.even and isinstance(module, nn.modules.conv._ConvNd)
         if grouped and existing == 1:

@@ -15,7 +15,8 @@ from torch import fx
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError, nearest
-from splitfx.graph import is_canonical, layer
+from splitfx.fusion import squares
+from splitfx.graph import is_canonical, layer, module_of
 from splitfx.options import FrozenDict
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
@@ -99,21 +100,20 @@ def group_lines(labels: Sequence[int], names: Sequence[str], shown: int | None =
     for g in range(groups.max() + 1):
         own = [names[i] for i in np.flatnonzero(groups == g).tolist()]
         some = own if shown is None or len(own) <= shown else [*own[:shown], f"and {len(own) - shown} more"]
-        lines.append(f"group {g + 1}, {len(own)} classes: {', '.join(some)}")
+        classes = "1 class" if len(own) == 1 else f"{len(own)} classes"
+        lines.append(f"group {g + 1}, {classes}: {', '.join(some)}")
     return lines
 
 
 def kept(found: Structure, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The share of the squared weights that each split layer keeps, by layer."""
-    from splitfx.splitnet.weights import squared
-
     result: dict[str, float] = {}
     for split in found.splits:
-        mass = squared(split.edge)
+        if split.edge.groups > 1:
+            continue  # its blocks lie whole within the groups, whatever the labels
+        mass = squares(module_of(split.edge.node))
         ins = found.along(split.edge.ins, labels, split.level)
         outs = found.along(split.edge.outs, labels, split.level)
-        if split.edge.groups > 1:
-            continue
         inside = (outs[:, None] == ins[None]) | (ins[None] < 0)
         total = float(mass.sum())
         result[layer(split.edge.node)] = float(mass[inside].sum()) / total if total else 1.0

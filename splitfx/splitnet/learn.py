@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import PassError, PlanError
-from splitfx.graph import layer, module_of
+from splitfx.graph import module_of
 from splitfx.narrow import BatchNorm, transposed
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
@@ -221,13 +221,8 @@ class _Layer:
     def __init__(self, found: Structure, split: Split) -> None:
         module = module_of(split.edge.node)
         assert module is not None
-        self.module, self.level, self.path = module, split.level, layer(split.edge.node)
-        self.ins = [
-            (v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.ins)
-        ]
-        self.outs = [
-            (v, *_indices(places, items, found, v, split.level)) for v, places, items in found.views(split.edge.outs)
-        ]
+        self.module, self.level = module, split.level
+        self.ins, self.outs = (_views(found, names, split.level) for names in (split.edge.ins, split.edge.outs))
         count = len(split.edge.ins)
         # Channels that every group reads have no group of their own: they drop out.
         self.grouped = np.sort(np.concatenate([places.numpy() for _, places, _, _ in self.ins]))
@@ -244,9 +239,7 @@ class _Layer:
         kernel = float(np.sqrt(weight[0, 0].numel()))
         return layer_penalty(square, self.along(self.ins, soft), self.along(self.outs, soft), kernel)
 
-    def along(
-        self, views: list[tuple[Vector, torch.Tensor, torch.Tensor, torch.Tensor]], soft: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def along(self, views: list[_View], soft: dict[str, torch.Tensor]) -> torch.Tensor:
         """Probabilities [level, channels] of the layer's groups along its channels."""
         parts = []
         for vector, _, items, merge in views:
@@ -257,10 +250,14 @@ class _Layer:
         return torch.cat(parts, 1)[:, order.to(parts[0].device)] if len(parts) > 1 else parts[0]
 
 
-def _indices(
-    places: np.ndarray, items: np.ndarray, found: Structure, vector: Vector, level: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.as_tensor(places), torch.as_tensor(items), torch.as_tensor(found.merged(vector, level))
+_View = tuple[Vector, torch.Tensor, torch.Tensor, torch.Tensor]  # a vector, its places, items, and merged groups
+
+
+def _views(found: Structure, names: np.ndarray, level: int) -> list[_View]:
+    return [
+        (vector, torch.as_tensor(places), torch.as_tensor(items), torch.as_tensor(found.merged(vector, level)))
+        for vector, places, items in found.views(names)
+    ]
 
 
 def layer_penalty(square: torch.Tensor, p: torch.Tensor, q: torch.Tensor, kernel: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import fx
 from splitfx.errors import MissingExtraError, PlanError
 from splitfx.graph import layer
 from splitfx.splitnet.assignment import Assignment, class_names, structure
-from splitfx.splitnet.balance import capacities
+from splitfx.splitnet.balance import drawn
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
 
@@ -67,11 +67,7 @@ def _named(found: Structure, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def random_labels(found: Structure, seed: int) -> Labels:
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.permutation(np.repeat(np.arange(v.level), capacities(v.size, v.level)))
-        for name, v in found.vectors.items()
-    }
+    return drawn(found.vectors, np.random.default_rng(seed))
 
 
 # ---------------------------------------------------------------- from groups of classes to all vectors

@@ -8,7 +8,7 @@ largest among the layers that touch it; a layer of fewer groups merges neighbour
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,13 @@ import numpy as np
 from torch import fx
 
 from splitfx.analysis import Facts
-from splitfx.analysis.axes import Axes, Edge
+from splitfx.analysis.axes import Edge
 from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import families
 from splitfx.analysis.shapes import shape
 from splitfx.carve import Division
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.graph import layer, module_of, output_node
+from splitfx.graph import layer, output_node
 from splitfx.notes import Note
 from splitfx.ops import op_name
 from splitfx.splitnet.levels import Asked, Levels, asked_levels
@@ -45,7 +45,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Split:
-    """A layer in ``level`` groups; ``level`` 1 only lays its output channels in the order of the groups."""
+    """A layer in ``level`` groups, two or more."""
 
     edge: Edge
     level: int
@@ -247,16 +247,3 @@ def classifier_output(known: Facts) -> fx.Node:
         given = ", ".join(str(list(s)) for s in sizes) or "nothing"
         raise UnsupportedError(f"SplitNet divides classifiers, whose one output is [N, C]; this model returns {given}")
     return nodes[0]
-
-
-def weight_of(edge: Edge) -> np.ndarray | None:
-    """The weight [out, in, ...] of a layer as it is, or None where the graph computes it."""
-    module = module_of(edge.node)
-    return None if module is None or edge.computed else module.weight.detach().double().cpu().numpy()  # type: ignore[union-attr, operator]
-
-
-def layers_of(splits: Sequence[Split]) -> list[str]:
-    return [layer(s.edge.node) for s in splits]
-
-
-__all__ = ["WHOLE", "Axes", "Boundary", "Gating", "Labels", "Split", "Structure", "Vector", "classifier_output"]

@@ -18,13 +18,12 @@ import numpy as np
 from scipy.sparse.linalg import eigsh
 from torch import fx, nn
 
-from splitfx.analysis.axes import Edge
 from splitfx.calibrate import run_watched
 from splitfx.fusion import squares
 from splitfx.graph import module_of
 from splitfx.narrow import BatchNorm
 from splitfx.splitnet.assignment import Assignment, class_names, structure
-from splitfx.splitnet.balance import balanced, capacities
+from splitfx.splitnet.balance import balanced, capacities, drawn
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
 
@@ -61,11 +60,6 @@ def weights(
     return Assignment(labels, "weights", levels=levels, classes=names, **options)
 
 
-def squared(edge: Edge) -> np.ndarray:
-    """Squared weights [out, in] of a layer, summed over the kernel."""
-    return squares(module_of(edge.node))
-
-
 def second_moments(graph: fx.GraphModule, found: Structure, inputs: Any) -> dict[fx.Node, np.ndarray]:
     """E[x²] of every input channel of the split layers, over a batch."""
     watch = _SquaresOf(graph, {s.edge.node.all_input_nodes[0] for s in found.splits})
@@ -94,7 +88,7 @@ def links(found: Structure, moments: dict[fx.Node, np.ndarray] | None) -> list[L
     for split in found.splits:
         if split.edge.groups > 1:
             continue  # its blocks lie whole within the groups, whatever the labels
-        mass = squared(split.edge)
+        mass = squares(module_of(split.edge.node))
         if moments is not None:
             mass = mass * moments[split.edge.node]
         if _feeds_a_norm(split.edge.node):
@@ -120,7 +114,7 @@ def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray]
     rng = np.random.default_rng(seed)
     best, most = {}, -1.0
     for start in range(STARTS):
-        labels = search.spectral(rng) if start < STARTS - 1 else search.random(rng)
+        labels = search.spectral(rng) if start < STARTS - 1 else drawn(search.vectors, rng)
         value = search.ascend(labels)
         if value > most:
             best, most = labels, value
@@ -154,12 +148,6 @@ class _Search:
     def kept(self, link: Link, labels: Labels) -> float:
         source, target = (self.one_hot(n, labels, link.level) for n in (link.source, link.target))
         return float((target * (link.mass @ source)).sum())
-
-    def random(self, rng: np.random.Generator) -> Labels:
-        return {
-            n: rng.permutation(np.repeat(np.arange(v.level), capacities(v.size, v.level)))
-            for n, v in self.vectors.items()
-        }
 
     # ------------------------------------------------------------ coordinate ascent
 

@@ -209,7 +209,8 @@ def test_classes_of_an_assignment_and_of_a_carved_model(
     for one in found:
         assert {g: one.members(g) for g in range(one.level)} == by_hand
     text = classes_text(found[0])
-    assert all(f"group {g + 1}, {len(own)} classes: {', '.join(own)}" in text for g, own in by_hand.items())
+    count = {g: "1 class" if len(own) == 1 else f"{len(own)} classes" for g, own in by_hand.items()}
+    assert all(f"group {g + 1}, {count[g]}: {', '.join(own)}" in text for g, own in by_hand.items())
 
 
 def test_classes_that_cannot_be_told() -> None:
