@@ -1,9 +1,11 @@
 """Table 5 of the SplitNet paper: a deep split of WRN-16-8 on two processes against the unsplit network on one.
 
 Batch 100, 32×32 images, one thread per process, random equal groups (the time does not depend on which). Two processes
-are started; in every round rank 0 runs the unsplit network alone, then the carved one alone, while rank 1 sleeps in a
-barrier, and then both run their shares (`splitfx.parallel`). Medians of all rounds, ratios within one run; eager, and
-through torch.compile where inductor finds a C++ compiler. ``crossing`` is the exchange of ready logits, timed by itself
+are started; in every round rank 0 runs the unsplit network alone, the carved one alone and its own share of it alone,
+while rank 1 sleeps in a barrier, and then both run their shares (`splitfx.parallel`). Medians of all rounds, ratios
+within one run; eager, and through torch.compile where inductor finds a C++ compiler; with the C library's allocator as
+it comes, and told to keep the pages it has (half of what a narrow network gains is otherwise spent on fresh memory).
+What one share alone gains is what two could. ``crossing`` is the exchange of ready logits, timed by itself
 after a barrier, as a share of the parallel call; ``off`` how far the result is from the whole carved model's.
 """
 
@@ -28,6 +30,7 @@ import torch.distributed as dist
 
 import splitfx
 from benchmarks.networks import WideResNet
+from benchmarks.tile import ALLOCATORS
 from splitfx.parallel import Ranks
 from splitfx.passes import SplitNet
 from splitfx.profiling import profile
@@ -38,6 +41,7 @@ LEVELS, BATCH, CLASSES = {"stage[23].*": 2, "fc": 2}, 100, 100
 ROUNDS, WARM_UP, PATIENCE = 15, 3, 3600
 COLUMNS = (
     ("engine", "engine", str),
+    ("allocator", "allocator", str),
     ("who", "network, processes", str),
     ("macs", "MACs", number),
     ("seconds", "median", seconds),
@@ -46,7 +50,7 @@ COLUMNS = (
     ("crossing", "crossing", lambda v: "-" if v is None else f"{v:.2%}"),
     ("off", "off", lambda v: "-" if v is None else f"{v:.0e}"),
 )
-LEFT = (0, 1)
+LEFT = (0, 1, 2)
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
@@ -64,15 +68,25 @@ def run(quick: bool) -> list[dict[str, Any]]:
             **size,
         }
         carve(settings)
-        started = [start(rank, port, settings) for port in [free_port()] for rank in (0, 1)]
-        try:
-            codes = [one.wait(PATIENCE) for one in started]
-        finally:
-            for one in started:
-                one.kill()
-        if any(codes):
-            raise RuntimeError(f"the ranks ended with {codes}; what they wrote is above")
-        return json.loads((Path(folder) / "rows.json").read_text())
+        found = [
+            {**row, "allocator": name}
+            for name in (["stock"] if quick else ALLOCATORS)
+            for row in rows_of(settings, ALLOCATORS[name])
+        ]
+    return sorted(found, key=lambda row: engines.index(row["engine"]))
+
+
+def rows_of(settings: dict[str, Any], environment: dict[str, str]) -> list[dict[str, Any]]:
+    """What two processes measure that were started with these variables."""
+    started = [start(rank, port, settings, environment) for port in [free_port()] for rank in (0, 1)]
+    try:
+        codes = [one.wait(PATIENCE) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    if any(codes):
+        raise RuntimeError(f"the ranks ended with {codes}; what they wrote is above")
+    return json.loads((Path(settings["folder"]) / "rows.json").read_text())
 
 
 def compiled() -> list[str]:
@@ -99,11 +113,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(rank: int, port: int, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+def start(rank: int, port: int, settings: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     fixed = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "benchmarks.parallel", json.dumps(settings)]
-    return subprocess.Popen(command, env={**os.environ, **fixed, **place})
+    return subprocess.Popen(command, env={**os.environ, **fixed, **environment, **place})
 
 
 # ---------------------------------------------------------------- one rank
@@ -128,11 +142,12 @@ def worker(settings: dict[str, Any]) -> None:
 
 
 def measured(ranks: Ranks, alone: list[Callable[..., Any]], image: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds on rank 0 of the dense network, the carved one, both ranks, and the exchange alone."""
-    times: dict[str, list[float]] = {"dense": [], "split": [], "ranks": [], "exchange": []}
+    """Median seconds on rank 0 of the dense network, the carved one, its share, both ranks, and the exchange alone."""
+    times: dict[str, list[float]] = {"dense": [], "split": [], "share": [], "ranks": [], "exchange": []}
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: alone[0](image),
         "split": lambda: alone[1](image),
+        "share": lambda: ranks.pieces(image),
         "ranks": lambda: ranks(image),
     }
     with torch.inference_mode():
@@ -166,7 +181,8 @@ def table_of(
     with torch.inference_mode():
         wanted = split(image)
     off = float((output - wanted).abs().max() / wanted.abs().max())
-    macs = [profile(dense, image).macs, profile(split, image).macs, max(ranks.placement.macs)]
+    most = max(ranks.placement.macs)
+    macs = [profile(dense, image).macs, profile(split, image).macs, most, most]
     return [
         {
             "engine": engine,
@@ -179,7 +195,10 @@ def table_of(
             "off": off if key == "ranks" else None,
         }
         for who, key, work in zip(
-            ("unsplit, 1", "deep split, 1", "deep split, 2"), ("dense", "split", "ranks"), macs, strict=True
+            ("unsplit, 1", "deep split, 1", "one share, 1", "deep split, 2"),
+            ("dense", "split", "share", "ranks"),
+            macs,
+            strict=True,
         )
     ]
 
