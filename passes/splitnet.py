@@ -27,10 +27,12 @@ from splitfx.graph import layer, module_of
 from splitfx.lowering import lowering_seconds
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
+from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import Structure
 from splitfx.splitnet.weights import heaviest, second_moments
 
+Lowering = Literal["grouped", "padded", "branches"]
 SHOWN = 12  # groups, and classes of a group, named in the notes
 
 
@@ -45,8 +47,9 @@ class SplitNet(Pass):
     ``groups``: the last ``depth`` weighted layers. ``boundary``: the first split layers are ``"grouped"`` on their
     input too, or keep (``"full"``) the grouping of what they read. ``gating``: squeeze-and-excitation is split
     (``"strict"``) or stays dense (``"relaxed"``). ``classes``: names of the classes, in the order of the logits.
-    ``lowering``: ``"grouped"`` convs, narrow ``"branches"``, or ``"auto"`` (measured); layers of unequal groups become
-    branches. ``calibration``: example inputs for ``source="weights"`` (not in the plan).
+    ``lowering``: ``"grouped"`` convs (layers of unequal groups become branches), ``"padded"`` (unequal groups are
+    filled up with zeros, to be grouped too), narrow ``"branches"``, or ``"auto"`` (measured). ``calibration``: example
+    inputs for ``source="weights"`` (not in the plan).
     """
 
     name: ClassVar[str] = "splitnet"
@@ -62,7 +65,7 @@ class SplitNet(Pass):
     source: Literal["random", "weights", "clustering"] | None = None
     seed: int = 0
     classes: tuple[str, ...] = ()
-    lowering: Literal["auto", "grouped", "branches"] = "auto"
+    lowering: Literal["auto", "grouped", "padded", "branches"] = "auto"
     calibration: Any = not_in_plan()
 
     def __post_init__(self) -> None:
@@ -80,22 +83,28 @@ class SplitNet(Pass):
             )
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
-        found = Structure(facts, self.levels, self.depth, self.groups, self.boundary, self.gating)
+        found = self.structure(facts)
         names = class_names(found, self.classes)
         labels = checked(found, self.assignment) if self.assignment is not None else self.made(found)
         divisions = found.divisions(labels)
         apart = _called_apart(divisions)
         if apart:
             raise PlanError(f"pass 'splitnet': {apart} is called twice with channels that are grouped differently")
-        lowering, why = self.lower(found, divisions)
+        padding = Padding(found, labels)
+        lowering, why = self.lower(found, divisions, padding)
         notes = [*found.notes, *_told(found, labels, divisions, names), Note("model", why, "info")]
         reference = masked(graph, divisions)
-        laid = {e.node: found.permuted(e, labels) for e in found.producers}
-        if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
-            laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
-        carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
+        if lowering == "padded":
+            notes += padding.told()
+            wider = self.structure(padding.widen())
+            _carved(graph, wider, padding.wide, wider.divisions(padding.wide), "grouped")
+        else:
+            _carved(graph, found, labels, divisions, lowering)
         plain = {name: tuple(given.tolist()) for name, given in labels.items()}
         return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering))
+
+    def structure(self, known: Facts) -> Structure:
+        return Structure(known, self.levels, self.depth, self.groups, self.boundary, self.gating)
 
     def made(self, found: Structure) -> dict[str, np.ndarray]:
         if self.source == "random":
@@ -107,24 +116,42 @@ class SplitNet(Pass):
             moments = second_moments(found.facts.graph, found, self.calibration)
         return heaviest(found, self.seed, moments)
 
-    def lower(self, found: Structure, divisions: dict[fx.Node, Division]) -> tuple[Literal["grouped", "branches"], str]:
-        """Grouped convs or narrow branches, for the whole model; linear layers and unequal groups are branches."""
+    def lower(self, found: Structure, divisions: dict[fx.Node, Division], padding: Padding) -> tuple[Lowering, str]:
+        """Grouped convs, padded where groups are unequal, or narrow branches, for the whole model; linear layers are
+        branches."""
         convs = {
             n: d
             for n, d in divisions.items()
-            if isinstance(module_of(n), nn.Conv1d | nn.Conv2d | nn.Conv3d) and _groups(n) == 1 and d.even
+            if isinstance(module_of(n), nn.Conv1d | nn.Conv2d | nn.Conv3d) and _groups(n) == 1
         }
+        fitting = {n: d for n, d in convs.items() if d.even or padding.evens(n)}
+        if self.lowering == "padded" and not padding.added:
+            return "grouped", "all groups are equal, or cannot be padded: grouped"
         if self.lowering != "auto":
             return self.lowering, f"{self.lowering}, as asked"
-        if not convs:
+        if not fitting:
             return "branches", "no convolution has equal groups: every split layer is one narrow layer per group"
         seconds = [
             lowering_seconds(module_of(n), d, shape(found.facts.shapes[n.all_input_nodes[0]]))  # type: ignore[arg-type]
-            for n, d in convs.items()
+            for n, d in fitting.items()
         ]
         grouped, separate = (1000 * sum(s[i] for s in seconds) for i in (0, 1))
-        lowering: Literal["grouped", "branches"] = "grouped" if grouped <= separate else "branches"
-        return lowering, f"{lowering}; measured: grouped {grouped:.2f} ms, branches {separate:.2f} ms"
+        together: Lowering = "grouped" if all(d.even for d in fitting.values()) else "padded"
+        lowering = together if grouped <= separate else "branches"
+        return lowering, f"{lowering}; measured: {together} {grouped:.2f} ms, branches {separate:.2f} ms"
+
+
+def _carved(
+    graph: fx.GraphModule,
+    found: Structure,
+    labels: dict[str, np.ndarray],
+    divisions: dict[fx.Node, Division],
+    lowering: Literal["grouped", "branches"],
+) -> None:
+    laid = {e.node: found.permuted(e, labels) for e in found.producers}
+    if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
+        laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
+    carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
 
 
 def _groups(node: fx.Node) -> int:

@@ -169,6 +169,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     where = one.add_mutually_exclusive_group(required=True)
     where.add_argument("--onnx", metavar="FILE", help="the file to write; with sub-models, of the base model")
     where.add_argument("--bundle", metavar="FOLDER", help="base model and sub-models over one file of weights")
+    where.add_argument("--branches", metavar="FOLDER", help="the stem and every branch of a carved SplitNet as files")
     one.add_argument("--opset", type=int, help="ONNX opset, 18 to 25 (default 20)")
     one.add_argument("--fixed-batch", action="store_true", help="keep the traced batch size")
     with_overwrite(one)

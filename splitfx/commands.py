@@ -86,8 +86,8 @@ def search(given: Namespace, progress: Progress) -> int:
 def export(given: Namespace, progress: Progress) -> int:
     from splitfx.export.onnx import export_onnx
 
-    if given.bundle:
-        return _bundle(given, progress)
+    if given.bundle or given.branches:
+        return _export_folder(given, progress)
     target = _free_file(given.onnx, given.overwrite)
     split = _saved(given.split, progress)
     progress("exporting")
@@ -104,19 +104,24 @@ def export(given: Namespace, progress: Progress) -> int:
     return _print(given, json.dumps(made, indent=2), f"wrote {' and '.join(map(str, parts))} ({size(total)})")
 
 
-def _bundle(given: Namespace, progress: Progress) -> int:
-    from splitfx.subnetworks.bundle import export_bundle
-    from splitfx.subnetworks.runner import Bundle
-
+def _export_folder(given: Namespace, progress: Progress) -> int:
+    """Sub-models as a bundle, or the branches of a carved network."""
+    write: Any
+    read: Any
+    if given.bundle:
+        from splitfx.subnetworks.bundle import export_bundle as write
+        from splitfx.subnetworks.runner import Bundle as read
+    else:
+        from splitfx.splitnet.bundle import export_branches as write
+        from splitfx.splitnet.runner import Branches as read
+    kind, target = ("bundle", given.bundle) if given.bundle else ("branches", given.branches)
     split = _saved(given.split, progress)
     free = False if given.fixed_batch else None
-    folder = export_bundle(
-        split, given.bundle, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite, progress=progress
-    )
+    folder = write(split, target, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite, progress=progress)
     files = sorted(folder.iterdir())
     total = sum(one.stat().st_size for one in files)
-    made = {"bundle": str(folder), "files": [str(one) for one in files], "bytes": total}
-    return _print(given, json.dumps(made, indent=2), f"{Bundle(folder)}\n\nwrote {folder} ({size(total)})")
+    made = {kind: str(folder), "files": [str(one) for one in files], "bytes": total}
+    return _print(given, json.dumps(made, indent=2), f"{read(folder)}\n\nwrote {folder} ({size(total)})")
 
 
 def check(given: Namespace, progress: Progress) -> int:

@@ -76,15 +76,16 @@ def _relays_channels(block: Block) -> str:
 
 
 def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ...]) -> tuple[float, float]:
-    """Seconds of one forward as (grouped conv, narrow branches) on an input of ``sizes``; the division is even."""
+    """Seconds of one forward as (grouped conv, narrow branches) on a batch of the spatial sizes in ``sizes``; the
+    grouped conv of an uneven division is the one whose groups are all padded to the largest."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     options = tuple(getattr(module, name) for name in ("stride", "padding", "dilation"))
-    block = (len(division.outs[0]), len(division.ins[0]), *weight.shape[2:])
+    blocks = tuple((len(o), len(i)) for i, o in zip(division.ins, division.outs, strict=True))
     return _seconds(
-        block,
-        len(division.ins),
-        sizes,
+        blocks,
+        tuple(weight.shape[2:]),
+        (sizes[0], *sizes[2:]),
         options,
         last,
         weight.dtype,
@@ -95,8 +96,8 @@ def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ..
 
 @cache
 def _seconds(
-    block: tuple[int, ...],
-    branches: int,
+    blocks: tuple[tuple[int, int], ...],
+    kernel: tuple[int, ...],
     sizes: tuple[int, ...],
     options: tuple,
     last: bool,
@@ -104,18 +105,19 @@ def _seconds(
     device: str,
     threads: int,
 ) -> tuple[float, float]:
-    convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[len(block)]
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 1]
     layout = torch.channels_last if last else torch.contiguous_format
     stride, padding, dilation = options
-    narrow = (sizes[0], block[1], *sizes[2:])
-    parts = [torch.randn(narrow, dtype=dtype, device=device).contiguous(memory_format=layout) for _ in range(branches)]
-    whole = torch.cat(parts, 1).contiguous(memory_format=layout)
-    together = torch.full((branches * block[0], *block[1:]), 0.1, dtype=dtype, device=device)
-    together = together.contiguous(memory_format=layout)
-    weights = together.chunk(branches)
+    count, outs, ins = len(blocks), max(o for o, _ in blocks), max(i for _, i in blocks)
+
+    def made(*size: int) -> torch.Tensor:
+        return torch.full(size, 0.1, dtype=dtype, device=device).contiguous(memory_format=layout)
+
+    whole, together = made(sizes[0], count * ins, *sizes[1:]), made(count * outs, ins, *kernel)
+    parts, weights = [made(sizes[0], i, *sizes[1:]) for _, i in blocks], [made(o, i, *kernel) for o, i in blocks]
 
     def grouped() -> None:
-        convolve(whole, together, None, stride, padding, dilation, branches)
+        convolve(whole, together, None, stride, padding, dilation, count)
 
     def separate() -> None:
         for part, weight in zip(parts, weights, strict=True):

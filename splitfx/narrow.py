@@ -1,4 +1,5 @@
-"""Narrow modules: the part of a layer that some of its channels need, in the order in which they come.
+"""Narrow modules: the part of a layer that some of its channels need, in the order in which they come; and wider ones,
+with channels of zeros.
 
 Each function returns a new module with its own parameters and never touches the one it is given. What is kept of a
 weight is a view of it where it lies in one block, so that nothing is copied that may be thrown away; the pipeline
@@ -17,6 +18,7 @@ from torch import nn
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
+PAD = -1  # in the place of a channel: one that is added
 
 
 def _new(module: nn.Module, **changes: Any) -> nn.Module:
@@ -155,3 +157,46 @@ def channelwise(module: nn.Module, positions: np.ndarray) -> nn.Module:
     if counted is not None:
         tensors["num_batches_tracked"] = counted.clone()
     return _new(module, **tensors, num_features=len(positions))
+
+
+# ---------------------------------------------------------------- wider
+
+
+def _grown(tensor: torch.Tensor | None, places: np.ndarray, dim: int = 0, fill: float = 0.0) -> Any:
+    """The tensor with its positions at ``places`` along a dim, and ``fill`` where that is `PAD`."""
+    if tensor is None:
+        return None
+    sizes = list(tensor.shape)
+    sizes[dim] = len(places)
+    old = torch.as_tensor(places[places != PAD], device=tensor.device)
+    at = torch.as_tensor(np.flatnonzero(places != PAD), device=tensor.device)
+    held = tensor.detach()
+    grown = held.new_full(sizes, fill).index_copy_(dim, at, held.index_select(dim, old))
+    return nn.Parameter(grown, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else grown
+
+
+def wider(module: nn.Module, ins: np.ndarray, outs: np.ndarray) -> nn.Module:
+    """A conv or linear layer with the input channels ``ins`` and the output channels ``outs``, rows and columns of
+    zeros for those that are `PAD`; a depthwise conv stays depthwise."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    bias = _grown(module.bias, outs)  # type: ignore[arg-type]
+    if getattr(module, "groups", 1) > 1:
+        sizes = {"in_channels": len(ins), "out_channels": len(outs), "groups": len(ins)}
+        return _new(module, weight=_grown(weight, outs), bias=bias, **sizes)
+    rows, columns = (1, 0) if transposed(module) else (0, 1)
+    grown = _grown(_grown(weight, outs, rows), ins, columns)
+    if isinstance(module, nn.Linear):
+        return _new(module, weight=grown, bias=bias, in_features=len(ins), out_features=len(outs))
+    return _new(module, weight=grown, bias=bias, in_channels=len(ins), out_channels=len(outs))
+
+
+def wider_norm(module: nn.Module, places: np.ndarray) -> nn.Module:
+    """A norm or PReLU with the channels ``places``; those that are `PAD` give zero for zero."""
+    if isinstance(module, nn.PReLU):
+        return _new(module, weight=_grown(module.weight, places), num_parameters=len(places))
+    fill = {"weight": 0.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    tensors = {name: _grown(getattr(module, name), places, fill=value) for name, value in fill.items()}
+    counted = module._buffers.get("num_batches_tracked")
+    if counted is not None:
+        tensors["num_batches_tracked"] = counted.clone()
+    return _new(module, **tensors, num_features=len(places))

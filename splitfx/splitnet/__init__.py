@@ -2,11 +2,13 @@
 
 An `Assignment` is learned (`attach`), or comes from `random` draws, a taxonomy (`semantic`), the classifier's rows
 (`clustering`) or the weights alone (`weights`). `splitfx.passes.SplitNet` carves a model by it. `plot_weights`,
-`plot_classes` and `plot_curves` draw it; they load what they need when they are first used.
+`plot_classes` and `plot_curves` draw it. `export_branches` writes a carved model's parts as ONNX files, which
+`Branches` runs. The last five load what they need when they are first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splitfx.splitnet.assignment import Assignment, structure
@@ -16,13 +18,17 @@ from splitfx.splitnet.weights import weights
 
 if TYPE_CHECKING:
     from splitfx.report.splitnet import plot_classes, plot_curves, plot_weights
+    from splitfx.splitnet.bundle import export_branches
+    from splitfx.splitnet.runner import Branches
 
 __all__ = [
     "Assignment",
+    "Branches",
     "Convergence",
     "Groups",
     "attach",
     "clustering",
+    "export_branches",
     "plot_classes",
     "plot_curves",
     "plot_weights",
@@ -31,12 +37,14 @@ __all__ = [
     "structure",
     "weights",
 ]
-_PICTURES = ("plot_classes", "plot_curves", "plot_weights")
+_HOME = {
+    **dict.fromkeys(("plot_classes", "plot_curves", "plot_weights"), "splitfx.report.splitnet"),
+    "export_branches": "splitfx.splitnet.bundle",
+    "Branches": "splitfx.splitnet.runner",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PICTURES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from splitfx.report import splitnet as pictures
-
-    return getattr(pictures, name)
+    return getattr(import_module(_HOME[name]), name)

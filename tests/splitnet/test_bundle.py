@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 import splitfx
+from splitfx import cli, splitnet
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.graph import copy_graph
 from splitfx.splitnet import bundle as writing
@@ -170,6 +171,20 @@ def test_places_that_cannot_be_written(split: fx.GraphModule, folder: Path, tmp_
         export_branches(split, tmp_path / "not" / "there")
     with pytest.raises(UnsupportedError, match="SplitNet carved"):
         export_branches(splitfx.trace(Chain(), X), tmp_path / "new")
+
+
+def test_on_the_command_line(split: fx.GraphModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splitfx.save(split, tmp_path / "split")
+    words = ["export", str(tmp_path / "split"), "--branches", str(tmp_path / "branches"), "--quiet"]
+    assert cli.main([*words, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    names = {"stem.onnx", "branch-0.onnx", "branch-1.onnx", "merge.onnx", KIND.manifest}
+    assert {Path(one).name for one in made["files"]} == names
+    assert off(splitnet.Branches(made["branches"]).run(X), split(X)) <= PARITY
+    assert cli.main(words) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert "branch 1" in capsys.readouterr().out
 
 
 def test_a_failed_export_leaves_the_old_folder(

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import splitfx
+from splitfx import narrow
 from splitfx.errors import VerificationError
 from splitfx.graph import copy_graph, layer
 from splitfx.passes import SplitNet
@@ -34,8 +35,9 @@ def masked_by_hand(graph: fx.GraphModule, found: Structure, labels: dict[str, An
         ins = found.along(split.edge.ins, labels, split.level)
         outs = found.along(split.edge.outs, labels, split.level)
         removed = (outs[:, None] != ins[None]) & (ins[None] >= 0)
+        weight = module.weight.transpose(0, 1) if narrow.transposed(module) else module.weight
         with torch.no_grad():
-            module.weight[torch.from_numpy(removed)] = 0
+            weight[torch.from_numpy(removed)] = 0
     return made
 
 
