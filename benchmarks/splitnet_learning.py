@@ -78,10 +78,7 @@ def _digits(seed: int) -> Data:
 def one(data: Data, seed: int, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy, agreement and size of every source with one seed."""
     dense, grouping, split = (1, 1, 1) if quick else (DENSE, GROUPING, SPLIT)
-    torch.manual_seed(seed)
-    graph = splitfx.trace(Small(len(data.classes)), torch.zeros(1, *data.train[0][0].shape))
-    # At a constant rate and with a strong decay: what a class does not need fades from its weights.
-    _train(graph, data, dense, seed, 5e-3, schedule="constant", decay="all")
+    graph = _trained(data, dense, seed)
     whole = copy.deepcopy(graph)
     scores: dict[str, Any] = {"carved": _accuracy(whole, data), "params": _size(whole)}
     _train(whole, data, grouping + split, seed, 1e-4)
@@ -93,10 +90,30 @@ def one(data: Data, seed: int, quick: bool) -> Iterator[tuple[str, dict[str, Any
     }
     for source, assignment in made.items():
         yield source, _carved(graph, assignment, data, grouping + split, seed)
+    yield "learned", _carved(graph, _learned(graph, data, grouping, seed, quick), data, split, seed)
+
+
+def draw(path: str = "docs/splitnet.svg") -> None:
+    """The README's picture: weights of the planted network at the end of the grouping phase."""
+    data = _planted(0)
+    graph = _trained(data, DENSE, 0)
+    splitnet.plot_weights(graph, _learned(graph, data, GROUPING, 0), path, overwrite=True)
+
+
+def _trained(data: Data, epochs: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    graph = splitfx.trace(Small(len(data.classes)), torch.zeros(1, *data.train[0][0].shape))
+    # At a constant rate and with a strong decay: what a class does not need fades from its weights.
+    _train(graph, data, epochs, seed, 5e-3, schedule="constant", decay="all")
+    return graph
+
+
+def _learned(graph: Any, data: Data, epochs: int, seed: int, unconverged: bool = False) -> splitnet.Assignment:
+    """Groups learned while the graph is trained on."""
     groups = splitnet.attach(graph, LEVELS, start="weights", seed=seed)
-    _train(graph, data, grouping, seed, 1e-4, groups)
+    _train(graph, data, epochs, seed, 1e-4, groups)
     groups.release()
-    yield "learned", _carved(graph, groups.assignment(balance=True, unconverged=quick), data, split, seed)
+    return groups.assignment(balance=True, unconverged=unconverged)
 
 
 def _train(
