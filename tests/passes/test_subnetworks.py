@@ -1,42 +1,24 @@
-"""SubNetworks: what it makes, what it shares, what it refuses, and that its oracle turns red."""
+"""SubNetworks: what it makes, with other passes, and of token models."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from torch import fx, nn
+from torch import nn
 
 import splitfx
-from splitfx.analysis import Facts, facts
-from splitfx.errors import PlanError, UnsupportedError, VerificationError
-from splitfx.graph import copy_graph, info
+from splitfx.errors import UnsupportedError
+from splitfx.graph import info
 from splitfx.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SubNetworks, Tile
-from splitfx.pipeline import run_pass
 from splitfx.plan import Plan
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
-from splitfx.subnetworks.oracle import require_models
-from splitfx.subnetworks.sites import Sites
-from splitfx.tracing import trace
 from tests import oracle
-from tests.strategies import networks
-from tests.subnetworks.networks import residual, small, vgg
-
-X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-def divided(model: nn.Module | None = None, x: torch.Tensor = X, **options: Any) -> SubNetworksGraph:
-    options = options or {"cuts": (1, 3)}
-    split = splitfx.transform(model if model is not None else small(), SubNetworks(**options), x)
-    assert isinstance(split, SubNetworksGraph)
-    return split
-
+from tests.subnetworks.networks import X, assert_shared, divided, small, vgg
 
 # ---------------------------------------------------------------- what it makes
 
@@ -116,194 +98,6 @@ def test_closed_forms_fit_other_sizes_too() -> None:
         assert [tuple(y.shape) for y in split.forward_all(x)] == [(3, 4)] * 4
 
 
-# ---------------------------------------------------------------- what it shares
-
-
-def shared(split: SubNetworksGraph) -> None:
-    own = {id(t) for ts in (split.parameters(), split.buffers()) for t in ts}
-    for made in (split.base(), *(split.detach(i) for i in range(len(split.names) - 1))):
-        assert {id(p) for p in made.parameters()} <= own
-        assert {id(b) for b in made.buffers()} <= own
-
-
-@pytest.mark.parametrize("statistics", ["shared", "private"])
-def test_parameters_are_the_same_objects_after_save_load_to_and_copies(statistics: str, tmp_path: Path) -> None:
-    split = divided(cuts=(1, 3), statistics=statistics)
-    splitfx.save(split, tmp_path / "split")
-    wanted = split.forward_all(X)
-    for again in (
-        splitfx.load(tmp_path / "split"),
-        splitfx.load(tmp_path / "split", small(9)),
-        copy.deepcopy(split),
-        trace(split, X),
-    ):
-        assert isinstance(again, SubNetworksGraph)
-        shared(again)
-        oracle.assert_equal(again.forward_all(X), wanted)
-    shared(copy.deepcopy(split).to(torch.float64))
-
-
-def test_what_is_detached_moves_with_the_whole() -> None:
-    split = divided()
-    sub = split.detach(1)
-    split.to(torch.float64)
-    assert {t.dtype for t in (*sub.parameters(), *sub.buffers()) if t.is_floating_point()} == {torch.float64}
-    sub.to(torch.float32)
-    split.to(torch.float32)
-    oracle.assert_equal(split.forward_all(X)[2], sub(X))
-    with torch.no_grad():
-        sub.get_parameter("10.weight").add_(1)
-    oracle.assert_equal(split.detach(1)(X), sub(X))
-    assert sub.get_parameter("10.weight") is split.get_parameter("10.weight")
-
-
-def test_training_one_moves_the_other_and_a_copy_stands_alone() -> None:
-    split = divided()
-    sub, alone = split.detach(0), split.detach(0, copy=True)
-    before = split(X).detach()
-    kept = alone(X).detach()
-    optimizer = torch.optim.SGD(sub.parameters(), lr=0.1)
-    sub.train()(X).square().mean().backward()
-    optimizer.step()
-    assert float((split(X) - before).abs().max()) > 1e-3
-    oracle.assert_equal(alone(X), kept)
-    assert not {id(p) for p in alone.parameters()} & {id(p) for p in split.parameters()}
-
-
-def test_modes_are_each_model_s_own() -> None:
-    split = divided().train()
-    sub = split.detach(0)
-    assert all(m.training for m in sub.modules())
-    sub.eval()
-    assert all(m.training for m in split.modules())
-
-
-def test_statistics_of_their_own() -> None:
-    split = divided(cuts=(1, 3), statistics="private").train()
-    before = {k: v.clone() for k, v in split.state_dict().items() if "running_mean" in k}
-    split.detach(1)(X + 1)
-    moved = {k for k, v in split.state_dict().items() if k in before and not torch.equal(v, before[k])}
-    assert moved == {"sub1.step_down.norm.running_mean", "sub1.norms.norm0.running_mean"}
-    both = divided(cuts=(1, 3)).train()
-    both.detach(1)(X + 1)
-    assert not torch.equal(both.get_buffer("11.running_mean"), small().get_buffer("11.running_mean"))
-    assert split.get_parameter("sub1.norms.norm0.weight") is split.get_parameter("11.weight")
-
-
-def test_shared_statistics_are_one() -> None:
-    split = divided()
-    assert split.detach(1).get_buffer("11.running_mean") is split.get_buffer("11.running_mean")
-
-
-# ---------------------------------------------------------------- which cuts
-
-
-@pytest.mark.parametrize(("of", "budgets"), [("macs", ("0.8x", "0.4x")), ("peak", ("0.8x",))])
-def test_a_budget_takes_the_cut_closest_below(of: str, budgets: tuple[str, ...]) -> None:
-    graph = trace(small(), X)
-    split, settled = run_pass(graph, SubNetworks(budgets=budgets, of=of))  # type: ignore[arg-type]
-    assert isinstance(split, SubNetworksGraph)
-    figures = split.figures()
-    word = {"macs": "macs", "peak": "peak_bytes"}[of]
-    every = divided(cuts=(1, 2, 3)).figures()
-    base = getattr(every[0], word)
-    for budget, made in zip(budgets, figures[1:], strict=True):
-        share = float(budget[:-1])
-        fits = [getattr(m, word) for m in every[1:] if getattr(m, word) <= share * base]
-        assert getattr(made, word) == max(fits)
-    assert isinstance(settled, SubNetworks)
-    assert settled.budgets == ()
-    assert text(run_pass(graph, settled)[0]) == text(split)
-
-
-def test_a_budget_of_latency() -> None:
-    split = divided(budgets=("0.95x",), of="latency")
-    assert info(split).plan.passes[0].cuts[0] in ("3", "7", "10")
-
-
-def test_without_cuts_or_budgets_at_most_half() -> None:
-    split = splitfx.transform(small(), SubNetworks(), X)
-    assert isinstance(split, SubNetworksGraph)
-    base, sub = split.figures()
-    assert sub.macs <= base.macs / 2
-
-
-def test_names_and_numbers_mix_and_keep_their_order() -> None:
-    split = divided(cuts=(3, "3"))
-    assert [m.macs for m in split.figures()[1:]] == [m.macs for m in divided(cuts=(1, 3)).figures()[:0:-1]]
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"cuts": (2, 2)}, "cut 2 is given twice"),
-        ({"cuts": (1,), "budgets": ("0.5x",)}, "cuts or budgets, not both"),
-        ({"cuts": (0,)}, "1 or more; got 0"),
-        ({"budgets": ("0.5",)}, "such as '0.4x'; got '0.5'"),
-        ({"budgets": ("1.5x",)}, "such as '0.4x'; got '1.5x'"),
-        ({"budgets": ("x",)}, "such as '0.4x'; got 'x'"),
-        ({"budgets": ("0.5x", "0.5x")}, "budget '0.5x' is given twice"),
-        ({"cuts": (1,), "of": "peak"}, "of='peak' goes with budgets"),
-        ({"statistics": "own"}, 'option \'statistics\' must be one of "shared", "private"'),
-    ],
-)
-def test_bad_options(options: dict[str, Any], why: str) -> None:
-    with pytest.raises(PlanError, match=why.replace("(", r"\(")):
-        SubNetworks(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"cuts": (2, "7")}, "cuts 2 and '7' are the same: both lie at the output of 6"),
-        ({"cuts": (4,)}, "cannot drop 4 convs: the model has 4"),
-        ({"cuts": ("15",)}, "lies behind the head"),
-        ({"budgets": ("0.01x",)}, "no cut meets 0.01x of the macs: the closest is '10' with 0."),
-        ({"budgets": ("0.8x", "0.79x")}, "budgets 0.8x and 0.79x both pick the cut at"),
-    ],
-)
-def test_refusals(options: dict[str, Any], why: str) -> None:
-    with pytest.raises(PlanError) as error:
-        divided(**options)
-    assert why in str(error.value)
-
-
-def test_a_budget_where_nothing_can_be_cut() -> None:
-    with pytest.raises(PlanError, match="no cut meets 0.5x of the macs: the model has no convolution"):
-        splitfx.transform(nn.Sequential(nn.Flatten(), nn.Linear(256, 4)).eval(), SubNetworks(budgets=("0.5x",)), X)
-
-
-@pytest.mark.parametrize("number", [2, -1, 1.0, True, "sub0"])
-def test_detach_of_an_unknown_index(number: Any) -> None:
-    with pytest.raises(UnsupportedError, match="there is no sub-model .*; this model's are numbered 0 to 1, and base"):
-        divided().detach(number)
-
-
-# ---------------------------------------------------------------- at run time
-
-
-def test_select_takes_the_largest_that_fits() -> None:
-    split = divided()
-    figures = split.figures()
-    for made in figures:
-        chosen = split.select(max_macs=made.macs)
-        oracle.assert_equal(chosen(X), split.forward_all(X)[made.number + 1])
-    oracle.assert_equal(split.select(max_peak=figures[2].peak_bytes)(X), split.forward_all(X)[2])
-    oracle.assert_equal(split.select(max_peak="1 GiB", max_latency=60.0)(X), split(X))
-
-
-def test_select_says_what_is_nearest() -> None:
-    split = divided()
-    with pytest.raises(
-        UnsupportedError, match="no model fits: the least MACs are those of sub1 with .* 10 were allowed"
-    ):
-        split.select(max_macs=10)
-    with pytest.raises(UnsupportedError, match="the least latency are those of"):
-        split.select(max_latency=1e-9)
-    with pytest.raises(UnsupportedError, match="needs a limit"):
-        split.select()
-
-
 # ---------------------------------------------------------------- with the other passes
 
 
@@ -312,7 +106,7 @@ def test_group_then_subnetworks() -> None:
     split = splitfx.transform(small(), Plan(plan), X)
     assert isinstance(split, SubNetworksGraph)
     assert [s.name for s in info(split).steps] == ["group", "subnetworks"]
-    shared(split)
+    assert_shared(split)
 
 
 def test_subnetworks_then_tile_on_each() -> None:
@@ -371,7 +165,7 @@ class Tokens(nn.Module):
 def test_token_models_enter_by_patch_embedding() -> None:
     torch.manual_seed(0)
     split = divided(Tokens().eval(), cuts=("blocks.1", "blocks.2"))
-    shared(split)
+    assert_shared(split)
     sub = split.detach(1)
     assert sub.get_parameter("step_down.token") is split.get_parameter("token")
     assert sub.get_parameter("step_down.position") is split.get_parameter("position")
@@ -385,121 +179,6 @@ def test_token_models_enter_by_patch_embedding() -> None:
     oracle.assert_equal(sub(X), short(X))
     macs = [m.macs for m in split.figures()]
     assert macs[0] > macs[1] > macs[2]
-
-
-# ---------------------------------------------------------------- the oracle
-
-
-@settings(max_examples=12)
-@given(networks())
-def test_random_networks_keep_the_promise_at_every_cut(network: tuple[nn.Module, torch.Tensor]) -> None:
-    """Every site of a drawn network: the pipeline's oracle runs, and what runs in place is what is detached."""
-    model, x = network
-    graph = trace(model, x)
-    found = Sites(facts(graph))
-    if not found.found:
-        return
-    split, _ = run_pass(graph, SubNetworks(cuts=tuple(s.enters for s in found.found), statistics="private"))
-    assert isinstance(split, SubNetworksGraph)
-    shared(split)
-    outputs = split.forward_all(x)
-    for number in range(len(found.found)):
-        assert outputs[number + 1].shape == outputs[0].shape
-        oracle.assert_equal(outputs[number + 1], split.detach(number)(x))
-
-
-def rewritten(**options: Any) -> tuple[fx.GraphModule, SubNetworksGraph]:
-    before = trace(residual(), torch.zeros(1, 3, 16, 16))
-    after = copy_graph(before)
-    SubNetworks(**options).run(after, Facts(after))
-    assert isinstance(after, SubNetworksGraph)
-    return before, after
-
-
-def test_the_oracle_accepts_what_is_right() -> None:
-    for statistics in ("shared", "private"):
-        before, after = rewritten(cuts=("body.2", "body.3"), statistics=statistics)
-        assert require_models("subnetworks", before, after) <= 1e-10
-
-
-def moved_entry(after: SubNetworksGraph) -> None:
-    """The second sub-model enters one layer late: behind the first conv of its block."""
-    node, _ = entries(after)[1]
-    late = next(n for n in after.graph.nodes if str(n.target) == "body.3.main.0")
-    operand = node.all_input_nodes[0]
-    node.replace_all_uses_with(operand)
-    node.args = (late,)
-    late.append(node)
-    for user in [u for u in late.users if u is not node]:
-        user.replace_input_with(late, node)
-
-
-def other_base(after: SubNetworksGraph) -> None:
-    after.get_parameter("fc.weight").data.mul_(1.01)
-
-
-def own_weights(after: SubNetworksGraph) -> None:
-    """What is detached has a copy of a layer instead of the layer."""
-    made = after.detach
-
-    def copied(number: int, copy: bool = False) -> fx.GraphModule:
-        return made(number, copy=True)
-
-    vars(after)["detach"] = copied
-
-
-def step_down_of_other_rows(after: SubNetworksGraph) -> None:
-    conv = entries(after)[0][1].step_down.get_submodule("conv")
-    conv.stride = (conv.stride[0] + 1, conv.stride[1])  # type: ignore[operator, index, assignment]
-
-
-def skipped_layer(after: SubNetworksGraph) -> None:
-    """The sub-models lose an activation that the base model has: their making is at fault, not the graph."""
-    made = after.detach
-
-    def without(number: int, copy: bool = False) -> fx.GraphModule:
-        found = made(number)
-        relu = next(n for n in reversed(found.graph.nodes) if "relu" in str(n.target))
-        relu.replace_all_uses_with(relu.all_input_nodes[0])
-        found.graph.erase_node(relu)
-        found.recompile()
-        return found
-
-    vars(after)["detach"] = without
-
-
-@pytest.mark.parametrize(
-    ("fault", "why"),
-    [
-        (moved_entry, "sub1 enters at body.3.main.0, and the image reaches the output around it"),
-        (other_base, "broke its promise: outputs differ"),
-        (own_weights, "sub0 does not share"),
-        (step_down_of_other_rows, "the step-down of sub0 gives .* the cut"),
-        (skipped_layer, "sub0 differs from the model's own layers fed by its step-down"),
-    ],
-)
-def test_sabotage_turns_the_oracle_red(fault: Any, why: str) -> None:
-    before, after = rewritten(cuts=("body.2", "body.3"))
-    fault(after)
-    after.graph.lint()
-    after.recompile()
-    with pytest.raises(VerificationError, match=why):
-        require_models("subnetworks", before, after)
-
-
-def test_sabotaged_statistics_are_seen() -> None:
-    """A sub-model that uses the base model's statistics where it has its own."""
-    before, after = rewritten(cuts=("body.2",), statistics="private")
-    entry = entries(after)[0][1]
-    norm = entry.norms["norm0"]
-    norm.get_buffer("running_mean").add_(1)
-    require_models("subnetworks", before, after)  # its own, and used
-    entry.private.clear()
-    found = after.detach(0)
-    entry.private["body.2.main.1"] = "norm0"
-    vars(after)["detach"] = lambda number, copy=False: found
-    with pytest.raises(VerificationError, match="sub0 differs"):
-        require_models("subnetworks", before, after)
 
 
 def test_the_plan_makes_the_trip() -> None:

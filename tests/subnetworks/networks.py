@@ -8,6 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+import splitfx
+from splitfx.passes import SubNetworks
+from splitfx.subnetworks.model import SubNetworksGraph
 from tests.models import Head, Residual, conv_bn
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -74,3 +77,20 @@ def layer_of(one: dict[str, Any]) -> nn.Module:
     if one["pool"]:
         return nn.MaxPool1d(one["kernel"], one["stride"], one["padding"], one["dilation"], ceil_mode=one["ceil_mode"])
     return nn.Conv1d(1, 1, one["kernel"], one["stride"], one["padding"], one["dilation"])
+
+
+X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def divided(model: nn.Module | None = None, x: torch.Tensor = X, **options: Any) -> SubNetworksGraph:
+    options = options or {"cuts": (1, 3)}
+    split = splitfx.transform(model if model is not None else small(), SubNetworks(**options), x)
+    assert isinstance(split, SubNetworksGraph)
+    return split
+
+
+def assert_shared(split: SubNetworksGraph) -> None:
+    own = {id(t) for ts in (split.parameters(), split.buffers()) for t in ts}
+    for made in (split.base(), *(split.detach(i) for i in range(len(split.names) - 1))):
+        assert {id(p) for p in made.parameters()} <= own
+        assert {id(b) for b in made.buffers()} <= own
