@@ -25,9 +25,9 @@ from splitfx.protocol import Note, Outcome, Pass, Promise
 from splitfx.report.table import size as words
 from splitfx.tiling import planner
 from splitfx.tiling.extract import install, sources_of, stages
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.planner import Candidates
 from splitfx.tiling.replan import HALF, Goal, sizes_of
-from splitfx.tiling.schedule import Schedule
 from splitfx.tiling.stage import Kind
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 

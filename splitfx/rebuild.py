@@ -28,9 +28,9 @@ from splitfx.protocol import Note
 from splitfx.subnetworks.entry import FORMS, Entry
 from splitfx.subnetworks.model import dress
 from splitfx.tiling.executor import Tiled
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.planner import parse_bytes
 from splitfx.tiling.replan import HALF, Goal
-from splitfx.tiling.schedule import Schedule
 
 Values = Mapping[str, tuple[str, torch.Tensor]]
 

@@ -34,7 +34,7 @@ from splitfx.analysis.shapes import shapes
 from splitfx.errors import ExportError
 from splitfx.ops import Spatial, Window, bind, op, op_name, out_of_place
 from splitfx.tiling.executor import Execution, Program, Tiled
-from splitfx.tiling.schedule import Instruction, Schedule
+from splitfx.tiling.instructions import Instruction, Schedule
 from splitfx.tiling.stage import Stage, compile_stage
 
 LIMIT = 3000  # instructions of one stage; the exporter takes about 20 ms for each

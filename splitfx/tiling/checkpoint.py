@@ -26,7 +26,8 @@ from splitfx.analysis.shapes import shapes
 from splitfx.graph import TensorSpec, attribute, output_node, set_path
 from splitfx.tiling.executor import Execution, Program, Tiled
 from splitfx.tiling.extract import stage_graph
-from splitfx.tiling.schedule import Finish, Instruction, Reduce, Schedule, Scheduler, Store, Take
+from splitfx.tiling.instructions import Finish, Instruction, Reduce, Schedule, Store, Take
+from splitfx.tiling.schedule import Scheduler
 from splitfx.tiling.segments import Plan, divided, is_mean, overwrites
 from splitfx.tiling.stage import Kernel, Kind, Stage, compile_stage
 from splitfx.tiling.stream import perform

@@ -27,7 +27,7 @@ from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.graph import TensorSpec, copy_graph, info, is_canonical
 from splitfx.report.table import dims, size, table
 from splitfx.tiling.extract import install, stages
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.zero import Grid, combine_layers, install_zero, leading_to
 from splitfx.tracing import split_inputs, trace
 

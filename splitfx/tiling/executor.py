@@ -19,22 +19,10 @@ from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
 from splitfx.graph import Staged, TensorSpec
 from splitfx.ops import out_of_place
+from splitfx.tiling.instructions import Finish, Free, Instruction, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
 from splitfx.tiling.kernels import Calls
 from splitfx.tiling.reductions import Reduction
-from splitfx.tiling.schedule import (
-    Finish,
-    Free,
-    Instruction,
-    Join,
-    Open,
-    Patch,
-    Reduce,
-    Run,
-    Schedule,
-    Scheduler,
-    Store,
-    Take,
-)
+from splitfx.tiling.schedule import Scheduler
 from splitfx.tiling.stage import Kernel, Kind, Stage, compile_stage, overwriting
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from splitfx.editing import free_path, like, reorder
 from splitfx.graph import attribute, module_of, set_path
 from splitfx.ops import is_size
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.stage import Kind, Roles
 
 if TYPE_CHECKING:

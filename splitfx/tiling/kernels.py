@@ -29,7 +29,7 @@ from splitfx.analysis.taps import (
 )
 from splitfx.graph import attribute, module_of
 from splitfx.ops import Spatial, Window, bind, is_size, op, op_name, out_of_place
-from splitfx.tiling.schedule import Run
+from splitfx.tiling.instructions import Run
 from splitfx.tiling.scratch import pool_pads_itself, transposed_ends, window_span
 from splitfx.tiling.stage import Kernel, Kind, Stage, overwriting, own_padding
 

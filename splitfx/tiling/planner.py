@@ -20,7 +20,8 @@ from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.report.table import size as words
 from splitfx.tiling.extract import sources_of, stage_graph
-from splitfx.tiling.schedule import Schedule, Scheduler
+from splitfx.tiling.instructions import Schedule
+from splitfx.tiling.schedule import Scheduler
 from splitfx.tiling.stage import Kind, Stage, compile_stage
 
 Mode = Literal["auto", "stream", "grid"]

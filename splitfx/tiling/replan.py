@@ -20,8 +20,8 @@ from splitfx.graph import TensorSpec
 from splitfx.ops import is_size
 from splitfx.report.table import size as words
 from splitfx.tiling import planner
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.planner import Candidates
-from splitfx.tiling.schedule import Schedule
 
 HALF = "half"
 

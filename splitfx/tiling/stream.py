@@ -28,7 +28,7 @@ from splitfx.graph import TensorSpec, info, layer, module_of
 from splitfx.ops import is_size
 from splitfx.report.table import dims
 from splitfx.tiling.executor import _ACTIONS, Execution, Program, Tiled, acts_in_training
-from splitfx.tiling.schedule import Instruction, Open, Patch, Reduce, Run, Store, Take
+from splitfx.tiling.instructions import Instruction, Open, Patch, Reduce, Run, Store, Take
 from splitfx.tiling.sources import RowSource
 from splitfx.tiling.stage import Kernel
 

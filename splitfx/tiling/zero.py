@@ -29,7 +29,7 @@ from splitfx.ops import Spatial, in_place, is_size, op
 from splitfx.report.table import dims
 from splitfx.tiling.executor import Tiled
 from splitfx.tiling.extract import exits_of, install, sources_of
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 
 Grid = tuple[int, int]
 

@@ -20,8 +20,8 @@ from splitfx.pipeline import run_pass
 from splitfx.plan import Plan
 from splitfx.tiling import executor
 from splitfx.tiling.executor import Execution, Tiled
+from splitfx.tiling.instructions import Run
 from splitfx.tiling.planner import parse_bytes
-from splitfx.tiling.schedule import Run
 from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, Head, Residual, conv_bn, image

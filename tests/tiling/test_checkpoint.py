@@ -15,7 +15,7 @@ from splitfx.analysis.live import LiveStorage
 from splitfx.tiling import checkpoint, segments
 from splitfx.tiling.checkpoint import checkpointed, describe
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from tests.tiling import cases, trial
 
 EXACT = 1e-10

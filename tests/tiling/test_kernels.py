@@ -14,8 +14,8 @@ from splitfx.analysis import taps
 from splitfx.analysis.regions import Edge
 from splitfx.tiling import executor, kernels
 from splitfx.tiling.executor import Execution
+from splitfx.tiling.instructions import Run, Schedule
 from splitfx.tiling.reductions import Reduction
-from splitfx.tiling.schedule import Run, Schedule
 from tests import oracle
 from tests.tiling import cases
 from tests.tiling.cases import PHASES, RULES, SPLIT

@@ -21,7 +21,7 @@ from splitfx.pipeline import run_pass
 from splitfx.rebuild import _goal
 from splitfx.tiling import replan
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tracing import trace
 from tests import oracle
 from tests.models import Residual, conv_bn, image

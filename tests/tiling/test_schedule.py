@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.schedule import Finish, Free, Join, Open, Patch, Reduce, Run, Schedule, Scheduler, Store, Take
+from splitfx.tiling.instructions import Finish, Free, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
+from splitfx.tiling.schedule import Scheduler
 from splitfx.tiling.stage import Kind, Stage
 from tests import oracle
 from tests.tiling.cases import PHASES, RULES, Call

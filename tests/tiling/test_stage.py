@@ -13,7 +13,7 @@ from splitfx.analysis import facts
 from splitfx.analysis.shapes import shapes
 from splitfx.graph import TensorSpec
 from splitfx.tiling.extract import stages
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.stage import Kind, Roles, compile_stage
 from splitfx.tracing import trace
 from tests import oracle

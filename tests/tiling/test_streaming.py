@@ -14,7 +14,7 @@ from splitfx.analysis import facts
 from splitfx.errors import SplitfxError
 from splitfx.ops import op_name
 from splitfx.tiling.extract import stages
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tracing import trace
 from tests import oracle
 from tests.strategies import networks, schedules, tileable

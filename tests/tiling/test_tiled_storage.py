@@ -22,7 +22,7 @@ from splitfx.passes import Tile
 from splitfx.pipeline import run_pass
 from splitfx.storage import PROGRAM
 from splitfx.tiling.executor import Tiled
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from tests import oracle
 
 

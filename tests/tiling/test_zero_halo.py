@@ -23,8 +23,8 @@ from splitfx.protocol import Promise
 from splitfx.report.plots import plot_halo, plot_pareto
 from splitfx.tiling.compare_halo import compare_halo, halo_table
 from splitfx.tiling.extract import stages
+from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.planner import Point
-from splitfx.tiling.schedule import Schedule
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero
 
 

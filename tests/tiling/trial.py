@@ -16,7 +16,7 @@ from splitfx.graph import copy_graph
 from splitfx.ops import is_size, op_name
 from splitfx.tiling.executor import Tiled
 from splitfx.tiling.extract import install, stages
-from splitfx.tiling.schedule import Schedule
+from splitfx.tiling.instructions import Schedule
 from splitfx.tracing import trace
 from tests import oracle
 
