@@ -1,4 +1,5 @@
-"""Checks that need a GPU: parity, memory, latency and onnxruntime on CUDA; `benchmarks/gpu.sh` runs them.
+"""Checks that need a GPU: parity, memory, latency, onnxruntime, branches, sub-models and training on CUDA;
+`benchmarks/gpu.sh` runs them.
 
 Each check yields rows with ``ok`` (None where the figure is only reported). Traced and split graphs on the
 GPU must equal the CPU in float64; what lives on the GPU must be what the timeline predicts. After the time
@@ -14,14 +15,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import fx, nn
 
+from benchmarks.gpu_common import DRY, GPU, PARITY, Row, Setting, model_of, row
+from benchmarks.gpu_splits import branches, sub_models, training
 from benchmarks.results_format import record, write
 from splitfx.analysis.live import LiveStorage
 from splitfx.api import transform
@@ -36,36 +38,8 @@ from splitfx.report.table import seconds, size, table, wrap
 from splitfx.tracing import trace
 
 FACTORS = {"vgg16": (8, 2, 2, 4, 4), "resnet18": (8, 4, 2, 2, 2)}
-PARITY = 2e-5  # largest difference from float64, relative to the largest output: float32 without TF32
 MEMORY = 0.02  # of the predicted peak
 HEAD = ("check", "model", "what", "figure", "against", "verdict")
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and how big; a dry run is small and on the CPU."""
-
-    device: str
-    pixels: int
-    batches: tuple[int, ...]
-    runs: int
-    models: tuple[str, ...]
-    tiled: int = 2048  # pixels of the images that are tiled
-    tiled_models: tuple[str, ...] = ("resnet18", "resnet50", "mobilenet_v2", "vgg16", "efficientnet_b0")
-
-    def image(self, batch: int = 1, **options: Any) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, 3, self.pixels, self.pixels, generator=generator).to(self.device, **options)
-
-
-GPU = Setting("cuda", 224, (1, 16), 30, ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "convnext_tiny", "swin_t"))
-DRY = Setting("cpu", 64, (1,), 2, ("resnet18", "mobilenet_v2"), 128, ("resnet18",))
-
-
-def model_of(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None).eval()
 
 
 def split_of(
@@ -224,19 +198,16 @@ def tiling(setting: Setting) -> Iterator[Row]:
             )
 
 
-CHECKS: tuple[Callable[[Setting], Iterator[Row]], ...] = (parity, memory, onnxruntime, tiling, latency)
-
-
-def row(check: str, model: str, what: str, figure: str, against: str, ok: bool | None, **values: Any) -> Row:
-    return {
-        "check": check,
-        "model": model,
-        "what": what,
-        "figure": figure,
-        "against": against,
-        "ok": ok,
-        **values,
-    }
+CHECKS: tuple[Callable[[Setting], Iterator[Row]], ...] = (
+    parity,
+    memory,
+    onnxruntime,
+    branches,
+    sub_models,
+    training,
+    tiling,
+    latency,
+)
 
 
 def run(setting: Setting, budget: float) -> list[Row]:
