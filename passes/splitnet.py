@@ -25,11 +25,12 @@ from splitfx.carve import Division, carve, masked
 from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.lowering import lowering_seconds
+from splitfx.ops import op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
 from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
-from splitfx.splitnet.structure import Structure
+from splitfx.splitnet.structure import WHOLE, Structure
 from splitfx.splitnet.weights import heaviest, second_moments
 
 Lowering = Literal["grouped", "padded", "branches"]
@@ -131,6 +132,9 @@ class SplitNet(Pass):
             return self.lowering, f"{self.lowering}, as asked"
         if not fitting:
             return "branches", "no convolution has equal groups: every split layer is one narrow layer per group"
+        joined = _joins(found)
+        if joined:
+            return "branches", f"branches: grouped convs would have to gather their channels behind {joined}"
         seconds = [
             lowering_seconds(module_of(n), d, shape(found.facts.shapes[n.all_input_nodes[0]]))  # type: ignore[arg-type]
             for n, d in fitting.items()
@@ -152,6 +156,17 @@ def _carved(
     if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
         laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
     carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
+
+
+def _joins(found: Structure) -> str:
+    """A concat of channels that carry groups: narrow layers read its parts, grouped convs need a permuted copy."""
+    for node in found.facts.graph.graph.nodes:
+        if op_name(node) == "cat":
+            whole, first = (found.axes.of(n) for n in (node, node.all_input_nodes[0]))
+            along = whole is not None and first is not None and len(whole) > len(first)
+            if along and (found.vector_of[whole] != WHOLE).any():
+                return layer(node)
+    return ""
 
 
 def _groups(node: fx.Node) -> int:

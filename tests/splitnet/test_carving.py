@@ -142,6 +142,15 @@ def test_no_gather_but_the_logits() -> None:
         assert sum("index_select" in str(n.target) for n in split.graph.nodes) == 1
 
 
+def test_a_concat_is_not_gathered() -> None:
+    """Grouped convs behind a concat need a permuted copy of it: left to choose, they become branches, which do not."""
+    graph = traced("densenet121")
+    step = SplitNet(levels=CASES["densenet121"][2], source="random")
+    split = splitfx.transform(graph, step, verify=False)
+    assert sum("index_select" in str(n.target) for n in split.graph.nodes) == 1
+    assert "would have to gather" in str(splitfx.explain(split))
+
+
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
