@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from splitfx.train.recipe import Recipe
 
 FORMAT = 2
 NAME = "checkpoint.pt"
-METRICS = "metrics.csv"
+METRICS, LOCK = "metrics.csv", ".lock"
 ROOM_FIRST = "Make room, then go on with resume=True (--resume)"
 ROOM = 3  # checkpoints that must fit on the disk: the old one, the new one, and some air
 
@@ -110,9 +111,29 @@ def open_folder(folder: Path, resume: bool, what: str) -> None:
         raise TrainingError(f"{folder}: cannot be made: {error.strerror or error}") from error
 
 
-def prepare(folder: Path, resume: bool, model: nn.Module) -> None:
-    """Open the folder of a run; refuse a disk without room before any work. Raises `TrainingError`."""
+@contextmanager
+def opened(folder: Path, resume: bool, model: nn.Module) -> Iterator[None]:
+    """Open the folder of a run for one process alone; refuse a disk without room before any work. The lock is the
+    operating system's: a process that is killed gives it back. Raises `TrainingError`."""
+    from filelock import FileLock, Timeout
+
     open_folder(folder, resume, "run")
+    lock = FileLock(str(folder / LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrainingError(
+            f"{folder}: another process trains in this folder now; wait for it, or choose another"
+        ) from None
+    try:
+        _prepare(folder, model)
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _prepare(folder: Path, model: nn.Module) -> None:
     for scratch in folder.glob(".*"):  # what a killed process was writing
         if scratch.is_dir() and scratch.name.startswith((f".{NAME}.", f".{METRICS}.")):
             shutil.rmtree(scratch, ignore_errors=True)

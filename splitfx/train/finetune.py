@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -127,12 +127,21 @@ class _Run:
     # ------------------------------------------------------------ the run
 
     def history(self, folder: Path | None, resume: bool, progress: bool, on_epoch: Callable[[Epoch], None]) -> History:
-        recipe = self.recipe
         check(self.split, self.train, self.val, own_loss=self.objective.loss is not None)
         about = self.about()
-        if folder is not None and self.writes:
-            checkpoint.prepare(folder, resume, self.split)
-        self.accelerator.wait_for_everyone()
+        with checkpoint.opened(folder, resume, self.split) if folder and self.writes else nullcontext():
+            self.accelerator.wait_for_everyone()
+            return self.trained(folder, resume, progress, on_epoch, about)
+
+    def trained(
+        self,
+        folder: Path | None,
+        resume: bool,
+        progress: bool,
+        on_epoch: Callable[[Epoch], None],
+        about: checkpoint.About,
+    ) -> History:
+        recipe = self.recipe
         self.place()
         weights = [p for p in self.split.parameters() if p.requires_grad]
         if not weights:

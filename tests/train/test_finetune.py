@@ -214,6 +214,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tensorboard") == ["checkpoint.pt", "metrics.csv"]
 
 
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    made, seen = data(), []
+
+    def again(epoch: Any) -> None:
+        with pytest.raises(TrainingError, match="another process trains in this folder now"):
+            finetune(split_network(), made.train, made.val, QUICK, folder=tmp_path, resume=True, progress=False)
+        seen.append(epoch)
+
+    finetune(split_network(), made.train, made.val, QUICK, folder=tmp_path, progress=False, on_epoch=again)
+    assert len(seen) == QUICK.epochs
+    assert {one.name for one in tmp_path.iterdir()} == {checkpoint.NAME, checkpoint.METRICS}
+    finetune(split_network(), made.train, made.val, QUICK, folder=tmp_path, resume=True, progress=False)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     made = data()
     finetune(split_network(), made.train, made.val, Recipe(epochs=1), folder=tmp_path, progress=False)
