@@ -35,16 +35,13 @@ class Padding:
         self.found, self.graph = found, found.facts.graph
         self.order, self.old = list(found.vectors), labels
         self.added: dict[str, np.ndarray] = {}
-        returned = found.axes.of(found.output)
-        kept = (
-            set() if returned is None else {self.order[v] for v in np.unique(found.vector_of[returned]) if v != WHOLE}
-        )
+        returned = self.touched(found.axes.of(found.output))
         for name, vector in found.vectors.items():
             sizes = np.bincount(labels[name], minlength=vector.level)
-            if name not in kept and sizes.min() < sizes.max():
+            if name not in returned and sizes.min() < sizes.max():
                 self.added[name] = np.repeat(np.arange(vector.level), sizes.max() - sizes)
         self.notes: list[Note] = []
-        while (refused := self.refused()) is not None:
+        while self.added and (refused := self.refused()) is not None:
             node, name, why = refused
             del self.added[name]
             self.notes.append(Note(name, f"its groups are not padded: {layer(node)} {why}", "info"))
@@ -56,8 +53,7 @@ class Padding:
         calls: dict[str, tuple[list[int], ...]] = {}
         for node in self.graph.graph.nodes:
             for names in self.along(node):
-                touched = [self.order[v] for v in np.unique(self.found.vector_of[names]) if v != WHOLE]
-                touched = [name for name in touched if name in self.added]
+                touched = [name for name in self.touched(names) if name in self.added]
                 why = self.reason(node, names) if touched else ""
                 if why:
                     return node, touched[0], why
@@ -72,7 +68,7 @@ class Padding:
         module, rule = module_of(node), op(node).channel
         if node.op == "get_attr":
             return "holds a value per channel"
-        if rule is Channel.MIXES and getattr(module, "groups", 1) > 1 and (not self.depthwise(node)):
+        if rule is Channel.MIXES and getattr(module, "groups", 1) > 1 and not self.depthwise(node):
             return "has groups of its own"
         if rule is Channel.MIXES and module is None:
             return "has a weight that the model computes"
@@ -87,10 +83,14 @@ class Padding:
     # ------------------------------------------------------------ channels along a node
 
     def along(self, node: fx.Node) -> list[np.ndarray]:
-        """The channels that a node reads and those that it writes, as labels; those of a weighted layer's weight."""
+        """The channels that a weighted layer reads and those that it writes; of any other node, those it writes."""
         operands = [bind(node)["input"]] if op(node).channel is Channel.MIXES else []
         found = [self.found.axes.of(n) for n in (*operands, node)]
         return [names for names in found if names is not None]
+
+    def touched(self, names: np.ndarray | None) -> list[str]:
+        """The vectors that some channels belong to."""
+        return [] if names is None else [self.order[v] for v in np.unique(self.found.vector_of[names]) if v != WHOLE]
 
     def runs(self, names: np.ndarray) -> list[np.ndarray]:
         """The places along an axis, cut where another vector begins."""
