@@ -23,7 +23,7 @@ from splitfx.graph import info, is_canonical
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
 
-FORMAT = 2
+FORMAT = 3
 NAME = "checkpoint.pt"
 METRICS, LOCK = "metrics.csv", ".lock"
 ROOM_FIRST = "Make room, then go on with resume=True (--resume)"

@@ -55,7 +55,8 @@ def finetune(
     ``train`` and ``val``: data sets with a length whose items are (input [C, H, W], class number). ``recipe``: a
     `Recipe` or the name of one. ``teacher``: the unsplit model, whose outputs the split learns to give (see `Recipe`);
     it is not changed. ``loss(split, inputs, targets)`` in place of cross-entropy; ``regulariser()`` is added to it, and
-    a module's own parameters are trained along without decay. ``device``: "auto" takes the GPUs there are, "cpu".
+    a module's own parameters are trained along without decay, and end as of the epoch whose weights are kept. ``device``:
+    "auto" takes the GPUs there are, "cpu".
 
     With a ``folder``, every epoch writes ``checkpoint.pt`` and ``metrics.csv`` there (and TensorBoard's events, where
     that is installed); with ``resume``, a run goes on after the last epoch that was finished, or begins. Under
@@ -113,7 +114,7 @@ class _Run:
         self.split, self.train, self.val, self.recipe, self.workers = split, train, val, recipe, workers
         self.objective, self.accelerator = objective, accelerator
         self.process = Process(self.accelerator.process_index, self.accelerator.num_processes)
-        self.best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, dict[str, torch.Tensor]] = {}
         self.best_epoch = 0
 
     @property
@@ -177,7 +178,7 @@ class _Run:
                 self.accelerator.wait_for_everyone()
                 on_epoch(epoch)
         if recipe.keep == "best":
-            self.split.load_state_dict(self.best)
+            self.go_back()
         self.accelerator.free_memory()
         notes = () if self.objective.teacher or not _lost_connections(self.split) else (_NO_TEACHER,)
         return History(before, tuple(done), self.best_epoch, stopped, notes)
@@ -189,9 +190,22 @@ class _Run:
         return bool(self.recipe.patience) and len(done) - self.best_epoch >= self.recipe.patience
 
     def keep(self, number: int) -> None:
-        """Remember the weights as the best so far."""
+        """Remember the weights as the best so far, a regulariser's with them: they belong together."""
         self.best_epoch = number
-        self.best = {key: t.detach().cpu().clone() for key, t in self.split.state_dict().items()}
+        self.best = {
+            name: {key: t.detach().cpu().clone() for key, t in module.state_dict().items()}
+            for name, module in self.modules().items()
+        }
+
+    def go_back(self) -> None:
+        """The best weights again."""
+        for name, module in self.modules().items():
+            module.load_state_dict(self.best[name])
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is trained."""
+        added = self.objective.regulariser
+        return {"model": self.split} | ({"regulariser": added} if isinstance(added, nn.Module) else {})
 
     def epoch(self, number: int, objective: nn.Module, optimizer: Any, tick: Callable[[str], None]) -> Epoch:
         recipe, started = self.recipe, time.perf_counter()
@@ -239,7 +253,7 @@ class _Run:
         return {name: float(value) for name, value in losses.items()}
 
     def diverged(self, where: str, what: str, value: str) -> NoReturn:
-        self.split.load_state_dict(self.best)
+        self.go_back()
         raise TrainingError(
             f"{where}: {what} is not finite ({value}). The split has its weights of epoch {self.best_epoch} again; "
             "begin in another folder with a lower lr, with clip_norm or warmup_epochs"
@@ -292,15 +306,14 @@ class _Run:
     def write(
         self, folder: Path, about: checkpoint.About, number: int, optimizer: Any, before: Score, done: list[Epoch]
     ) -> None:
-        scaler, regulariser = self.accelerator.scaler, self.objective.regulariser
+        scaler = self.accelerator.scaler
         state = {
-            "model": self.split.state_dict(),
+            **{name: module.state_dict() for name, module in self.modules().items()},
             "optimizer": optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "regulariser": regulariser.state_dict() if isinstance(regulariser, nn.Module) else None,
             "before": asdict(before),
             "epochs": [asdict(one) for one in done],
-            "best": {"epoch": self.best_epoch, "model": self.best},
+            "best": {"epoch": self.best_epoch, **self.best},
         }
         checkpoint.write(folder, about, number, state)
 
@@ -312,13 +325,13 @@ class _Run:
         state = checkpoint.read(folder, about)
         if state is None:
             return []
-        self.split.load_state_dict(state["model"])
+        for name, module in self.modules().items():
+            module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if isinstance(self.objective.regulariser, nn.Module):
-            self.objective.regulariser.load_state_dict(state["regulariser"])
-        self.best, self.best_epoch = state["best"]["model"], state["best"]["epoch"]
+        self.best_epoch = state["best"]["epoch"]
+        self.best = {name: state["best"][name] for name in self.modules()}
         self.first = Score(**state["before"])
         return [Epoch.from_dict(one) for one in state["epochs"]]
 

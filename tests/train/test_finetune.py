@@ -113,16 +113,17 @@ def test_distillation_is_zero_on_the_teacher_itself() -> None:
     assert float(Objective(model, Recipe(distillation=0.25), other)(x, y)[1]["distillation"]) > 0.001
 
 
+class Pull(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(3))
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        return {"pull": (self.alpha - 2).square().sum()}
+
+
 def test_hooks_of_a_loss_and_a_regulariser() -> None:
     """Several losses by name; a regulariser's own parameters are trained along, without decay."""
-
-    class Pull(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.alpha = nn.Parameter(torch.ones(3))
-
-        def forward(self) -> dict[str, torch.Tensor]:
-            return {"pull": (self.alpha - 2).square().sum()}
 
     pull, made = Pull(), data()
 
@@ -130,12 +131,31 @@ def test_hooks_of_a_loss_and_a_regulariser() -> None:
         entropy = nn.functional.cross_entropy(split(x), y)
         return {"first": 0.5 * entropy, "second": 0.5 * entropy}
 
-    recipe = Recipe(epochs=2, weight_decay=10.0, lr=0.02)
+    recipe = Recipe(epochs=2, weight_decay=10.0, lr=0.02, keep="last")
     history = finetune(
         network(), made.train, made.val, recipe, loss=loss, regulariser=pull, progress=False
     )  # fmt: skip
     assert set(history.epochs[0].losses) == {"first", "second", "pull"}
     assert float((pull.alpha - 2).abs().max()) < 0.9  # decay of 10 would pull it below 1
+
+
+def test_a_regulariser_comes_back_with_the_weights_that_it_belongs_to() -> None:
+    """The network is spoilt after its first epoch, so that the second is not the best."""
+    made, pull, split = data(), Pull(), network()
+    seen = [(weights(split), weights(pull))]
+
+    def spoil(epoch: Any) -> None:
+        seen.append((weights(split), weights(pull)))
+        with torch.no_grad():
+            split[-1].weight.mul_(-1000)  # type: ignore[index, union-attr]
+
+    history = finetune(
+        split, made.train, made.val, Recipe(epochs=2, lr=0.05), regulariser=pull, progress=False, on_epoch=spoil
+    )  # fmt: skip
+    assert history.best < 2
+    assert not same(seen[history.best][1], seen[2][1])
+    assert same(weights(split), seen[history.best][0])
+    assert same(weights(pull), seen[history.best][1])
 
 
 def test_sum_over_several_models() -> None:
