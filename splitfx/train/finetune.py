@@ -55,8 +55,8 @@ def finetune(
     ``train`` and ``val``: data sets with a length whose items are (input [C, H, W], class number). ``recipe``: a
     `Recipe` or the name of one. ``teacher``: the unsplit model, whose outputs the split learns to give (see `Recipe`);
     it is not changed. ``loss(split, inputs, targets)`` in place of cross-entropy; ``regulariser()`` is added to it, and
-    a module's own parameters are trained along without decay, and end as of the epoch whose weights are kept. ``device``:
-    "auto" takes the GPUs there are, "cpu".
+    a module's own parameters are trained along without decay, and end as of the epoch whose weights are kept.
+    ``device``: "auto" takes the GPUs there are, "cpu".
 
     With a ``folder``, every epoch writes ``checkpoint.pt`` and ``metrics.csv`` there (and TensorBoard's events, where
     that is installed); with ``resume``, a run goes on after the last epoch that was finished, or begins. Under

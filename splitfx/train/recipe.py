@@ -192,6 +192,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "splitnet-grouping": {
         **_SPLITNET,
         "weight_decay": 1e-4,
+        "keep": "last",  # groups that are decided, not the epoch before they cost accuracy
         "source": "Kim et al., SplitNet (ICML 2017): the grouping phase, learning rate 0.1 in steps, L2 1e-4; epochs, "
         "batch and milestones are those of wide residual networks on CIFAR-100",
     },
