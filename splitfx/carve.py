@@ -32,6 +32,8 @@ from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
 from splitfx.pieces import Deferred, Pieces, Value
 
 aten = torch.ops.aten
+_SIZED = ("view", "_unsafe_view", "reshape")
+_TURNED = ("permute", "transpose", "movedim", "swapaxes", "contiguous", "squeeze", "unsqueeze", "select", "slice")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class _Carver(Pieces):
             held = self.grouped(node) if getattr(module_of(node), "groups", 1) > 1 else self.dense(node)
         elif rule in (Channel.SAME, Channel.UNIT):
             held = self.same(node)
+        elif op_name(node) in ("layer_norm", "rms_norm"):
+            held = self.normalised(node)
         else:
             held = self.moved(node) if rule is Channel.MOVE else None
         if held is None:
@@ -230,6 +234,23 @@ class _Carver(Pieces):
             pieces.append((self.call(node, name, (positions,), make, piece, self.branch.get(piece)), outs))
         return Value(pieces, value.dim, per_out * groups)
 
+    def normalised(self, node: fx.Node) -> Value | None:
+        """A norm over all channels takes them in any order: the order goes into its scale and shift."""
+        value, module = self.value(bind(node)["input"]), module_of(node)
+        if value is None or not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            return None
+        order = np.concatenate([p for _, p in value.pieces])
+        last = len(shape(self.values[node])) - 1
+        if (
+            value.dim != last
+            or module.normalized_shape != (value.size,)
+            or np.array_equal(order, np.arange(len(order)))
+        ):
+            return None
+        make = partial(narrow.channelwise, module, order)
+        new = self.call(node, "", (order,), make, self.assemble(value, order), None)
+        return Value([(new, order)], last, value.size)
+
     def same(self, node: fx.Node) -> Value | None:
         """An elementwise, norm or pool node runs on the pieces; its operands are arranged alike."""
         dim = self.dim(node)
@@ -244,9 +265,13 @@ class _Carver(Pieces):
         reduces = op(node).spatial.value == "global"
         if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in along.items()):
             return None
-        lead = max(along.values(), key=lambda v: len(v.pieces))
+        lead = self.lead(along)
         made = [(self.piecewise(node, along, positions, g), positions) for g, (_, positions) in enumerate(lead.pieces)]
         return None if any(n is None for n, _ in made) else Value(made, dim, size)  # type: ignore[arg-type]
+
+    def lead(self, operands: dict[fx.Node, Value]) -> Value:
+        """The operand that the others are arranged like: in most pieces, and rather one that has been laid anew."""
+        return max(operands.items(), key=lambda one: (len(one[1].pieces), one[0] in self.split))[1]
 
     def piecewise(self, node: fx.Node, along: dict[fx.Node, Value], positions: np.ndarray, g: int) -> fx.Node | None:
         source = {n: self.assemble(v, positions, g) for n, v in along.items()}
@@ -290,6 +315,7 @@ class _Carver(Pieces):
         if not isinstance(operand, fx.Node) or any(n in self.split for n in node.all_input_nodes if n is not operand):
             return None
         held = self.split.get(operand)
+        base = held if isinstance(held, Value) else None
         if isinstance(held, Value):
             sizes = shape(self.values[operand])
             held = Deferred(
@@ -297,7 +323,26 @@ class _Carver(Pieces):
                 torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))]),
                 sizes,
             )
-        return self.follow(node, held) if isinstance(held, Deferred) else None
+        found = self.follow(node, held) if isinstance(held, Deferred) else None
+        return self.carried(node, base, found) or found if base and isinstance(found, Deferred) else found
+
+    def carried(self, node: fx.Node, base: Value, found: Deferred) -> Value | None:
+        """The channels stay a dim of their own, in order: what moves the other dims is done to every piece."""
+        if op_name(node) not in (*_SIZED, *_TURNED):
+            return None
+        after, dim = shape(self.values[node]), channel_dim(found.ids)
+        if dim is None or after[dim] != base.size or not np.array_equal(found.ids.flatten(), np.arange(base.size)):
+            return None
+        sizes = node.args[1] if op_name(node) in _SIZED else None
+        pieces = []
+        for piece, positions in base.pieces:
+            new = self.new.node_copy(node, lambda n, p=piece: p if n is node.args[0] else self.need(n))
+            if sizes is not None and len(positions) < base.size:
+                given = list(new.args[1])  # type: ignore[arg-type]
+                given[dim] = len(positions)
+                new.args = (new.args[0], given, *new.args[2:])
+            pieces.append((self.note(new, self.branch.get(piece)), positions))
+        return Value(pieces, dim, base.size)
 
     def follow(self, node: fx.Node, held: Deferred) -> Any:
         ids = move(node, {node.args[0]: held.ids}, self.values)  # type: ignore[dict-item]
@@ -354,9 +399,11 @@ class _Carver(Pieces):
         operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         values = [self.value(n) for n in operands]
         dim = self.dim(node)
-        if dim is None or any(v is None or v.dim != dim for v in values) or _cat_dim(node, self.values) != dim:
+        if dim is None or any(v is None or v.dim != dim for v in values):
             return None
         parts: list[Value] = values  # type: ignore[assignment]
+        if _cat_dim(node, self.values) != dim:
+            return self.side_by_side(node, dict(zip(operands, parts, strict=True)))
         if max(len(v.pieces) for v in parts) != min(len(v.pieces) for v in parts):
             parts = self.alike(node, parts)
         offsets = np.cumsum([0] + [v.size for v in parts])
@@ -372,6 +419,18 @@ class _Carver(Pieces):
             for v, o in zip(parts, offsets[:-1], strict=True):
                 pieces += [(n, p + o) for n, p in v.pieces]
         return Value(pieces, dim, int(offsets[-1]))
+
+    def side_by_side(self, node: fx.Node, parts: dict[fx.Node, Value]) -> Value | None:
+        """A concat along another dim (a class token in front of the others): all operands as one of them lies."""
+        lead = self.lead(parts)
+        if any(v.size != lead.size for v in parts.values()):
+            return None
+        pieces = []
+        for piece, positions in lead.pieces:
+            branch = self.branch.get(piece)
+            joined = [self.assemble(v, positions, branch) for v in parts.values()]
+            pieces.append((self.make(aten.cat.default, joined, _cat_dim(node, self.values), branch=branch), positions))
+        return Value(pieces, lead.dim, lead.size)
 
     def alike(self, node: fx.Node, parts: list[Value]) -> list[Value]:
         """The operands of a concat in the pieces that its first divided reader wants: one per branch, and what all

@@ -138,7 +138,11 @@ def divides(module: nn.Module, positions: np.ndarray) -> bool:
 
 
 def channelwise(module: nn.Module, positions: np.ndarray) -> nn.Module:
-    """A norm or PReLU on some of its channels."""
+    """A norm or PReLU on some of its channels; a layer norm on all of them, in another order."""
+    if isinstance(module, nn.LayerNorm):
+        return _new(module, weight=_pick(module.weight, positions), bias=_pick(module.bias, positions))
+    if isinstance(module, nn.RMSNorm):
+        return _new(module, weight=_pick(module.weight, positions))
     if isinstance(module, nn.PReLU):
         return _new(module, weight=_pick(module.weight, positions), num_parameters=len(positions))
     if isinstance(module, nn.GroupNorm):

@@ -151,6 +151,16 @@ def test_a_concat_is_not_gathered() -> None:
     assert "would have to gather" in str(splitfx.explain(split))
 
 
+def test_tokens_stay_as_they_lie() -> None:
+    """Norms, residuals and views take tokens in the order of the groups. Gathered are parameters, the class token and
+    the positions, and what the joint in-projection of a block reads, whose weight is no layer's."""
+    split, _ = run_pass(traced("vit"), SplitNet(levels=CASES["vit"][3], source="random", lowering="branches"))
+    users = [
+        {str(u.target).split(".")[1] for u in n.users} for n in split.graph.nodes if "index_select" in str(n.target)
+    ]
+    assert sorted(next(iter(one)) for one in users) == ["add", "cat", "linear", "linear", "linear"]
+
+
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
