@@ -91,9 +91,10 @@ class SplitNet(Pass):
         apart = _called_apart(divisions)
         if apart:
             raise PlanError(f"pass 'splitnet': {apart} is called twice with channels that are grouped differently")
+        ties = _ties([*divisions, *(e.node for e in found.producers)])
         padding = Padding(found, labels)
         lowering, why = self.lower(found, divisions, padding)
-        notes = [*found.notes, *_told(found, labels, divisions, names), Note("model", why, "info")]
+        notes = [*found.notes, *ties, *_told(found, labels, divisions, names), Note("model", why, "info")]
         reference = masked(graph, divisions)
         if lowering == "padded":
             notes += padding.told()
@@ -156,6 +157,17 @@ def _carved(
     if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
         laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
     carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
+
+
+def _ties(nodes: list[fx.Node]) -> list[Note]:
+    """Layers that share one weight, of which each gets its own."""
+    first: dict[int, fx.Node] = {}
+    notes = []
+    for node in nodes:
+        other = first.setdefault(id(module_of(node).weight), node)  # type: ignore[union-attr]
+        if other.target != node.target:
+            notes.append(Note(layer(node), f"shared its weight with {layer(other)}; now each has its own", "info"))
+    return notes
 
 
 def _joins(found: Structure) -> str:

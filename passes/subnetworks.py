@@ -22,8 +22,10 @@ from splitfx.analysis.cost import cost
 from splitfx.analysis.shapes import shapes
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
-from splitfx.graph import TensorSpec, copy_graph, layer, module_of
+from splitfx.graph import Staged, TensorSpec, copy_graph, layer, module_of
+from splitfx.ops import bind, op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.raising import FunctionalBatchNorm
 from splitfx.subnetworks.build import make_entry, words
 from splitfx.subnetworks.choose import closest_below, latencies, parse_budget
 from splitfx.subnetworks.entry import Entry, entries
@@ -42,8 +44,9 @@ class SubNetworks(Pass):
     kept (``"layer3"``). ``budgets`` instead: shares of the base model such as ``("0.9x", "0.4x")``; each picks the cut
     closest below. ``of``: what they are shares of: ``"macs"``, ``"latency"`` (measured here, at the traced size) or
     ``"peak"``. With neither, one sub-model of at most half the MACs. ``statistics``: batch norms of a sub-model use
-    the base model's running statistics (``"shared"``, the paper's) or have their own (``"private"``). ``seed``: of
-    the new weights. Raises `PlanError` with the layers that work where a cut or a budget does not.
+    the base model's running statistics (``"shared"``, the paper's) or have their own (``"private"``; a note says where
+    they cannot). ``seed``: of the new weights. Raises `PlanError` with the layers that work where a cut or a budget
+    does not.
     """
 
     name: ClassVar[str] = "subnetworks"
@@ -81,11 +84,11 @@ class SubNetworks(Pass):
         self.once(chosen)
         before = copy_graph(graph, share=True)
         made = [make_entry(facts, sites, site, first + i, self.seed) for i, site in enumerate(chosen)]
+        notes = []
         if self.statistics == "private":
             for site, entry in zip(chosen, made, strict=True):
-                keep_statistics(graph, site.cut, entry)
+                notes += keep_statistics(graph, site.cut, entry)
         base = facts.cost.macs
-        notes = []
         for site, entry in zip(chosen, made, strict=True):
             share = cost_of(facts, site.cut, entry) / base if base else 1.0
             what = f"sub{entry.number} enters here with {share:.2f}x of the MACs: {words(entry, site.cut)}"
@@ -169,12 +172,33 @@ def descendants(graph: fx.GraphModule, cut: fx.Node) -> list[fx.Node]:
     return found
 
 
-def keep_statistics(graph: fx.GraphModule, cut: fx.Node, entry: Entry) -> None:
-    """Give a sub-model running statistics of its own for every norm behind its cut."""
+def keep_statistics(graph: fx.GraphModule, cut: fx.Node, entry: Entry) -> list[Note]:
+    """Give a sub-model running statistics of its own for every norm behind its cut; a note for each that keeps those of
+    the base model, since no module of the graph's own holds them."""
+    notes = []
     for node in descendants(graph, cut):
         norm = module_of(node)
-        tracks = isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None
-        if tracks and str(node.target) not in entry.private:
-            assert norm is not None
-            shared = {id(p): p for p in norm.parameters()}
-            entry.keep_private(str(node.target), copy.deepcopy(norm, shared))  # type: ignore[arg-type]
+        if norm is not None and _tracks(norm):
+            if str(node.target) not in entry.private:
+                shared = {id(p): p for p in norm.parameters()}
+                entry.keep_private(str(node.target), copy.deepcopy(norm, shared))
+        elif _reads_statistics(node):
+            what = f"sub{entry.number} shares these running statistics with the base model: only those that a norm"
+            notes.append(Note(layer(node), f"{what} of torch.nn holds can be private", "declined"))
+        elif isinstance(norm, Staged) and any(_tracks(one) for one in norm.modules()):
+            what = f"sub{entry.number} shares the running statistics in this stage with the base model: run"
+            notes.append(Note(layer(node), f"{what} 'subnetworks' before the pass that made it", "declined"))
+    return notes
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
+
+
+def _reads_statistics(node: fx.Node) -> bool:
+    """A norm as a function, with the running mean among its operands."""
+    if op_name(node) not in ("batch_norm", "instance_norm"):
+        return False
+    if isinstance(module_of(node), FunctionalBatchNorm):
+        return len(node.args) > 3 and node.args[3] is not None
+    return node.op == "call_function" and bind(node).get("running_mean") is not None

@@ -12,6 +12,7 @@ Whatever else asks for the whole tensor gets it, in the user's order.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
 from splitfx.pieces import Deferred, Pieces, Value
 
 aten = torch.ops.aten
-_SIZED = ("view", "_unsafe_view", "reshape")
-_TURNED = ("permute", "transpose", "movedim", "swapaxes", "contiguous", "squeeze", "unsqueeze", "select", "slice")
+_SIZED = ("view", "_unsafe_view", "reshape", "expand")  # their second argument is a size for every dim
+_TURNED = (
+    "permute", "transpose", "movedim", "swapaxes", "contiguous", "clone", "squeeze", "unsqueeze", "select", "slice",
+    "flip", "roll", "t", "mT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,8 @@ class _Carver(Pieces):
         return self.note(self.new.node_copy(node, self.need))
 
     def divided(self, node: fx.Node, division: Division) -> Value:
-        operand = bind(node)["input"]
-        value = self.value(operand)
-        module = module_of(node)
-        assert value is not None
+        operand, module = bind(node)["input"], module_of(node)
+        value = self.value(operand) or self.undivided(operand, -1 if isinstance(module, nn.Linear) else 1)
         assert module is not None
         size = sum(map(len, division.outs))
         dim = self.dim(node)
@@ -199,6 +201,11 @@ class _Carver(Pieces):
             name, branch = ("", None) if alone else (f"branch{g}", g)
             pieces.append((self.call(node, name, (ins, outs), make, source, branch), outs))
         return Value(pieces, dim, size)
+
+    def undivided(self, node: fx.Node, dim: int) -> Value:
+        """A tensor whose channels carry no names (a single one, or laid anew in a way that is not followed)."""
+        sizes = shape(self.values[node])
+        return Value([(self.need(node), np.arange(sizes[dim]))], dim % len(sizes), sizes[dim])
 
     def dense(self, node: fx.Node) -> Value | None:
         """An undivided weighted node reads its input in any order: the order goes into its weight."""
@@ -260,6 +267,10 @@ class _Carver(Pieces):
         rank = len(shape(self.values[node]))
         operands = {n: self.value(n) for n in node.all_input_nodes if isinstance(self.values[n], torch.Tensor)}
         along = {n: v for n, v in operands.items() if v is not None and v.size == size}
+        for n in operands.keys() - along.keys():  # a value per channel that no layer writes: a parameter, viewed
+            sizes = shape(self.values[n])
+            if n not in self.split and len(sizes) >= rank - dim and sizes[dim - rank] == size:
+                along[n] = self.undivided(n, dim - rank)
         if not along or any(n in self.split and n not in along for n in operands):
             return None
         reduces = op(node).spatial.value == "global"
@@ -318,18 +329,13 @@ class _Carver(Pieces):
         base = held if isinstance(held, Value) else None
         if isinstance(held, Value):
             sizes = shape(self.values[operand])
-            held = Deferred(
-                held,
-                torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))]),
-                sizes,
-            )
+            ids = torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))])
+            held = Deferred(held, ids, _others(sizes, held.dim), sizes)
         found = self.follow(node, held) if isinstance(held, Deferred) else None
         return self.carried(node, base, found) or found if base and isinstance(found, Deferred) else found
 
     def carried(self, node: fx.Node, base: Value, found: Deferred) -> Value | None:
         """The channels stay a dim of their own, in order: what moves the other dims is done to every piece."""
-        if op_name(node) not in (*_SIZED, *_TURNED):
-            return None
         after, dim = shape(self.values[node]), channel_dim(found.ids)
         if dim is None or after[dim] != base.size or not np.array_equal(found.ids.flatten(), np.arange(base.size)):
             return None
@@ -337,6 +343,8 @@ class _Carver(Pieces):
         pieces = []
         for piece, positions in base.pieces:
             new = self.new.node_copy(node, lambda n, p=piece: p if n is node.args[0] else self.need(n))
+            if len(positions) < base.size and op_name(node) not in (*_SIZED, *_TURNED):
+                return None
             if sizes is not None and len(positions) < base.size:
                 given = list(new.args[1])  # type: ignore[arg-type]
                 given[dim] = len(positions)
@@ -345,9 +353,10 @@ class _Carver(Pieces):
         return Value(pieces, dim, base.size)
 
     def follow(self, node: fx.Node, held: Deferred) -> Any:
-        ids = move(node, {node.args[0]: held.ids}, self.values)  # type: ignore[dict-item]
+        ids, rest = (move(node, {node.args[0]: one}, self.values) for one in (held.ids, held.rest))  # type: ignore[dict-item]
         if isinstance(ids, list):
-            settled = [self.settle(held, i, shape(v)) for i, v in zip(ids, self.values[node], strict=True)]
+            each = zip(ids, rest, self.values[node], strict=True)
+            settled = [self.settle(held, i, r, shape(v)) for i, r, v in each]
             return settled if all(isinstance(s, Value) for s in settled) else None
         if ids is None:
             return None
@@ -361,18 +370,22 @@ class _Carver(Pieces):
             and ids.numel() == held.base.size
         ):
             return self.same(node)  # it moves rows and columns, not channels
-        return self.settle(held, ids, after)
+        return self.settle(held, ids, rest, after)
 
-    def settle(self, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Any:
+    def settle(self, held: Deferred, ids: torch.Tensor, rest: torch.Tensor, after: tuple[int, ...]) -> Any:
         """Back to one channel dim with everything else in place: the pieces as they are, under new positions."""
         base = held.base
         others = [s for d, s in enumerate(held.sizes) if d != base.dim]
         same_place = channel_dim(ids) == base.dim and len(after) == len(held.sizes)
         if not same_place or [s for d, s in enumerate(after) if d != base.dim] != others:
-            return Deferred(base, ids, held.sizes)
+            return Deferred(base, ids, rest, held.sizes)
+        if rest is None or not torch.equal(rest, _others(held.sizes, base.dim)):
+            return Deferred(
+                base, ids, rest, held.sizes
+            )  # rows or columns lie elsewhere: flip, roll, a square transpose
         source = ids.flatten().numpy()
         if len(np.unique(source)) != len(source):
-            return Deferred(base, ids, held.sizes)
+            return Deferred(base, ids, rest, held.sizes)
         position = np.full(base.size, -1)
         position[source] = np.arange(len(source))
         pieces = []
@@ -385,7 +398,8 @@ class _Carver(Pieces):
 
     def flattened(self, node: fx.Node, held: Deferred, ids: torch.Tensor, after: tuple[int, ...]) -> Value | None:
         """flatten(1) of a piece holds its channels' positions one after the other."""
-        if held.base.dim != 1 or len(after) != 2 or held.ids.numel() != held.base.size:
+        plain = np.array_equal(held.ids.flatten(), np.arange(held.base.size)) and held.ids.shape[1] == held.base.size
+        if held.base.dim != 1 or len(after) != 2 or not plain:
             return None
         per = after[1] // held.base.size
         pieces = []
@@ -459,6 +473,12 @@ class _Carver(Pieces):
                     return self.divisions[user]
                 waiting += [user] if op(user).channel is Channel.SAME and len(user.all_input_nodes) == 1 else []
         return None
+
+
+def _others(sizes: tuple[int, ...], dim: int) -> torch.Tensor:
+    """A label for every position of a tensor but those along the channel dim."""
+    rest = [1 if d == dim else s for d, s in enumerate(sizes)]
+    return torch.arange(math.prod(rest)).view(rest)
 
 
 def _cat_dim(node: fx.Node, values: dict[fx.Node, Any]) -> int:

@@ -42,6 +42,8 @@ def written_whole(
         yield scratch / target.name
         os.replace(scratch / target.name, target)
     except OSError as problem:
+        if _is_elsewhere(problem, target):
+            raise
         raise error(f"{target}: cannot be written: {problem.strerror or problem}.") from problem
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -79,11 +81,18 @@ class FolderKind:
             raise self.error(f"{target} already exists; choose another name or {advice}.")
         if os.path.lexists(target) and not target.is_dir():
             raise self.error(f"{target} is a file; {self.writer} writes a folder.")
-        if target.is_dir() and any(target.iterdir()) and not (target / self.manifest).is_file():
+        if target.is_dir() and any(target.iterdir()) and not self.wrote(target):
             raise self.error(f"{target} is no folder of {self.writer}; it is not replaced. Choose another name.")
         if not os.access(target.parent, os.W_OK):
             raise self.error(f"the folder {target.parent} is not writable.")
         return target
+
+    def wrote(self, folder: Path) -> bool:
+        """A folder whose manifest says so: a file of the same name may be anybody's."""
+        try:
+            return self.read_manifest(folder).get("kind") == self.writer
+        except self.error:
+            return False
 
     @contextmanager
     def written_whole(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
@@ -106,6 +115,8 @@ class FolderKind:
                         os.rename(old, target)
                     raise
         except OSError as problem:
+            if _is_elsewhere(problem, target):
+                raise
             raise self.error(f"{target} cannot be written: {problem.strerror or problem}.") from problem
 
     def read_manifest(self, folder: Path, **lists: type) -> dict[str, Any]:
@@ -137,6 +148,12 @@ class FolderKind:
         if path.stat().st_size < size:
             raise self.error(f"{path} is truncated: {path.stat().st_size} of {size} bytes.")
         return path
+
+
+def _is_elsewhere(problem: OSError, target: Path) -> bool:
+    """A file that the caller's block read, not one that is written here."""
+    name = problem.filename
+    return isinstance(name, str | os.PathLike) and not Path(name).absolute().is_relative_to(target.parent.absolute())
 
 
 def read_json(path: Path, error: type[SplitfxError], missing: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,22 @@ def random_inputs(
     known = info(graph)
     args, kwargs = pytree.tree_unflatten([one(s) for s in known.inputs], known.in_spec)
     return tuple(args), dict(kwargs)
+
+
+def inputs_as_now(graph: fx.GraphModule) -> fx.GraphModule:
+    """Bring the record of the inputs, in place, to what the model is now: it may have been moved, or converted, since
+    it was traced. Returns the graph."""
+    known = info(graph)
+    # Types of one byte hold weights only; no model computes in them, so they say nothing of the inputs.
+    weight = next((p for p in graph.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
+    if weight is not None:
+        known.inputs = tuple(
+            replace(s, device=str(weight.device), dtype=weight.dtype if s.dtype.is_floating_point else s.dtype)
+            if isinstance(s, TensorSpec)
+            else s
+            for s in known.inputs
+        )
+    return graph
 
 
 def restore_aliases(graph: fx.GraphModule) -> None:

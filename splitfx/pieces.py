@@ -43,10 +43,12 @@ class Value:
 
 @dataclass
 class Deferred:
-    """A value in the middle of a chain of data movement: which channel of ``base`` sits where."""
+    """A value in the middle of a chain of data movement: which channel of ``base`` sits where, and which of the other
+    positions (batch, rows, columns), each as an array of labels."""
 
     base: Value
     ids: torch.Tensor
+    rest: torch.Tensor
     sizes: tuple[int, ...]  # of the tensor that ``base`` stands for
 
 
@@ -63,6 +65,8 @@ class Pieces:
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
         self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
+        # Layers whose tensors the graph reads by themselves too: they stay where they are.
+        self.read = {str(n.target).rpartition(".")[0] for n in graph.graph.nodes if n.op == "get_attr"}
         self.branch: dict[fx.Node, int] = {}
         self.origin: fx.Node | None = None
 
@@ -169,9 +173,11 @@ class Pieces:
         """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
         key = (str(node.target), name, *(p.tobytes() for p in positions))
         if key not in self.made:
-            wanted = f"{node.target}.{name}" if name else str(node.target)
+            kept = str(node.target) in self.read
+            home = f"{node.target}_laid" if kept else str(node.target)
+            wanted = f"{home}.{name}" if name else home
             taken = wanted in self.modules
-            self.parted |= {str(node.target)} if name else set()
+            self.parted |= {home} if name and not kept else set()
             self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
             self.modules[self.made[key]] = module = make()
             module.training = module_of(node).training  # type: ignore[union-attr]

@@ -34,6 +34,7 @@ PLAN, PROGRAM = "plan.toml", "program.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
 SHOWN = 5  # names listed in a message
 _ABOUT = {"keys": list, "tied": dict, "kinds": dict, "bytes": dict, "program_missing": str}
+_KINDS = ("parameter", "frozen", "buffer", "constant")
 
 
 def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -70,7 +71,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
         raise ExportError(f"{place / WEIGHTS} does not belong to this folder: {_listed(lost)}.")
     weights = {key: stored[name] for key, name in names.items()}
     if model is not None:
-        return _replayed(place, model, weights)  # the replay makes its own record
+        return _replayed(place, model, about, weights)  # the replay makes its own record
     if about["program_missing"]:
         raise ExportError(f"{place} holds no program ({about['program_missing']}); use load(folder, model).")
     split = _rebuilt(place, about, stored)
@@ -107,6 +108,7 @@ def _write(split: fx.GraphModule, draft: Path) -> None:
     write_record(split, draft)
     about = {
         "format": KIND.format,
+        "kind": KIND.writer,
         "splitfx": _version("splitfx"),
         "torch": torch.__version__,
         "model": info.model_class,
@@ -173,6 +175,14 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def _about(place: Path) -> dict[str, Any]:
     about = KIND.read_manifest(place, **_ABOUT)
+    fits = {
+        "keys": all(isinstance(key, str) for key in about["keys"]),
+        "tied": all(isinstance(key, str) for key in about["tied"].values()),
+        "kinds": all(isinstance(kind, str) and kind in _KINDS for kind in about["kinds"].values()),
+    }
+    wrong = [name for name, good in fits.items() if not good]
+    if wrong:
+        raise ExportError(f"{place / KIND.manifest} is damaged: see {', '.join(wrong)}.")
     for name, size in about["bytes"].items():
         KIND.held_file(place, name, size)
     return about
@@ -203,17 +213,27 @@ def _rebuilt(place: Path, about: Mapping[str, Any], stored: Mapping[str, torch.T
         source = constants if kind == "constant" else stored
         if name not in source:
             raise ExportError(f"{place} holds no weights for {path}.")
-        values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", _installed(kind, source[name])))
+        one = _installed(place, path, kind, source[name])
+        values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", one))
     return rebuild.from_plain(plain, values)
 
 
-def _installed(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+def _installed(place: Path, path: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
     if kind not in ("parameter", "frozen"):
         return tensor
-    return nn.Parameter(tensor, requires_grad=kind == "parameter")
+    return nn.Parameter(tensor, requires_grad=_trained(place, path, kind, tensor))
 
 
-def _replayed(place: Path, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def _trained(place: Path, path: str, kind: str, tensor: torch.Tensor) -> bool:
+    """Whether the folder says so of a parameter. `ExportError` where such numbers can have no gradient."""
+    if kind == "parameter" and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ExportError(f"{place / KIND.manifest} is damaged: {path} is a parameter of {_dtype(tensor)}.")
+    return kind == "parameter"
+
+
+def _replayed(
+    place: Path, model: nn.Module, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> fx.GraphModule:
     inputs = _example(place, model)
     if (place / PLAN).exists():
         from splitfx.api import transform
@@ -228,6 +248,10 @@ def _replayed(place: Path, model: nn.Module, weights: Mapping[str, torch.Tensor]
     advice = ' A plan that decides by timing (lowering = "auto") may decide otherwise here: fix it in the plan.'
     _check_weights(place, split, weights, advice if (place / PLAN).exists() else "")
     split.load_state_dict(dict(weights))
+    for path, one in split.named_parameters(remove_duplicate=False):
+        kind = about["kinds"].get(path)
+        if kind in ("parameter", "frozen"):  # an alias has none: its layer's own path says it
+            one.requires_grad_(_trained(place, path, kind, one))
     return split
 
 
@@ -255,6 +279,8 @@ def _differences(state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.
     for key, one in state.items():
         if key in weights and tuple(one.shape) != tuple(weights[key].shape):
             yield f"{key} is {list(weights[key].shape)} in the folder, {list(one.shape)} in the model"
+        elif key in weights and one.dtype != weights[key].dtype:  # load_state_dict would convert without a word
+            yield f"{key} is {_dtype(weights[key])} in the folder, {_dtype(one)} in the model"
         elif one.device.type == "meta":
             yield f"{key} has no values"
 
@@ -266,6 +292,10 @@ def _attach_plan(split: fx.GraphModule, path: Path) -> None:
         info.plan = Plan.load(path)
     except PlanError as error:
         info.notes = (*info.notes, Note("plan", f"{PLAN} was not read: {error}", "info"))
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _listed(names: list[str]) -> str:

@@ -94,6 +94,33 @@ def test_with_the_model_gives_trained_weights_and_leaves_the_model_alone(odd, tm
     assert torch.equal(fresh.conv.weight, before)
 
 
+def test_frozen_parameters_stay_frozen_with_the_model(odd, tmp_path: Path) -> None:
+    at(odd, "first.weight").requires_grad_(False)  # tied to second.weight
+    save(odd, tmp_path / "split")
+    fresh = Odd()
+    fresh.kernel.requires_grad_(False)  # trained in the folder
+    loaded = load(tmp_path / "split", fresh)
+    trained = {name: one.requires_grad for name, one in odd.named_parameters(remove_duplicate=False)}
+    assert {name: one.requires_grad for name, one in loaded.named_parameters(remove_duplicate=False)} == trained
+    assert not any(trained[name] for name in ("conv.bias", "first.weight", "second.weight"))
+    assert trained["kernel"]
+    assert fresh.conv.bias is not None
+    assert fresh.conv.bias.requires_grad
+    assert not fresh.kernel.requires_grad
+
+
+def test_a_frozen_split_stays_frozen_with_the_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2)).eval()
+    split = splitfx.transform(model, Group(factors=(2,)), torch.randn(1, 3, 12, 12))
+    for name, one in split.named_parameters():
+        one.requires_grad_("bias" in name)
+    trained = {name: one.requires_grad for name, one in split.named_parameters()}
+    folder = save(split, tmp_path / "split")
+    for loaded in (load(folder), load(folder, model)):
+        assert {name: one.requires_grad for name, one in loaded.named_parameters()} == trained
+    assert all(one.requires_grad for one in model.parameters())
+
+
 def test_loaded_twice_and_trained(odd, tmp_path: Path) -> None:
     again = load(save(load(save(odd, tmp_path / "one")), tmp_path / "two"))
     assert same(odd, again)
@@ -264,6 +291,29 @@ def test_garbage_of_the_right_size(small: Path) -> None:
         one.write_bytes(content)
 
 
+MANIFESTS = {
+    "keys": lambda a: a["keys"].append(["a"]),
+    "tied": lambda a: a["tied"].update({a["keys"][0]: [1]}),
+    "kinds": lambda a: a["kinds"].update({a["keys"][0]: ["x"]}),
+    "kinds of another name": lambda a: a["kinds"].update({a["keys"][0]: "weight"}),
+    "1.num_batches_tracked is a parameter of int64": lambda a: a["kinds"].update({a["keys"][-1]: "parameter"}),
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_a_manifest_with_values_of_other_types(tmp_path: Path, what: str) -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(1, 3, 6, 6))
+    folder = save(graph, tmp_path / "split")
+    about = json.loads((folder / KIND.manifest).read_text())
+    MANIFESTS[what](about)
+    (folder / KIND.manifest).write_text(json.dumps(about))
+    with pytest.raises(
+        ExportError, match=f"{KIND.manifest} is damaged: .*{what.partition(' of another')[0]}"
+    ) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_newer_format_and_no_folder(small: Path) -> None:
     about = json.loads((small / KIND.manifest).read_text())
     (small / KIND.manifest).write_text(json.dumps({**about, "format": 99}))
@@ -278,6 +328,15 @@ def test_weights_of_another_model_list_the_first_differences(small: Path) -> Non
         load(small, nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
     with pytest.raises(ExportError, match=r"1\.weight is missing"):
         load(small, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+
+
+def test_weights_of_another_dtype_are_not_converted(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2)).eval()
+    split = splitfx.transform(model, Group(factors=(2,)), torch.randn(1, 3, 12, 12))
+    folder = save(split.bfloat16(), tmp_path / "split")
+    with pytest.raises(ExportError, match=r"weight is bfloat16 in the folder, float32 in the model"):
+        load(folder, model)
+    assert {one.dtype for one in load(folder).parameters()} == {torch.bfloat16}
 
 
 def test_weights_exchanged_under_the_program(small: Path) -> None:

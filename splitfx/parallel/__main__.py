@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from splitfx.errors import SplitfxError
 from splitfx.graph import random_inputs
@@ -49,29 +50,46 @@ def _run(options: argparse.Namespace) -> int:
     with Ranks(
         split, stem=options.stem, device=options.device, timeout=options.timeout, compile=options.compile
     ) as ranks:
+        device = ranks.link.device
         output = ranks(*args, **kwargs)
-        together = _median(lambda: ranks(*args, **kwargs), options.runs, ranks.link.barrier)
+        together = _median(lambda: ranks(*args, **kwargs), options.runs, ranks.link.barrier, device)
         if ranks.rank:
             return 0
+        whole = split.to(device)  # the ranks are done with it
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
         with torch.inference_mode():
-            wanted = split(*args, **kwargs)
-            alone = _median(lambda: split(*args, **kwargs), options.runs, lambda: None)
-        off = float((output.cpu() - wanted).abs().max() / wanted.abs().max())
+            wanted = whole(*args, **kwargs)
+            alone = _median(lambda: whole(*args, **kwargs), options.runs, lambda: None, device)
+        off = _off(_tensor(output), _tensor(wanted))
         print(ranks.placement)
         print(
             f"{ranks.size} ranks {seconds(together)}, the whole model on one process {seconds(alone)}; off by {off:.1e}"
         )
-    if off > PARITY:
+    if not off <= PARITY:  # not a number either
         raise ParallelError(f"the ranks' output is off by {off:.1e} of its largest value; {PARITY:.0e} allowed")
     return 0
 
 
-def _median(call: Callable[[], Any], runs: int, together: Callable[[], None]) -> float:
+def _tensor(output: Any) -> torch.Tensor:
+    """The logits, in whatever container the model returns them."""
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)).cpu()
+
+
+def _off(output: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the largest output; not a number where one of them is none."""
+    largest = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)  # all zeros are equal to all zeros
+    return float((output - wanted).abs().max() / largest)
+
+
+def _median(call: Callable[[], Any], runs: int, together: Callable[[], None], device: torch.device) -> float:
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda device: None  # a GPU answers before it is done
     found = []
     for _ in range(max(runs, 1)):
         together()
+        settle(device)
         start = time.perf_counter()
         call()
+        settle(device)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
 

@@ -59,6 +59,7 @@ def export_branches(
             "kind": KIND.writer,
             "model": graphs.info(split).model_class,
             "inputs": list(tree.inputs),
+            "arguments": [list(one) for one in tree.arguments],
             "classes": [list(own) for own in tree.classes],
             "parts": [asdict(row) for row in rows],
         }

@@ -1,12 +1,13 @@
 """Padding: groups of unequal size are filled up with channels of zeros, so that grouped convolutions can run them.
 
 A vector's groups of 30 and 34 channels become 34 and 34: the layers that write the vector get rows of zeros, those that
-read it columns of zeros, norms a scale and shift of zero. The graph computes what it did; as long as a channel's value
-is zero its weights get no gradient, and stay zero when the model is trained on. Whether the fewer, larger kernels are
-worth the work is measured (`splitfx.lowering`).
+read it columns of zeros, norms a scale and shift of zero. The graph computes what it did. Behind an activation that
+keeps zero (ReLU, SiLU, GELU, tanh) a channel's weights get no gradient and stay zero when the model is trained on;
+behind another (sigmoid, softplus) training makes it one more channel of its group. Whether the fewer, larger kernels
+are worth the work is measured (`splitfx.lowering`).
 
-Left ragged, with a note: vectors whose channels are laid anew (channel shuffle, heads, slices), normalised together,
-read as constants, or returned by the model.
+Left ragged, with a note: vectors whose channels are laid anew (channel shuffle, heads, slices), read together (a mean
+over channels, softmax, GroupNorm) or with a value per channel that is no layer's, or returned by the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from splitfx.ops import Channel, bind, op, op_name
 from splitfx.splitnet.structure import WHOLE, Labels, Structure
 
 PAD = narrow.PAD
-_FOLLOWED = ("cat", "flatten", "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
+_FOLLOWED = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 
 
 class Padding:
@@ -34,6 +35,7 @@ class Padding:
     def __init__(self, found: Structure, labels: Labels) -> None:
         self.found, self.graph = found, found.facts.graph
         self.order, self.old = list(found.vectors), labels
+        self.edges = {e.node: e for e in found.axes.edges}
         self.added: dict[str, np.ndarray] = {}
         returned = self.touched(found.axes.of(found.output))
         for name, vector in found.vectors.items():
@@ -52,9 +54,10 @@ class Padding:
         """A node that does not allow one of the vectors to be padded, the vector, and why."""
         calls: dict[str, tuple[list[int], ...]] = {}
         for node in self.graph.graph.nodes:
-            for names in self.along(node):
+            for held in (*node.all_input_nodes, node):
+                names = self.found.axes.of(held)
                 touched = [name for name in self.touched(names) if name in self.added]
-                why = self.reason(node, names) if touched else ""
+                why = self.reason(node, held, names) if touched and names is not None else ""
                 if why:
                     return node, touched[0], why
                 if touched and node.op == "call_module":
@@ -63,18 +66,41 @@ class Padding:
                         return node, touched[0], "is called again on other channels"
         return None
 
-    def reason(self, node: fx.Node, names: np.ndarray) -> str:
-        """Why a node that touches a vector does not let it be padded, or nothing."""
-        module, rule = module_of(node), op(node).channel
+    def reason(self, node: fx.Node, held: fx.Node, names: np.ndarray) -> str:
+        """Why a node that reads or writes ``names``, the channels of ``held``, does not let them be padded."""
+        module, rule, mine = module_of(node), op(node).channel, self.found.axes.of(node)
+        if node.op == "output":
+            return "is what the model returns"
         if node.op == "get_attr":
             return "holds a value per channel"
-        if rule is Channel.MIXES and getattr(module, "groups", 1) > 1 and not self.depthwise(node):
-            return "has groups of its own"
-        if rule is Channel.MIXES and module is None:
-            return "has a weight that the model computes"
-        if rule not in (Channel.SAME, Channel.MIXES) and op_name(node) not in _FOLLOWED:
+        if not all(self.is_whole(run, names) for run in self.runs(names)):
+            return "reads a part of its channels"
+        if rule is Channel.MIXES:
+            if module is None or str(node.target) in self.found.read:
+                return "has a weight that the model reads by itself"
+            apart = getattr(module, "groups", 1) > 1 and not self.depthwise(node)
+            return "has groups of its own" if apart else ""
+        if op_name(node) in ("cat", "flatten"):
+            return "" if mine is not None else "mixes its channels with others"
+        if rule is not Channel.SAME and op_name(node) not in _FOLLOWED:
             return "lays its channels anew"
-        return "" if all(self.is_whole(run, names) for run in self.runs(names)) else "reads a part of its channels"
+        if mine is None or not np.array_equal(self.places(mine), self.places(names)):
+            return "reads all channels at once"
+        return "reads a value per channel" if any(self.per_channel(node, n) for n in node.all_input_nodes) else ""
+
+    def places(self, names: np.ndarray) -> np.ndarray:
+        return np.stack([self.found.vector_of[names], self.found.item_of[names]])
+
+    def per_channel(self, node: fx.Node, operand: fx.Node) -> bool:
+        """An operand that is no feature map and has an entry per channel, which nobody would widen."""
+        value = self.found.facts.shapes[operand]
+        if not hasattr(value, "shape") or self.found.axes.of(operand) is not None:
+            return False
+        if operand.op == "get_attr":
+            return value.numel() > 1
+        labels = self.found.axes.labels[node]
+        back = next(d for d, size in enumerate(labels.shape) if size > 1) - labels.dim()  # from the last dim
+        return value.dim() >= -back and value.shape[back] > 1
 
     def depthwise(self, node: fx.Node) -> bool:
         module = module_of(node)
@@ -84,6 +110,8 @@ class Padding:
 
     def along(self, node: fx.Node) -> list[np.ndarray]:
         """The channels that a weighted layer reads and those that it writes; of any other node, those it writes."""
+        if node in self.edges:
+            return [self.edges[node].ins, self.edges[node].outs]
         operands = [bind(node)["input"]] if op(node).channel is Channel.MIXES else []
         found = [self.found.axes.of(n) for n in (*operands, node)]
         return [names for names in found if names is not None]

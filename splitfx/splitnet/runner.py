@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.files import FolderKind
 from splitfx.report.table import number, size, table
+from splitfx.splitnet.arguments import Argument, bound
 from splitfx.splitnet.tree import MERGE
 
 KIND = FolderKind("export_branches", "branches.json", 1, ExportError)
@@ -61,6 +61,7 @@ class Branches:
         self.folder, full = Path(folder), sessions.full_name(provider)
         about = _manifest(self.folder)
         self.inputs: tuple[str, ...] = tuple(about["inputs"])
+        self.arguments: tuple[Argument, ...] = tuple((name, where) for name, where in about["arguments"])
         self.classes = tuple(tuple(own) for own in about["classes"])
         everyone = range(len(self.classes))
         self.groups = tuple(everyone) if groups is None else tuple(sorted(set(groups)))
@@ -76,9 +77,13 @@ class Branches:
         self._check_values(listed)
         self._sessions = {}
         for part in self.parts:
-            _check_file(self.folder, part)
+            file = _checked_file(self.folder, part)
             options = sessions.session_options(threads or torch.get_num_threads())
-            self._sessions[part.name] = sessions.open_session(self.folder / part.file, full, options)
+            self._sessions[part.name] = session = sessions.open_session(file, full, options)
+            if len(session.get_outputs()) != len(part.outputs):
+                raise ExportError(
+                    f"{self.folder / KIND.manifest} is damaged: {file.name} gives other values than it says."
+                )
 
     def _check_values(self, listed: list[OnnxPart]) -> None:
         """Every value that a part reads is given by one in front of it; the merge reads one per group."""
@@ -110,12 +115,10 @@ class Branches:
         return {g: values[self._logits[g]] for g in self.groups}
 
     def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        given = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-        if len(given) != len(self.inputs):
-            raise ExportError(
-                f"the model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}); {len(given)} given."
-            )
-        values = dict(zip(self.inputs, given, strict=True))
+        try:
+            values = dict(zip(self.inputs, bound(self.arguments, args, kwargs), strict=True))
+        except ValueError as error:
+            raise ExportError(f"{error}.") from None
         for part in self.parts:
             session = self._sessions[part.name]
             read = tuple(values[name] for name in part.inputs)
@@ -142,28 +145,40 @@ class Branches:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    about = KIND.read_manifest(folder, inputs=list, classes=list, parts=list)
+    about = KIND.read_manifest(folder, inputs=list, arguments=list, classes=list, parts=list)
     path = folder / KIND.manifest
-    wrong = [key for key in ("inputs", "classes", "parts") if not about[key]]
-    if wrong or not all(isinstance(own, list) for own in about["classes"]):
-        raise ExportError(f"{path} is damaged: see {', '.join(wrong) or 'classes'}.")
+    right = {
+        "inputs": _all(about["inputs"], str),
+        "arguments": len(about["arguments"]) == len(about["inputs"])
+        and all(_all(one, str) and len(one) == 2 for one in about["arguments"]),
+        "classes": all(_all(own, int) for own in about["classes"]),
+    }
+    wrong = [key for key in ("inputs", "arguments", "classes", "parts") if not about[key] or not right.get(key, True)]
+    if wrong:
+        raise ExportError(f"{path} is damaged: see {', '.join(wrong)}.")
     if sum(isinstance(row, dict) and row.get("name") == MERGE for row in about["parts"]) != 1:
         raise ExportError(f"{path} is damaged: it names no one part that merges.")
     return about
 
 
+def _all(found: Any, kind: type) -> bool:
+    return isinstance(found, list) and all(isinstance(one, kind) for one in found)
+
+
 def _part(row: Any, folder: Path) -> OnnxPart:
     kinds = {"name": str, "file": str, "sha256": str, "bytes": int, "macs": int, "params": int}
-    listed = ("groups", "inputs", "outputs")
+    listed = {"groups": int, "inputs": str, "outputs": str}
     ok = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-    if not ok or not all(isinstance(row.get(key), list) for key in listed):
+    if not ok or not all(_all(row.get(key), kind) for key, kind in listed.items()):
         raise ExportError(f"{folder / KIND.manifest} is damaged: a part lacks its file, groups, inputs or outputs.")
     given: dict[str, Any] = {key: tuple(row[key]) if key in listed else row[key] for key in (*kinds, *listed)}
     return OnnxPart(**given)
 
 
-def _check_file(folder: Path, part: OnnxPart) -> None:
-    path = folder / Path(part.file).name  # a manifest names files of its own folder only
+def _checked_file(folder: Path, part: OnnxPart) -> Path:
+    path = folder / part.file
+    if part.file != path.name:
+        raise ExportError(f"{folder / KIND.manifest} is damaged: {part.file!r} is no file of this folder.")
     if not path.is_file():
         raise ExportError(f"{path} is missing: copy the file of {part.name} there, or export again.")
     found = fingerprint(path)
@@ -173,6 +188,7 @@ def _check_file(folder: Path, part: OnnxPart) -> None:
         )
     if found["sha256"] != part.sha256:
         raise ExportError(f"{path} is damaged or of another export: its SHA-256 differs; copy or export it again.")
+    return path
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

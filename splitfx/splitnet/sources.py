@@ -107,9 +107,11 @@ def in_proportion(size: int, counts: np.ndarray) -> np.ndarray:
 
 
 def read_taxonomy(given: Taxonomy) -> Mapping[str, Any]:
-    """A taxonomy as nested tables. Raises `PlanError` for a file that is none."""
+    """A taxonomy as nested tables. Raises `PlanError` for a value or a file that is none."""
     if isinstance(given, Mapping):
         return given
+    if not isinstance(given, str | os.PathLike):
+        raise PlanError(f"a taxonomy is a table of groups of class names, or a file that holds one; got {given!r}")
     path = Path(given)
     try:
         text = path.read_text(encoding="utf-8")
@@ -211,7 +213,10 @@ def _rows(edge: Any) -> np.ndarray:
     module = module_of(edge.node)
     if module is None:
         raise PlanError(f"{layer(edge.node)}: clustering needs a layer that holds its weight")
-    return module.weight.detach().double().cpu().flatten(1).numpy()  # type: ignore[union-attr, operator]
+    rows = module.weight.detach().double().cpu().flatten(1).numpy()  # type: ignore[union-attr, operator]
+    if not np.isfinite(rows).all():
+        raise PlanError(f"{layer(edge.node)}: its weights are not finite; clustering needs a trained model")
+    return rows
 
 
 def _neighbours(groups: np.ndarray, affinity: np.ndarray, found: Structure, own: Vector) -> np.ndarray:

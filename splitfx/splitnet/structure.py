@@ -80,6 +80,8 @@ class Structure:
         self.vector_of = np.full(len(self.axes.channel), WHOLE)  # by label: the number of its vector
         self.item_of = np.full(len(self.axes.channel), WHOLE)
         self.whole: dict[int, str] = dict(self.axes.frozen)
+        # Layers whose tensors the model reads by themselves too.
+        self.read = {str(n.target).rpartition(".")[0] for n in known.graph.graph.nodes if n.op == "get_attr"}
         read = np.unique(self.axes.axis[np.concatenate([a for e in touched for a in (e.ins, e.outs)])])
         self.families = families(self.axes, np.flatnonzero(np.isin(self.axes.axis, read)))
         self.splits = [Split(e, asked[e.node]) for e in touched if self.divides(e)]
@@ -114,6 +116,8 @@ class Structure:
         why = ""
         if edge.computed:
             why = "its weight is computed by the model"
+        elif str(edge.node.target) in self.read:
+            why = "the model reads its weight elsewhere too"
         elif self.all_whole(edge.outs):
             why = self.reason(edge.outs)
         elif self.all_whole(edge.ins):
@@ -175,7 +179,8 @@ class Structure:
         return vectors
 
     def writes_a_vector(self, edge: Edge) -> bool:
-        return not edge.computed and bool((self.vector_of[edge.outs] != WHOLE).all())
+        own = not edge.computed and str(edge.node.target) not in self.read
+        return own and bool((self.vector_of[edge.outs] != WHOLE).all())
 
     @property
     def classes(self) -> Vector | None:

@@ -15,7 +15,7 @@ train the model itself and make its tree afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from splitfx.graph import TensorSpec, TraceInfo, attribute, layer, output_node
 from splitfx.ops import Channel, bind, in_place, is_size, op, op_name, out_of_place
 from splitfx.report.table import number, size, table
 from splitfx.splitnet import boundary
+from splitfx.splitnet.arguments import arguments_of, bound
 from splitfx.tiling.extract import stage_graph
 from splitfx.verify import require_equal
 
@@ -60,12 +61,13 @@ class Tree:
 
     ``parts``: in an order in which they can run, the merge last. ``pieces``: the value that each group gives, its
     logits. ``classes``: the classes of each group, as numbers of the model's output, in the order of its logits.
-    ``graph``: the whole. ``inputs``: names of the model's inputs. Raises `UnsupportedError`, `VerificationError`.
+    ``graph``: the whole. ``inputs``: names of the model's inputs; ``arguments``: where each comes
+    from. Raises `UnsupportedError`, `VerificationError`.
     """
 
     def __init__(self, split: fx.GraphModule, narrow: bool = True, verify: bool = True) -> None:
         _carved(split)
-        self.graph = _as_now(graphs.copy_graph(split, share=True))
+        self.graph = graphs.inputs_as_now(graphs.copy_graph(split, share=True))
         joint = logits(self.graph)
         if narrow and boundary.divide(self.graph, needs(self.graph, joint)):
             joint = logits(self.graph)
@@ -74,6 +76,7 @@ class Tree:
         self._joint, self._needs = joint, needs(self.graph, joint)
         self.pieces = tuple(n.name for n in joint.args[0])  # type: ignore[union-attr]
         self.inputs = tuple(n.name for n in self.graph.graph.nodes if n.op == "placeholder")
+        self.arguments = arguments_of(self.graph)
         self.dim: int = bind(joint)["dim"]  # along which the groups' logits lie side by side
         self.classes = _classes(self.graph, joint)
         self.parts = self._divided()
@@ -93,11 +96,11 @@ class Tree:
         return self.returned(values)
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs by name. Raises `UnsupportedError` where there are more or fewer."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        if len(leaves) != len(self.inputs):
-            raise UnsupportedError(f"the model takes {len(self.inputs)} inputs; {len(leaves)} were given")
-        return dict(zip(self.inputs, leaves, strict=True))
+        """The model's inputs by name. Raises `UnsupportedError` where they are others than it takes."""
+        try:
+            return dict(zip(self.inputs, bound(self.arguments, args, kwargs), strict=True))
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
 
     def returned(self, values: dict[str, Any]) -> Any:
         """What the model returns, from the value of the merge."""
@@ -193,19 +196,6 @@ def _carved(split: fx.GraphModule) -> None:
         raise UnsupportedError(
             f"layer {layer(writes)} writes into a part of a tensor, so the model cannot be taken apart"
         )
-
-
-def _as_now(graph: fx.GraphModule) -> fx.GraphModule:
-    """The record of the inputs as the model is now: it may have been moved, or converted, since it was traced."""
-    known, weight = graphs.info(graph), next(graph.parameters(), None)
-    if weight is not None:
-        known.inputs = tuple(
-            replace(s, device=str(weight.device), dtype=weight.dtype if s.dtype.is_floating_point else s.dtype)
-            if isinstance(s, TensorSpec)
-            else s
-            for s in known.inputs
-        )
-    return graph
 
 
 def logits(graph: fx.GraphModule) -> fx.Node:

@@ -19,8 +19,9 @@ from scipy.sparse.linalg import eigsh
 from torch import fx, nn
 
 from splitfx.calibrate import run_watched
+from splitfx.errors import PlanError
 from splitfx.fusion import squares
-from splitfx.graph import module_of
+from splitfx.graph import layer, module_of
 from splitfx.narrow import BatchNorm
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced, capacities, drawn
@@ -89,8 +90,14 @@ def links(found: Structure, moments: dict[fx.Node, np.ndarray] | None) -> list[L
         if split.edge.groups > 1:
             continue  # its blocks lie whole within the groups, whatever the labels
         mass = squares(module_of(split.edge.node))
+        if not np.isfinite(mass).all():
+            raise PlanError(
+                f"{layer(split.edge.node)}: its weights are not finite, so none of them can be the heaviest"
+            )
         if moments is not None:
             mass = mass * moments[split.edge.node]
+            if not np.isfinite(mass).all():
+                raise PlanError(f"{layer(split.edge.node)}: what it reads in the calibration is not finite")
         if _feeds_a_norm(split.edge.node):
             mass = mass / (mass.sum(1, keepdims=True) + 1e-300)
         mass = mass / (mass.sum() or 1.0)

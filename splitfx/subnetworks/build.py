@@ -113,6 +113,7 @@ def _repeated(root: nn.Module, graph: fx.Graph, origin: fx.Node, operand: fx.Nod
         fresh.reset_parameters()  # type: ignore[operator]
     if isinstance(fresh, nn.PReLU):
         nn.init.constant_(fresh.weight, 0.25)
+    fresh.requires_grad_(True)  # it starts anew, so it must learn, whatever is frozen in the model
     word = "norm" if isinstance(fresh, _NORMS) else "act"
     return _call(root, graph, word, fresh, operand, origin)
 

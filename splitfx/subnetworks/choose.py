@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from splitfx.analysis import facts
@@ -102,16 +103,24 @@ def select(
 
 
 def remembered(split: SubNetworksGraph, timed: bool) -> Figures:
-    """Figures are kept with the graph until its code changes."""
-    kept = vars(split).get(_KEPT)
-    if kept is None or kept.code is not split._code or (timed and kept.figures[0].seconds is None):
-        kept = vars(split)[_KEPT] = _Remembered(split._code, figures(split, RUNS if timed else 0))
+    """Figures are kept with the graph until its code changes, or the model is moved or converted."""
+    kept, places = vars(split).get(_KEPT), _places(split)
+    if kept is not None and (kept.code is not split._code or kept.places != places):
+        kept = None
+    if kept is None or (timed and kept.figures[0].seconds is None):
+        kept = vars(split)[_KEPT] = _Remembered(split._code, places, figures(split, RUNS if timed else 0))
     return kept.figures
+
+
+def _places(split: fx.GraphModule) -> frozenset[tuple[torch.dtype, torch.device]]:
+    """What bytes and seconds depend on besides the code: the types and devices of the weights."""
+    return frozenset((p.dtype, p.device) for p in split.parameters())
 
 
 @dataclass(frozen=True)
 class _Remembered:
     code: str
+    places: frozenset[tuple[torch.dtype, torch.device]]
     figures: Figures
 
     def __reduce__(self) -> tuple[Any, ...]:  # another machine may be faster

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.graph import INFO, attribute, info, resolve, restore_aliases, set_path
+from splitfx.graph import INFO, attribute, info, inputs_as_now, resolve, restore_aliases, set_path
 from splitfx.schema import mutates
 from splitfx.subnetworks.entry import Entry, entries
 
@@ -43,8 +43,9 @@ class SubNetworksGraph(fx.GraphModule):
         """Sub-model ``number``, from 0, as an ordinary GraphModule.
 
         It holds the very parameters and buffers of this one: training one moves the other, and so does moving one to
-        another device or type. ``copy``: its own instead. Train and eval mode are its own in any case. Raises
-        `UnsupportedError` for a number that there is not.
+        another device or type. Only where forward itself reads some buffers of a module, and this sub-model not all of
+        them, must it be detached anew after such a move. ``copy``: its own instead. Train and eval mode are its own in
+        any case. Raises `UnsupportedError` for a number that there is not.
         """
         made = detached(self, _checked(self, number))
         return copying.deepcopy(made) if copy else made
@@ -248,8 +249,24 @@ def detached(split: fx.GraphModule, number: int) -> fx.GraphModule:
     made.meta[INFO] = replace(known, model_class=name, aliases=alive, steps=list(known.steps), plan=None)
     restore_aliases(made)
     made._register_deepcopy_hook(restore_aliases)
+    _one_table(split, made, part.homes)
     made.graph.lint()
-    return made
+    return inputs_as_now(made)
+
+
+def _one_table(split: fx.GraphModule, made: fx.GraphModule, homes: dict[fx.Node, str]) -> None:
+    """What the graph reads by itself lies in one table for both, as with `twin`: a conversion puts other tensors in
+    the place of buffers, which a table of its own would not see. Not where the whole's table holds more than the
+    sub-model reads, since that would come into its state_dict."""
+    for node, home in homes.items():
+        if node.op != "get_attr":
+            continue
+        mine = made.get_submodule(str(node.target).rpartition(".")[0])
+        theirs = split.get_submodule(home.rpartition(".")[0])
+        for name in ("_parameters", "_buffers"):
+            own, whole = vars(mine)[name], vars(theirs)[name]
+            if own and own.keys() == whole.keys() and all(own[key] is whole[key] for key in own):
+                vars(mine)[name] = whole
 
 
 def _resolves(graph: nn.Module, path: str) -> bool:

@@ -58,11 +58,7 @@ class Bundle:
         self.folder = Path(folder)
         self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
         about = KIND.read_manifest(self.folder, models=list, weights=dict)
-        names = BundleModel.__dataclass_fields__
-        try:
-            self.models = tuple(BundleModel(**{key: row[key] for key in names}) for row in about["models"])
-        except (KeyError, TypeError) as error:
-            raise ExportError(f"{self.folder / KIND.manifest} is damaged: {error}.") from None
+        self.models = _models(self.folder / KIND.manifest, about["models"])
         for one in self.models:
             KIND.held_file(self.folder, one.file, 1)
         KIND.held_file(self.folder, about["weights"].get("file"), about["weights"].get("bytes"))
@@ -168,6 +164,33 @@ class Bundle:
             for one in self.models
         ]
         return table(("model", "MACs", "parameters", "peak", "accuracy", "latency", "latency here"), rows)
+
+
+def _models(manifest: Path, rows: list[Any]) -> tuple[BundleModel, ...]:
+    """The models that a manifest lists. Raises `ExportError` for a row that is no model, no rows, and a name twice."""
+    found: dict[str, BundleModel] = {}
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ExportError(f"{manifest} is damaged: see models, a {type(row).__name__} among them.")
+        names = BundleModel.__dataclass_fields__
+        wrong = [key for key in names if key not in row or not _fits(key, row[key])]
+        if wrong:
+            raise ExportError(f"{manifest} is damaged: see models, {', '.join(wrong)}.")
+        if row["name"] in found:
+            raise ExportError(f"{manifest} is damaged: two models are named {row['name']!r}.")
+        found[row["name"]] = BundleModel(**{key: row[key] for key in names})
+    if not found:
+        raise ExportError(f"{manifest} is damaged: it lists no models.")
+    return tuple(found.values())
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value of a manifest can be this field of a `BundleModel`."""
+    if key in ("name", "file"):
+        return isinstance(value, str) and value != ""
+    if value is None:
+        return key in ("seconds", "accuracy")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63  # false for NaN
 
 
 def _sizes(inputs: tuple[torch.Tensor, ...]) -> Sizes:

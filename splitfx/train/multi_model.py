@@ -115,13 +115,16 @@ class MultiModelLoss:
             output = logits(run(index))
             teacher = output.detach() if index == 0 else teacher
             loss = weights[index] * self._loss(output, targets, teacher if index else None)
-            for i, grad in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+            trained = parameters and loss.requires_grad  # not so where all that this model reads is frozen
+            for i, grad in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True) if trained else ()):
                 if grad is not None:
                     held = sums[i]
                     sums[i] = grad if held is None else held + grad
             found[names[index]] = loss.detach()
             del output, loss
         reached = [(p, g) for p, g in zip(parameters, sums, strict=True) if g is not None]
+        if not reached:
+            raise TrainingError("no model has a parameter that is trained: all of them are frozen (requires_grad)")
         first = names[chosen[0]]
         carried = _Carried.apply(found[first], [g for _, g in reached], *(p for p, _ in reached))
         return {**found, first: carried}  # type: ignore[dict-item]

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import splitfx
 from splitfx.errors import UnsupportedError
 from splitfx.graph import info
 from splitfx.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SubNetworks, Tile
+from splitfx.passes.subnetworks import keep_statistics
 from splitfx.plan import Plan
-from splitfx.subnetworks.entry import entries
+from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
 from tests import oracle
 from tests.subnetworks.networks import X, assert_shared, divided, small, vgg
@@ -98,6 +99,18 @@ def test_closed_forms_fit_other_sizes_too() -> None:
         assert [tuple(y.shape) for y in split.forward_all(x)] == [(3, 4)] * 4
 
 
+def test_the_step_down_of_a_frozen_model_learns() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 4, 3), nn.Flatten()),
+        nn.Linear(784, 3),
+    )
+    split = divided(model.eval().requires_grad_(False), cuts=(1,))
+    learning = {name: bool(p.requires_grad) for name, p in split.named_parameters()}
+    own = {"conv.weight", "norm.weight", "norm.bias", "act.weight"}
+    assert own <= {name.removeprefix("sub0.step_down.") for name in learning}
+    assert learning == {name: name.startswith("sub0.") for name in learning}
+
+
 # ---------------------------------------------------------------- with the other passes
 
 
@@ -137,6 +150,58 @@ def test_folding_behind_statistics_of_their_own_is_refused() -> None:
     assert isinstance(after, SubNetworksGraph)
     with pytest.raises(UnsupportedError, match="sub0 has statistics of its own for 4, which a later pass has replaced"):
         after.forward_all(X)
+
+
+class Functional(nn.Module):
+    """Norms behind the second conv: a module, and two functions on buffers of the model."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        f = nn.functional
+        x = self.norm(self.second(self.first(x).relu())).relu()
+        x = f.batch_norm(self.third(x), self.mean, self.var, training=self.training).relu()
+        return self.last(f.instance_norm(x, self.mean, self.var, use_input_stats=True).mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_that_cannot_be_private_are_named(training: bool) -> None:
+    def declined(**options: Any) -> list[str]:
+        split = divided(Functional().train(training), cuts=("second",), **options)
+        assert dict(entries(split)[0][1].private) == ({"norm": "norm0"} if options else {})
+        notes = info(split).steps[-1].notes
+        return [note.what for note in notes if note.kind == "declined"]
+
+    assert declined() == []
+    found = declined(statistics="private")
+    assert len(found) == 2
+    assert all(what.startswith("sub0 shares these running statistics with the base model") for what in found)
+
+
+def test_statistics_inside_of_a_stage_are_named() -> None:
+    tiled = splitfx.transform(small(), Tile(rows=2), X)
+    image = next(n for n in tiled.graph.nodes if n.op == "placeholder")
+    entry = Entry(fx.GraphModule(nn.Module(), fx.Graph()), 0, 0, "closed")
+    notes = keep_statistics(tiled, image, entry)
+    assert [(note.where, note.kind) for note in notes] == [("tiled", "declined")]
+    assert "sub0 shares the running statistics in this stage" in notes[0].what
+
+
+def test_private_statistics_of_an_earlier_entry_are_no_reason_for_a_note() -> None:
+    step = SubNetworks(cuts=(1,), statistics="private")
+    split = splitfx.transform(divided(cuts=(3,), statistics="private"), step)
+    assert [note.kind for note in info(split).steps[-1].notes] == ["did"]
 
 
 # ---------------------------------------------------------------- tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import splitfx
@@ -125,3 +126,25 @@ def test_select_says_what_is_nearest() -> None:
         split.select(max_latency=1e-9)
     with pytest.raises(UnsupportedError, match="needs a limit"):
         split.select()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_converted_model_is_measured_as_what_it_is_now(dtype: torch.dtype) -> None:
+    split = divided()
+    before = split.figures()
+    split.to(dtype)
+    after = split.figures()
+    assert after == divided(small().to(dtype), X.to(dtype)).figures()
+    assert after != before  # not those that were remembered: other types take other bytes
+    assert all((m.seconds or 0) > 0 for m in split.figures(1))
+    chosen = split.select(max_macs=after[2].macs, max_latency=60.0)
+    assert info(chosen).inputs[0].dtype is dtype
+    assert info(split).inputs[0].dtype is torch.float32  # the whole says what it was traced with
+    oracle.assert_equal(splitfx.trace(split.detach(1), X.to(dtype))(X.to(dtype)), split.forward_all(X.to(dtype))[2])
+
+
+def test_figures_of_a_model_without_memory() -> None:
+    split = divided()
+    before = split.figures()
+    assert split.to("meta").figures() == before
+    assert info(split.detach(0)).inputs[0].device == "meta"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import splitfx
 from splitfx.subnetworks.model import SubNetworksGraph
@@ -82,3 +83,52 @@ def test_statistics_of_their_own() -> None:
 def test_shared_statistics_are_one() -> None:
     split = divided()
     assert split.detach(1).get_buffer("11.running_mean") is split.get_buffer("11.running_mean")
+
+
+class Scaled(nn.Module):
+    """Convs, and buffers that forward itself reads: of the model, and of a module of it."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.rand(1) + 1)
+        self.last.register_buffer("shift", torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()) * self.scale
+        return self.last(x.mean((2, 3)) + self.last.get_buffer("shift"))
+
+
+def test_buffers_that_forward_reads_move_with_the_whole() -> None:
+    torch.manual_seed(0)
+    split = divided(Scaled().eval(), cuts=("second",))
+    models = (split.base(), split.detach(0))
+    split.bfloat16()
+    for made, wanted in zip(models, split.forward_all(X.bfloat16()), strict=True):
+        assert {t.dtype for t in made.state_dict().values()} == {torch.bfloat16}
+        oracle.assert_equal(made(X.bfloat16()), wanted)
+    models[1].double()
+    assert split.get_buffer("scale").dtype is split.get_buffer("last.shift").dtype is torch.float64
+    oracle.assert_equal(models[1](X.double()), split.double().forward_all(X.double())[1])
+    assert models[1].state_dict().keys() == copy.deepcopy(models[1]).state_dict().keys()
+
+
+class Normalised(Scaled):
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - self.mean)
+
+
+def test_a_sub_model_holds_no_buffers_that_it_does_not_read() -> None:
+    split = divided(Normalised().eval(), cuts=("second",))
+    assert "mean" in split.state_dict()
+    assert "mean" not in split.detach(0).state_dict()
+    split.double()
+    oracle.assert_equal(split.detach(0)(X.double()), split.forward_all(X.double())[1])

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import splitfx
 from splitfx import cli, splitnet
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.graph import copy_graph
+from splitfx.passes import SplitNet
 from splitfx.splitnet import bundle as writing
 from splitfx.splitnet.bundle import PARITY, export_branches
 from splitfx.splitnet.runner import KIND, Branches
@@ -123,6 +124,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda a: a["parts"].pop(), "is damaged: it names no one part that merges"),
         (lambda a: a["parts"][0].pop("inputs"), "is damaged: a part lacks its file, groups, inputs or outputs"),
         (lambda a: a["parts"].__setitem__(0, 3), "is damaged: a part lacks"),
+        (lambda a: a.update(inputs=[{}]), "is damaged: see inputs"),
+        (lambda a: a.update(arguments=[["x"]]), "is damaged: see arguments"),
+        (lambda a: a["parts"][1].update(groups=[[0]]), "is damaged: a part lacks"),
+        (lambda a: a["parts"][1].update(groups=["0"]), "is damaged: a part lacks"),
+        (lambda a: a["parts"][1]["outputs"].append("more"), "branch-0.onnx gives other values than it says"),
+        (lambda a: a["parts"][1].update(file="../elsewhere.onnx"), "is no file of this folder"),
         (lambda a: a["parts"][1].update(bytes=7), "branch-0.onnx is damaged: [0-9]+ bytes instead of 7"),
         (lambda a: a["parts"][1].update(sha256="0"), "branch-0.onnx is damaged or of another export"),
         (lambda a: a["parts"][1].update(inputs=["x", "x"]), "branch-0.onnx takes 1 inputs|reads"),
@@ -158,6 +165,43 @@ def test_inputs_that_do_not_fit(folder: Path) -> None:
         branches.run(X, X)
     with pytest.raises(ExportError, match="stem.onnx is float32"):
         branches.run(X.double())
+
+
+def test_a_manifest_of_somebody_else_s_is_not_replaced(split: fx.GraphModule, tmp_path: Path) -> None:
+    (tmp_path / KIND.manifest).write_text('{"name": "my web app", "format": 1}')
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ExportError, match="is no folder of export_branches; it is not replaced"):
+        export_branches(split, tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+class Two(nn.Module):
+    """Two inputs, one of them a dict: the order of keywords and keys says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.body = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 3)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, first: torch.Tensor, rest: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = torch.relu(self.a(first) + self.b(rest["p"]) - 2 * self.b(rest["q"]))
+        return self.fc(torch.relu(self.body(x)).mean((2, 3)))
+
+
+def test_keywords_and_keys_in_any_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, p, q = (torch.randn(2, 1, 6, 6) for _ in range(3))
+    graph = splitfx.trace(Two().eval(), (x, {"p": p, "q": q}))
+    split = splitfx.transform(graph, SplitNet(levels={"body": 2, "fc": 2}, source="random", lowering="branches"))
+    wanted = split(x, {"p": p, "q": q})
+    tree, branches = Tree(split), Branches(export_branches(split, tmp_path / "branches"))
+    for run in (tree, branches.run):
+        assert off(run(x, {"q": q, "p": p}), wanted) <= PARITY
+        assert off(run(rest={"q": q, "p": p}, first=x), wanted) <= PARITY
+        assert off(run(x, {"p": q, "q": p}), wanted) > 0.01
+    for wrong in (lambda: tree(x), lambda: tree(x, {"p": p}), lambda: tree(x, {"p": p, "q": q}, first=x)):
+        with pytest.raises(UnsupportedError, match=r"takes 3 inputs \(first, rest\['p'\], rest\['q'\]\)"):
+            wrong()
 
 
 def test_places_that_cannot_be_written(split: fx.GraphModule, folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -23,9 +24,10 @@ from torch import fx
 import splitfx
 from splitfx.errors import UnsupportedError
 from splitfx.parallel import ParallelError, Ranks, Streams, place, placement
+from splitfx.parallel import __main__ as command
 from splitfx.parallel.placement import spread
 from splitfx.splitnet.tree import STEM, Tree
-from tests.splitnet.carved import EXACT, FLAT, NESTED, carved, image, off, wide
+from tests.splitnet.carved import EXACT, FLAT, NESTED, Chain, carved, image, off, wide
 
 TIMEOUT = 3.0
 
@@ -245,6 +247,51 @@ def test_refused_ranks(nested: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) 
             Ranks(nested)
     finally:
         nested.eval()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class Named(Chain):
+    """Returns its logits in a container."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+def measured(split: fx.GraphModule, folder: Path) -> list[str]:
+    """What the command says of a saved split on one rank: its errors."""
+    splitfx.save(split, folder / "split")
+
+    def job(rank: int) -> Any:
+        options = argparse.Namespace(folder=str(folder / "split"), batch=None, runs=1, stem="auto", device="cpu")
+        options.timeout, options.compile = 30.0, False
+        return errors(lambda: command._run(options))["said"]
+
+    said, alive = started(1, job, folder)
+    assert not alive
+    return said
+
+
+def test_the_command_takes_logits_in_a_container(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert measured(carved(Named().eval(), {"stage[23]": 2, "fc": 2}), tmp_path) == ["no error"]
+
+
+def test_the_command_refuses_what_is_not_a_number(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    split = carved(Chain().eval(), {"stage[23]": 2, "fc": 2})
+    with torch.no_grad():
+        split.get_submodule("stem").weight.fill_(float("nan"))  # type: ignore[operator, union-attr]
+    assert "off by nan of its largest value" in measured(split, tmp_path)[0]
+
+
+def test_how_far_the_command_finds_outputs_off() -> None:
+    ones = torch.ones(3)
+    assert command._off(ones * 1.5, ones) == 0.5
+    assert command._off(ones * 0, ones * 0) == 0
+    assert not command._off(ones / 0, ones / 0) <= command.PARITY
+    assert not command._off(ones, ones * 0) <= command.PARITY
 
 
 @pytest.mark.slow

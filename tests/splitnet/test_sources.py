@@ -96,6 +96,9 @@ def test_a_taxonomy_that_is_no_file(tmp_path: Any) -> None:
     (tmp_path / "bad.json").write_text("[1, 2")
     with pytest.raises(PlanError, match="not a taxonomy"):
         splitnet.semantic(network(), tmp_path / "bad.json", NAMES, LEVELS)
+    for given in ([["a"]], None, 3):
+        with pytest.raises(PlanError, match="a taxonomy is a table of groups of class names, or a file"):
+            splitnet.semantic(network(), given, NAMES, LEVELS)  # type: ignore[arg-type]
 
 
 def test_clustering_finds_rows_that_are_alike() -> None:
@@ -132,6 +135,24 @@ def splitnet_graph(name: str) -> fx.GraphModule:
     from splitfx.graph import copy_graph
 
     return copy_graph(traced(name))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    graph = network()
+    with torch.no_grad():
+        graph.get_submodule("8").weight[3, 5] = value  # type: ignore[operator, union-attr]
+    for source in (splitnet.weights, splitnet.clustering):
+        with pytest.raises(PlanError, match="8: its weights are not finite"):
+            source(graph, LEVELS)
+
+
+def test_moments_that_are_not_finite() -> None:
+    graph = network()
+    with torch.no_grad():
+        graph.get_submodule("0").weight.fill_(float("nan"))  # type: ignore[operator, union-attr]
+    with pytest.raises(PlanError, match="2: what it reads in the calibration is not finite"):
+        splitnet.weights(graph, LEVELS, calibration=torch.randn(4, 3, 12, 12))
 
 
 def test_moments_of_the_inputs_count() -> None:

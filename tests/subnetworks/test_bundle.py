@@ -152,13 +152,27 @@ def rewritten(folder: Path, change: Callable[[Any], Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(about))
 
 
+ROWS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda a: a.update(models=[]), "it lists no models"),
+    (lambda a: a.update(models=[[1]]), "see models, a list among them"),
+    (lambda a: [a["models"][0].pop(key) for key in ("params", "seconds")], "see models, params, seconds"),
+    (lambda a: a["models"][0].update(macs="many"), "see models, macs"),
+    (lambda a: a["models"][0].update(macs=None, peak_bytes=True), "see models, macs, peak_bytes"),
+    (lambda a: a["models"][0].update(seconds=[1], macs=10**400), "see models, macs, seconds"),
+    (lambda a: a["models"][1].update(accuracy="x"), "see models, accuracy"),
+    (lambda a: a["models"][1].update(accuracy=float("nan")), "see models, accuracy"),
+    (lambda a: a["models"][2].update(name=["a"]), "see models, name"),
+    (lambda a: [row.update(name="q") for row in a["models"]], "two models are named 'q'"),
+)
+
+
 def test_a_damaged_bundle(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -> None:
     faults: tuple[tuple[Callable[[Path], Any], str], ...] = (
         (lambda f: (f / "sub1.onnx").unlink(), "sub1.onnx is missing"),
         (lambda f: (f / "weights.data").write_bytes(b"short"), "weights.data is truncated"),
         (lambda f: (f / "manifest.json").write_text("{"), "is not readable JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 9, "weights": {}}'), "has format 9"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 9, "kind": "export_bundle"}'), "has format 9"),
         (lambda f: rewritten(f, lambda a: a["models"][0].update(file="../base.onnx")), "is no file of this folder"),
         (lambda f: rewritten(f, lambda a: a["weights"].update(file="/etc/passwd")), "is no file of this folder"),
         (lambda f: rewritten(f, lambda a: a.pop("models")), "is damaged: see models"),
@@ -168,6 +182,20 @@ def test_a_damaged_bundle(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -
         fault(folder)
         with pytest.raises(ExportError, match=why):
             splitfx.Bundle(folder)
+
+
+def test_a_manifest_with_values_of_other_types(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made[1], tmp_path / "bundle"))
+    whole = (folder / "manifest.json").read_text()
+    for change, why in ROWS:
+        (folder / "manifest.json").write_text(whole)
+        rewritten(folder, change)
+        with pytest.raises(ExportError, match=f"manifest.json is damaged: {why}") as caught:
+            splitfx.Bundle(folder)
+        assert "\n" not in str(caught.value)
+    (folder / "manifest.json").write_text(whole)
+    rewritten(folder, lambda a: [row.update(seconds=None, accuracy=None) for row in a["models"]])
+    assert splitfx.Bundle(folder).pick(X) == "base"
 
 
 # ---------------------------------------------------------------- the runner

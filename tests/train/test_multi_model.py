@@ -14,6 +14,7 @@ import splitfx
 from splitfx import MultiModelLoss, Recipe
 from splitfx.errors import TrainingError
 from splitfx.passes import SubNetworks
+from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
 from splitfx.train.data import load_data
 from tests import oracle
@@ -78,6 +79,22 @@ def test_one_model_at_a_time_gives_the_joint_gradients(statistics: str, options:
     oracle.assert_equal(one, joint)
 
 
+@pytest.mark.parametrize("options", [{}, {"distillation": 0.4}, {"sandwich": 1}])
+def test_one_at_a_time_where_only_step_downs_are_trained(options: dict[str, Any]) -> None:
+    split = divided()
+    split.requires_grad_(False)
+    for _, entry in entries(split):
+        entry.requires_grad_(True)
+    joint, one = (gradients(split, MultiModelLoss(**options, accumulate=accumulate)) for accumulate in (False, True))
+    assert any(float(g.abs().max()) > 1e-3 for name, g in joint.items() if name.startswith("sub2."))
+    oracle.assert_equal(one, joint)
+
+
+def test_one_at_a_time_where_all_is_frozen() -> None:
+    with pytest.raises(TrainingError, match="no model has a parameter that is trained"):
+        MultiModelLoss(accumulate=True)(divided().requires_grad_(False), X, Y)
+
+
 def test_a_lost_model_would_be_seen() -> None:
     """Sabotage: the gradients without one of the models are others."""
     split = divided()
@@ -118,6 +135,11 @@ def test_the_sandwich_takes_the_base_the_smallest_and_drawn_ones() -> None:
     assert {names[0] for names in seen} == {"base"}
     assert all(len(names) == 3 and "sub2" in names for names in seen)
     assert {"sub0", "sub1"} <= {name for names in seen for name in names}
+    assert list(MultiModelLoss(sandwich=0)(split, X, Y)) == ["base", "sub2"]
+
+
+def test_the_sandwich_of_a_model_converted_after_it_was_made() -> None:
+    split = splitfx.transform(small(), SubNetworks(cuts=(1, 2, 3)), X.float()).double()
     assert list(MultiModelLoss(sandwich=0)(split, X, Y)) == ["base", "sub2"]
 
 
