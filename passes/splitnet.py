@@ -71,10 +71,7 @@ class SplitNet(Pass):
 
     def __post_init__(self) -> None:
         if isinstance(self.assignment, Assignment):
-            for option in OPTIONS:
-                own, brought = getattr(self, option), self.assignment.options.get(option)
-                if brought and (not own or option in ("boundary", "gating")):
-                    object.__setattr__(self, option, brought)
+            self.take(self.assignment.options)
         super().__post_init__()
         if self.assignment is None and self.source is None:
             raise PlanError("pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering")
@@ -82,6 +79,19 @@ class SplitNet(Pass):
             raise PlanError(
                 "pass 'splitnet': give levels, such as {'layer4.*': 2, 'fc': 4}, or depth and groups: what to split"
             )
+
+    def take(self, brought: dict[str, Any]) -> None:
+        """What the assignment was made for. Raises `PlanError` where the pass asks for something else."""
+        for option in (o for o in OPTIONS if o != "classes"):
+            own, default = getattr(self, option), self.__dataclass_fields__[option].default
+            if brought and own != default and own != brought.get(option, default):
+                made = ", ".join(f"{o}={brought[o]}" for o in OPTIONS[:-1] if brought.get(o))
+                raise PlanError(
+                    f"pass 'splitnet': {option} is {own!r}, but the assignment was made for {made}: leave {option} out"
+                )
+        for option in OPTIONS:
+            if brought.get(option) and (option != "classes" or not self.classes):
+                object.__setattr__(self, option, brought[option])
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         found = self.structure(facts)

@@ -52,7 +52,8 @@ def _part(tensor: torch.Tensor, *picks: tuple[int, np.ndarray]) -> torch.Tensor:
             part = part.narrow(dim, int(positions[0]), len(positions))
         else:
             part = part.index_select(dim, torch.as_tensor(positions, device=tensor.device))
-    return part
+    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    return part.contiguous(memory_format=torch.channels_last) if last else part
 
 
 def _block(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:

@@ -182,15 +182,18 @@ def run(part: Part, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carved(split: fx.GraphModule) -> None:
-    plan = graphs.info(split).plan
-    done = next((p for p in getattr(plan, "passes", ()) if p.name == "splitnet"), None)
-    if done is None:
+    known = graphs.info(split)
+    made = {p.name: p.lowering for p in getattr(known.plan, "passes", ()) if p.name == "splitnet"}
+    made |= {one.name: one.options.get("lowering") for one in known.steps if one.name == "splitnet" and one.changed}
+    if not made:
         raise UnsupportedError("only a model that SplitNet carved has branches: transform it with SplitNet first")
-    if done.lowering != "branches":
+    if made["splitnet"] != "branches":
         raise UnsupportedError(
             "this model is carved into grouped convolutions, which cannot be taken apart: transform it with "
             'SplitNet(..., lowering="branches")'
         )
+    if any(one.name == "tile" and one.changed for one in known.steps):
+        raise UnsupportedError("a tiled model cannot be taken apart: take the carved one apart, then tile its parts")
     writes = next((n for n in split.graph.nodes if n.meta.get("writes_view")), None)
     if writes is not None:
         raise UnsupportedError(

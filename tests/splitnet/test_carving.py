@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import splitfx
 from splitfx import narrow
-from splitfx.errors import VerificationError
+from splitfx.errors import PlanError, VerificationError
 from splitfx.graph import copy_graph, layer
 from splitfx.passes import SplitNet
 from splitfx.pipeline import run_pass
@@ -189,3 +189,27 @@ def test_saved_and_replayed(tmp_path: Any) -> None:
     assert "assignment" in text
     for loaded in (splitfx.load(tmp_path / "split"), splitfx.load(tmp_path / "split", model)):
         torch.testing.assert_close(loaded.eval()(x), split.eval()(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"boundary": "full"}, "boundary is 'full', but the assignment was made for levels=.*: leave boundary out"),
+        ({"levels": {"fc": 2}}, "levels is {'fc': 2}, but the assignment was made for"),
+        ({"depth": 2, "groups": 2}, "depth is 2, but the assignment was made for"),
+    ],
+)
+def test_options_that_the_assignment_was_not_made_for(options: Any, said: str) -> None:
+    given = random(traced("wrn"), CASES["wrn"][2])
+    with pytest.raises(PlanError, match=said):
+        SplitNet(given, **options)
+    assert SplitNet(given, levels=CASES["wrn"][2]).levels == CASES["wrn"][2]
+
+
+@pytest.mark.parametrize("lowering", ["grouped", "branches"])
+def test_weights_stay_channels_last(lowering: Any) -> None:
+    last = torch.channels_last
+    graph = splitfx.trace(Tiny().eval().to(memory_format=last), torch.zeros(1, 3, 9, 9).contiguous(memory_format=last))
+    split, _ = run_pass(graph, SplitNet(levels={"head": 2, "fc": 2}, source="random", lowering=lowering))
+    weights = [m.weight for m in split.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=last) for w in weights)

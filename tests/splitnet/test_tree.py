@@ -13,7 +13,7 @@ import splitfx
 from splitfx.editing import check, like
 from splitfx.errors import UnsupportedError, VerificationError
 from splitfx.graph import copy_graph
-from splitfx.passes import SplitNet
+from splitfx.passes import FoldBatchNorm, SplitNet, Tile
 from splitfx.splitnet import boundary
 from splitfx.splitnet import tree as trees
 from splitfx.splitnet.tree import MERGE, STEM, Tree, run
@@ -275,6 +275,15 @@ def test_a_model_that_was_converted_since_it_was_traced() -> None:
 def test_groups_that_are_not_there(made: Any, groups: list[int]) -> None:
     with pytest.raises(UnsupportedError, match="the groups of this model are 0 to 1"):
         Tree(made("flat")).program(groups)
+
+
+def test_a_pass_behind_the_carving() -> None:
+    model, x = wide().float(), image(2).float()
+    split = splitfx.transform(model, SplitNet(levels=FLAT, source="random", lowering="branches"), x)
+    folded = splitfx.transform(split, FoldBatchNorm())
+    assert off(Tree(folded)(x), split(x)) <= 1e-5
+    with pytest.raises(UnsupportedError, match="a tiled model cannot be taken apart"):
+        Tree(splitfx.transform(split, Tile(rows=4)))
 
 
 def test_refusals() -> None:
