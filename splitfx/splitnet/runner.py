@@ -101,7 +101,7 @@ class Branches:
                 f"{self.folder / KIND.manifest} is damaged: its parts and its {len(self.classes)} groups differ."
             )
 
-    def run(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The logits (or what the model makes of them) in the user's order of classes. Raises `ExportError`."""
         if len(self.groups) < len(self.classes):
             raise ExportError(
@@ -109,7 +109,7 @@ class Branches:
             )
         return self._values(args, kwargs)[self.parts[-1].outputs[0]]
 
-    def pieces(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[int, torch.Tensor]:
+    def pieces(self, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:
         """The logits of each open group, its classes in the order of ``classes[group]``. Raises `ExportError`."""
         values = self._values(args, kwargs)
         return {g: values[self._logits[g]] for g in self.groups}
