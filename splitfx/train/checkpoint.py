@@ -101,7 +101,8 @@ def open_folder(folder: Path, resume: bool, what: str) -> None:
     """Make the folder of a run or a search; one with files in it only to go on. Raises `TrainingError`."""
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; a {what} is written into a folder")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    # Several processes of one run look here, and the first may hold its lock already.
+    if not resume and folder.is_dir() and any(one.name != LOCK for one in folder.iterdir()):
         raise TrainingError(
             f"{folder} is not empty; go on with the {what} in it (resume=True, --resume) or choose another"
         )
