@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from splitfx.errors import MissingExtraError, TrainingError
 
 
@@ -33,7 +35,8 @@ def accelerated(mixed_precision: str, device: str, unused: bool) -> Iterator[Any
     try:
         try:
             accelerator = Accelerator(
-                cpu=device == "cpu",
+                # Without a GPU accelerate must be told, or the processes of torchrun each train alone.
+                cpu=device == "cpu" or not torch.accelerator.is_available(),
                 mixed_precision=mixed_precision,
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
             )
