@@ -27,7 +27,8 @@ from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
 from splitfx.calibrate import Target, solve_fusions, target
-from splitfx.carve import Division, carve, masked
+from splitfx.carve import carve
+from splitfx.division import Division, masked
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
 from splitfx.fusion import Selection, fusion_layer, squares, widen_readers

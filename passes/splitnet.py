@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
-from splitfx.carve import Division, carve, masked
+from splitfx.carve import carve
+from splitfx.division import Division, masked
 from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.lowering import lowering_seconds

@@ -2,7 +2,7 @@
 
 Input: a dense graph and, per weighted node, a `Division`: which input channels each branch reads and which output
 channels it writes. Output: the same graph, rewritten, equal to the dense one with the weights outside the blocks set
-to zero (`masked`); nothing else is promised or changed.
+to zero (`splitfx.division.masked`); nothing else is promised or changed.
 
 One idea carries it: during the rewrite a tensor is a list of pieces (`splitfx.pieces`). Weighted nodes ask for the
 arrangement that they want (one piece per branch, or one piece in any order, folded into their weights); elementwise
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,8 +26,9 @@ from splitfx import narrow
 from splitfx.analysis import Facts, facts
 from splitfx.analysis.moves import channel_dim, move
 from splitfx.analysis.shapes import shape
+from splitfx.division import Division, Divisions
 from splitfx.editing import reorder_nodes
-from splitfx.graph import copy_graph, module_of, set_path
+from splitfx.graph import module_of, set_path
 from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
 from splitfx.pieces import Deferred, Pieces, Value
 
@@ -38,73 +38,6 @@ _TURNED = (
     "permute", "transpose", "movedim", "swapaxes", "contiguous", "clone", "squeeze", "unsqueeze", "select", "slice",
     "flip", "roll", "t", "mT",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Division:
-    """Branch g of a weighted node reads input channels ``ins[g]`` and writes output channels ``outs[g]``.
-
-    The outputs are a partition, in the order in which they are to lie; inputs, in any order, may overlap where a
-    channel belongs to no branch and is read by all. A single branch lays the outputs in another order, no more.
-    """
-
-    ins: tuple[np.ndarray, ...]
-    outs: tuple[np.ndarray, ...]
-
-    @property
-    def even(self) -> bool:
-        """All branches have the same sizes and share no input: a grouped conv can run it."""
-        sizes = {(len(i), len(o)) for i, o in zip(self.ins, self.outs, strict=True)}
-        count = sum(map(len, self.ins))
-        return len(sizes) == 1 and count == len(np.unique(np.concatenate(self.ins)))
-
-    def clear(self, weight: torch.Tensor) -> torch.Tensor:
-        """Set a dense weight [out, in, ...] to zero where it is removed, in place."""
-        everything = np.arange(weight.shape[1])
-        for i, o in zip(self.ins, self.outs, strict=True):
-            removed = np.setdiff1d(everything, i)
-            if len(o) and o.max() - o.min() + 1 == len(o):
-                rows, index = weight[o.min() : o.max() + 1], torch.as_tensor(removed, device=weight.device)
-                rows.index_fill_(1, index, 0)
-            else:
-                weight[np.ix_(o, removed)] = 0
-        return weight
-
-
-Divisions = Mapping[fx.Node, Division]
-
-
-class Masked(nn.Module):
-    """A layer whose weights outside the blocks count as zero: masked when it is called, so it takes no memory."""
-
-    def __init__(self, layer: nn.Module, division: Division) -> None:
-        super().__init__()
-        self.layer, self.division, self.training = layer, division, layer.training
-
-    def clear(self, weight: torch.Tensor) -> torch.Tensor:
-        """Set the removed part of a weight of this layer's size to zero, in place."""
-        self.division.clear(weight.transpose(0, 1) if narrow.transposed(self.layer) else weight)
-        return weight
-
-    def weight(self) -> torch.Tensor:
-        return self.clear(self.layer.weight.detach().clone())  # type: ignore[operator, union-attr]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
-
-
-def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
-    """The dense reference of a graph that is about to be carved: a copy that shares every weight.
-
-    Layers with existing groups keep all their weights: their groups lie whole within the branches.
-    """
-    copied = copy_graph(graph, share=True)
-    for node, division in divisions.items():
-        layer = copied.get_submodule(str(node.target))
-        whole = len(division.outs) == 1 or getattr(layer, "groups", 1) > 1
-        if not whole and not isinstance(layer, Masked):
-            set_path(copied, str(node.target), Masked(layer, division))
-    return copied
 
 
 def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:
@@ -326,26 +259,26 @@ class _Carver(Pieces):
         if not isinstance(operand, fx.Node) or any(n in self.split for n in node.all_input_nodes if n is not operand):
             return None
         held = self.split.get(operand)
-        base = held if isinstance(held, Value) else None
-        if isinstance(held, Value):
-            sizes = shape(self.values[operand])
-            ids = torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))])
-            held = Deferred(held, ids, _others(sizes, held.dim), sizes)
-        found = self.follow(node, held) if isinstance(held, Deferred) else None
-        return self.carried(node, base, found) or found if base and isinstance(found, Deferred) else found
+        if isinstance(held, Deferred):
+            return self.follow(node, held)
+        if not isinstance(held, Value):
+            return None
+        sizes = shape(self.values[operand])
+        ids = torch.arange(held.size).view([-1 if d == held.dim else 1 for d in range(len(sizes))])
+        found = self.follow(node, Deferred(held, ids, _others(sizes, held.dim), sizes))
+        return self.carried(node, held, found) or found if isinstance(found, Deferred) else found
 
     def carried(self, node: fx.Node, base: Value, found: Deferred) -> Value | None:
         """The channels stay a dim of their own, in order: what moves the other dims is done to every piece."""
         after, dim = shape(self.values[node]), channel_dim(found.ids)
         if dim is None or after[dim] != base.size or not np.array_equal(found.ids.flatten(), np.arange(base.size)):
             return None
-        sizes = node.args[1] if op_name(node) in _SIZED else None
+        if len(base.pieces) > 1 and op_name(node) not in (*_SIZED, *_TURNED):
+            return None
         pieces = []
         for piece, positions in base.pieces:
             new = self.new.node_copy(node, lambda n, p=piece: p if n is node.args[0] else self.need(n))
-            if len(positions) < base.size and op_name(node) not in (*_SIZED, *_TURNED):
-                return None
-            if sizes is not None and len(positions) < base.size:
+            if op_name(node) in _SIZED and len(positions) < base.size:
                 given = list(new.args[1])  # type: ignore[arg-type]
                 given[dim] = len(positions)
                 new.args = (new.args[0], given, *new.args[2:])
@@ -377,14 +310,11 @@ class _Carver(Pieces):
         base = held.base
         others = [s for d, s in enumerate(held.sizes) if d != base.dim]
         same_place = channel_dim(ids) == base.dim and len(after) == len(held.sizes)
-        if not same_place or [s for d, s in enumerate(after) if d != base.dim] != others:
-            return Deferred(base, ids, rest, held.sizes)
-        if rest is None or not torch.equal(rest, _others(held.sizes, base.dim)):
-            return Deferred(
-                base, ids, rest, held.sizes
-            )  # rows or columns lie elsewhere: flip, roll, a square transpose
+        same_sizes = same_place and [s for d, s in enumerate(after) if d != base.dim] == others
         source = ids.flatten().numpy()
-        if len(np.unique(source)) != len(source):
+        # Rows or columns may lie elsewhere in the same sizes: flip, roll, a square transpose.
+        still = same_sizes and rest is not None and torch.equal(rest, _others(held.sizes, base.dim))
+        if not still or len(np.unique(source)) != len(source):
             return Deferred(base, ids, rest, held.sizes)
         position = np.full(base.size, -1)
         position[source] = np.arange(len(source))

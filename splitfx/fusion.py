@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from splitfx.carve import Division
+from splitfx.division import Division
 from splitfx.graph import module_of
 from splitfx.narrow import transposed
 

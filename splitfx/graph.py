@@ -155,6 +155,11 @@ def random_inputs(
     return tuple(args), dict(kwargs)
 
 
+def read_alone(graph: fx.GraphModule) -> set[str]:
+    """Paths of the modules of which the graph reads a tensor by itself, whether or not it calls them too."""
+    return {str(n.target).rpartition(".")[0] for n in graph.graph.nodes if n.op == "get_attr"}
+
+
 def inputs_as_now(graph: fx.GraphModule) -> fx.GraphModule:
     """Bring the record of the inputs, in place, to what the model is now: it may have been moved, or converted, since
     it was traced. Returns the graph."""

@@ -18,8 +18,9 @@ from torch.nn import functional
 from splitfx.analysis import Facts
 from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
-from splitfx.carve import Division, Divisions
+from splitfx.division import Division, Divisions
 from splitfx.graph import layer, module_of
+from splitfx.narrow import is_channels_last
 from splitfx.ops import op_name
 
 REPEATS, ENOUGH_SECONDS = 3, 0.05
@@ -79,7 +80,6 @@ def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ..
     """Seconds of one forward as (grouped conv, narrow branches) on a batch of the spatial sizes in ``sizes``; the
     grouped conv of an uneven division is the one whose groups are all padded to the largest."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     options = tuple(getattr(module, name) for name in ("stride", "padding", "dilation"))
     blocks = tuple((len(o), len(i)) for i, o in zip(division.ins, division.outs, strict=True))
     return _seconds(
@@ -87,7 +87,7 @@ def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ..
         tuple(weight.shape[2:]),
         (sizes[0], *sizes[2:]),
         options,
-        last,
+        is_channels_last(weight),
         weight.dtype,
         str(weight.device),
         torch.get_num_threads(),

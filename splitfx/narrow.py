@@ -52,8 +52,13 @@ def _part(tensor: torch.Tensor, *picks: tuple[int, np.ndarray]) -> torch.Tensor:
             part = part.narrow(dim, int(positions[0]), len(positions))
         else:
             part = part.index_select(dim, torch.as_tensor(positions, device=tensor.device))
-    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return part.contiguous(memory_format=torch.channels_last) if last else part
+    return part.contiguous(memory_format=torch.channels_last) if is_channels_last(tensor) else part
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Its channels lie last in memory, and not because of sizes for which that is the same."""
+    last = torch.channels_last
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
 
 
 def _block(weight: torch.Tensor, outs: np.ndarray, ins: np.ndarray) -> torch.Tensor:

@@ -19,7 +19,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
 from splitfx.editing import like
-from splitfx.graph import module_of
+from splitfx.graph import module_of, read_alone
 from splitfx.ops import in_place, out_of_place
 
 aten = torch.ops.aten
@@ -65,8 +65,7 @@ class Pieces:
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
         self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
-        # Layers whose tensors the graph reads by themselves too: they stay where they are.
-        self.read = {str(n.target).rpartition(".")[0] for n in graph.graph.nodes if n.op == "get_attr"}
+        self.read = read_alone(graph)  # these layers stay where they are
         self.branch: dict[fx.Node, int] = {}
         self.origin: fx.Node | None = None
 

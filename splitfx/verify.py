@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from splitfx.canonical import is_opaque
-from splitfx.carve import Masked
+from splitfx.division import Masked
 from splitfx.errors import VerificationError
 from splitfx.graph import TensorSpec, attribute, copy_graph, info, layer
 

@@ -14,7 +14,8 @@ from splitfx import carve as carving
 from splitfx import narrow
 from splitfx.analysis import facts
 from splitfx.analysis.partition import WHOLE
-from splitfx.carve import Division, carve, masked
+from splitfx.carve import carve
+from splitfx.division import Division, masked
 from splitfx.graph import copy_graph
 from splitfx.ops import text
 from splitfx.passes import Group

@@ -22,7 +22,8 @@ from torch import fx
 from splitfx.analysis import facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
-from splitfx.carve import Division, carve
+from splitfx.carve import carve
+from splitfx.division import Division
 from splitfx.editing import tidy
 from splitfx.graph import attribute, module_of
 from splitfx.ops import Channel, bind, op, op_name

@@ -20,9 +20,9 @@ from splitfx.analysis.axes import Edge
 from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import families
 from splitfx.analysis.shapes import shape
-from splitfx.carve import Division
+from splitfx.division import Division
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.graph import layer, output_node
+from splitfx.graph import layer, output_node, read_alone
 from splitfx.notes import Note
 from splitfx.ops import op_name
 from splitfx.splitnet.levels import Asked, Levels, asked_levels
@@ -80,8 +80,7 @@ class Structure:
         self.vector_of = np.full(len(self.axes.channel), WHOLE)  # by label: the number of its vector
         self.item_of = np.full(len(self.axes.channel), WHOLE)
         self.whole: dict[int, str] = dict(self.axes.frozen)
-        # Layers whose tensors the model reads by themselves too.
-        self.read = {str(n.target).rpartition(".")[0] for n in known.graph.graph.nodes if n.op == "get_attr"}
+        self.read = read_alone(known.graph)
         read = np.unique(self.axes.axis[np.concatenate([a for e in touched for a in (e.ins, e.outs)])])
         self.families = families(self.axes, np.flatnonzero(np.isin(self.axes.axis, read)))
         self.splits = [Split(e, asked[e.node]) for e in touched if self.divides(e)]

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.carve import Masked
+from splitfx.division import Masked
 from splitfx.editing import tidy
 from splitfx.graph import copy_graph
 from splitfx.passes import Group

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import splitfx
 from splitfx import narrow
-from splitfx.carve import Division
+from splitfx.division import Division
 from splitfx.errors import VerificationError
 from splitfx.passes import Group
 from tests.models import ZOO

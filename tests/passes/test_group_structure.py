@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx.carve import Masked
+from splitfx.division import Masked
 from splitfx.ops import text
 from splitfx.passes import Group
 from splitfx.pipeline import run_pass
