@@ -1,10 +1,10 @@
 """Tiled schedules on a GPU: what strips of each height cost in time and memory, as they are and as one CUDA graph.
 
-``python -m benchmarks.gpu_tile`` on a machine with a CUDA GPU; ``--dry-run`` runs the same code small on a CPU. For each
-network and number type: the folded network whole, the planner's schedule for half the peak, and streams by hand of some
-strip heights. Time is the median of runs in turn; *graph* is the same calls captured once and replayed (`torch.cuda.graph`),
-which leaves out what launching costs. Writes ``benchmarks/results/gpu_tile.json`` after every network, so that a run that
-is cut off keeps what it measured.
+``python -m benchmarks.gpu_tile`` on a machine with a CUDA GPU; ``--dry-run`` runs the same code small on a CPU. For
+each network and number type: the folded network whole, the planner's schedule for half the peak, and streams by hand
+of some strip heights. Time is the median of runs in turn; *graph* is the same calls captured once and replayed
+(`torch.cuda.graph`), which leaves out what launching costs. Writes ``benchmarks/results/gpu_tile.json`` after every
+network, so that a run that is cut off keeps what it measured.
 """
 
 from __future__ import annotations
@@ -100,11 +100,9 @@ def main() -> None:
                 found.append(one)
                 replay = f"x{one['graph_ratio']:.2f}" if one["graph_ratio"] else one["graph_problem"] or "-"
                 peak = size(one["allocator_bytes"]) if one["allocator_bytes"] else "-"
-                print(
-                    f"{time.perf_counter() - started:4.0f} s  {name:16} {how:18} {one['what']:9} {seconds(one['seconds'])} "
-                    f"x{one['ratio']:.2f}, graph {replay}, predicted {size(one['predicted_bytes'])}, held {peak}",
-                    flush=True,
-                )
+                took = f"{time.perf_counter() - started:4.0f} s  {name:16} {how:18} {one['what']:9} {seconds(one['seconds'])}"
+                held = f"predicted {size(one['predicted_bytes'])}, held {peak}"
+                print(f"{took} x{one['ratio']:.2f}, graph {replay}, {held}", flush=True)
             if device == "cuda":
                 write(record("gpu_tile", found) | {"command": "python -m benchmarks.gpu_tile"})
 
