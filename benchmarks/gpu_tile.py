@@ -100,9 +100,9 @@ def main() -> None:
                 found.append(one)
                 replay = f"x{one['graph_ratio']:.2f}" if one["graph_ratio"] else one["graph_problem"] or "-"
                 peak = size(one["allocator_bytes"]) if one["allocator_bytes"] else "-"
-                took = f"{time.perf_counter() - started:4.0f} s  {name:16} {how:18} {one['what']:9} {seconds(one['seconds'])}"
+                took = f"{time.perf_counter() - started:4.0f} s  {name:16} {how:18} {one['what']:9}"
                 held = f"predicted {size(one['predicted_bytes'])}, held {peak}"
-                print(f"{took} x{one['ratio']:.2f}, graph {replay}, {held}", flush=True)
+                print(f"{took} {seconds(one['seconds'])} x{one['ratio']:.2f}, graph {replay}, {held}", flush=True)
             if device == "cuda":
                 write(record("gpu_tile", found) | {"command": "python -m benchmarks.gpu_tile"})
 
