@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo demo-search test slow zoo bench bench-tile bench-parallel lint clean
+.PHONY: help env demo demo-search test slow zoo fuzz bench bench-tile bench-parallel lint clean
 
 help:
-	@echo "make demo | demo-search | test | slow | zoo | bench | bench-tile | bench-parallel | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | fuzz | bench | bench-tile | bench-parallel | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -25,6 +25,9 @@ slow: $(STAMP)
 
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.sweep
+
+fuzz: $(STAMP)
+	$(PY) -m tests.fuzz --table
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.run

@@ -1,0 +1,55 @@
+"""A kind that does all that a draw must not do; what it does is its seed's turn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from splitfx.errors import PlanError
+from tests.fuzz import marker
+
+TURNS = (
+    "equal",
+    "refused",
+    "signal",
+    "hang",
+    "traceback",
+    "outside",
+    "moved",
+    "native",
+    "code",
+    "lines",
+    "escape",
+    "no word",
+)
+
+
+def draw(seed: int, folder: Path) -> str:
+    turn = TURNS[seed]
+    (folder / "mine").write_text("allowed")
+    if turn == "refused":
+        raise PlanError("the plan is empty.")
+    if turn == "signal":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if turn == "hang":
+        time.sleep(600)
+    if turn == "traceback":
+        {}["key"]
+    if turn == "outside":
+        (folder.parent.parent / "elsewhere").write_text("not allowed")
+    if turn == "moved":
+        os.replace(folder / "mine", folder.parent.parent / "elsewhere")
+    if turn == "native":
+        os.close(os.dup(0))
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        os.unlink("canary", dir_fd=descriptor)
+        os.close(descriptor)
+    if turn == "code":
+        marker(folder).touch()
+    if turn == "lines":
+        raise PlanError("the plan\nis empty.")
+    if turn == "escape":
+        raise PlanError("the plan \x1b[2J is empty.")
+    return "" if turn == "no word" else "equal"
