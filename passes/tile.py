@@ -17,12 +17,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from splitfx import limits
 from splitfx.analysis import Facts
 from splitfx.errors import PlanError, nearest
 from splitfx.graph import TensorSpec, layer, module_of
 from splitfx.ops import op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise
 from splitfx.report.table import size as words
+from splitfx.text import shown
 from splitfx.tiling import planner
 from splitfx.tiling.extract import install, sources_of, stages
 from splitfx.tiling.instructions import Schedule
@@ -79,6 +81,8 @@ class Tile(Pass):
             planner.parse_bytes(self.budget)
         if self.rows < 0 or min(self.grid) < 1 or any(e < 1 for e in self.every):
             raise PlanError("pass 'tile': rows, grid and every are counts: rows at least 0, the others at least 1")
+        if self.grid[0] * self.grid[1] > limits.TILES:
+            raise PlanError(f"pass 'tile': a grid has at most {limits.TILES} tiles; got {shown(self.grid)}")
         if self.halo == "zero":
             self._check_zero()
         if self.by_hand and (self.budget or self.stages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from splitfx import limits
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.graph import info, is_canonical
 from splitfx.pipeline import Step, run_plan
 from splitfx.plan import Plan
 from splitfx.profiling import Profile, profile
 from splitfx.protocol import Note, Pass
+from splitfx.text import shown
 from splitfx.tracing import split_inputs, trace
 
 
@@ -53,6 +56,11 @@ def inputs_for(model: nn.Module, plan: Plan) -> tuple[torch.Tensor, ...]:
         raise PlanError("no input sizes: give example_inputs, or a plan with input_shape")
     shapes = given if given and isinstance(given[0], tuple) else (given,)
     owned = next((p for p in model.parameters() if p.dtype.is_floating_point), torch.zeros(()))
+    limits.check_memory(
+        owned.element_size() * sum(math.prod(s) for s in shapes),  # type: ignore[arg-type]
+        PlanError,
+        f"input_shape {shown(given)}",
+    )
     return tuple(torch.zeros(s, dtype=owned.dtype, device=owned.device) for s in shapes)  # type: ignore[arg-type]
 
 

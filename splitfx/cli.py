@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from splitfx.errors import SplitfxError, VerificationError, nearest
+from splitfx.text import cut, one_line
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130
 
@@ -29,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors are one line, with the nearest known word."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"splitfx: error: {message} (see {self.prog} --help)\n")
+        self.exit(WRONG, f"splitfx: error: {one_line(message)} (see {self.prog} --help)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(given: argparse.Namespace, kind: str, message: str, code: int) -> int:
-    line = " ".join(message.split())
+    line = one_line(message)
     print(f"splitfx: error: {line}", file=sys.stderr)
     if given.json:
         print(json.dumps({"error": {"kind": kind, "message": line}}))
@@ -209,6 +210,6 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number, not '{text}'")
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number, not '{cut(text, 40)}'")
     return int(text)

@@ -7,6 +7,7 @@ Each function gets the parsed arguments and a `Progress`, prints to stdout and r
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from splitfx import api, storage
+from splitfx import api, limits, storage
 from splitfx.errors import ExportError, PlanError, SplitfxError, UnsupportedError
 from splitfx.files import check_target
 from splitfx.graph import random_inputs
@@ -26,6 +27,7 @@ from splitfx.models import load_model
 from splitfx.plan import Plan
 from splitfx.progress import Progress
 from splitfx.report.table import size
+from splitfx.text import printable
 from splitfx.tracing import trace
 
 
@@ -214,7 +216,7 @@ COMMANDS = {
 
 
 def _print(given: Namespace, machine: str, people: str) -> int:
-    print(machine if given.json else people)
+    print(machine if given.json else printable(people))
     sys.stdout.flush()
     return 0
 
@@ -238,6 +240,8 @@ def _inputs(given: Namespace) -> tuple[torch.Tensor, ...] | None:
         return None
     generator = torch.Generator().manual_seed(given.seed)
     sizes = [parse_sizes(text) for text in given.input]
+    needed = sum(math.prod(s) * getattr(torch, d).itemsize for s, d in sizes)
+    limits.check_memory(needed, UnsupportedError, f"--input {', '.join(given.input)}")
     return tuple(
         torch.randn(s, generator=generator).to(getattr(torch, d))
         if d.startswith(("float", "bfloat"))

@@ -1,6 +1,7 @@
 """The errors of splitfx: one root, one class per thing that can go wrong.
 
-Every message is one line in the user's words: which layer, plan or file, what was found, what to do next.
+Every message is one line in the user's words: which layer, plan or file, what was found, what to do next. Whatever a
+file or a model puts into it, it is printable and of bounded length (`splitfx.text`).
 Catching `SplitfxError` catches everything that splitfx raises on purpose; anything else is a bug in splitfx.
 """
 
@@ -9,9 +10,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from splitfx.text import one_line
+
+_WORD = 100  # characters; what is longer is no misspelt name
+
 
 class SplitfxError(Exception):
     """Root of every error that splitfx raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(one_line(one) if isinstance(one, str) else one for one in args))
 
 
 class TraceError(SplitfxError):
@@ -51,6 +59,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     The leading space lets a caller append the result to a finished sentence.
     """
+    if len(word) > _WORD:
+        return ""
     by_folded = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
     return f" Did you mean '{by_folded[close[0]]}'?" if close else ""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitfx import limits
 from splitfx.errors import SplitfxError
 
 
@@ -156,10 +157,23 @@ def _is_elsewhere(problem: OSError, target: Path) -> bool:
     return isinstance(name, str | os.PathLike) and not Path(name).absolute().is_relative_to(target.parent.absolute())
 
 
+def read_text(path: Path, *, most: int) -> str:
+    """A text file, without the byte order mark that editors put in front. Raises `OSError`; `ValueError`, with words,
+    for what is not UTF-8 and for files of more than ``most`` bytes, of which no more is read."""
+    with open(path, "rb") as file:
+        held = file.read(most + 1)
+    if len(held) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    try:
+        return held.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"not UTF-8 text (byte {problem.start})") from None
+
+
 def read_json(path: Path, error: type[SplitfxError], missing: str) -> Any:
     """A file's JSON. Raises ``error`` in one line; ``missing`` says what it means that the file is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path, most=limits.JSON_BYTES))
     except FileNotFoundError:
         raise error(f"{path} is missing; {missing}.") from None
     except OSError as problem:

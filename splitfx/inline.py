@@ -10,19 +10,22 @@ import shlex
 import tomllib
 from typing import Any
 
-from splitfx import registry
+from splitfx import limits, registry
 from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.protocol import Pass
+from splitfx.text import shown
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 
 
 def parse_pass(text: str) -> Pass:
     """The pass that ``text`` names, with its options. Raises `PlanError`."""
+    if len(text) > limits.WORD:
+        raise PlanError(f"--pass {shown(text)} has more than {limits.WORD} characters; write a plan file instead")
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise PlanError(f"--pass {text!r} cannot be read: {error}") from None
+        raise PlanError(f"--pass {shown(text)} cannot be read: {error}") from None
     if not words:
         raise PlanError("--pass is empty; write a name and options, such as 'group factors=2,2,4'")
     cls = registry.get(words[0])
@@ -31,7 +34,7 @@ def parse_pass(text: str) -> Pass:
     for word in words[1:]:
         option, equals, value = word.partition("=")
         if not equals:
-            raise PlanError(f"--pass {text!r}: '{word}' is no option=value")
+            raise PlanError(f"--pass {shown(text)}: '{word}' is no option=value")
         given[option] = _value(value, known.get(option, {}))
     return cls.from_dict(given)
 
@@ -40,13 +43,17 @@ def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
     """``1x3x224x224`` or ``1x16:int64`` as sizes and the name of a dtype. Raises `UnsupportedError`."""
     sizes, _, dtype = text.partition(":")
     if not re.fullmatch(r"\d+([x×,]\d+)+", sizes.strip()):
-        raise UnsupportedError(f"--input {text!r}: sizes are written batch first, such as 1x3x224x224")
-    found = tuple(map(int, re.split("[x×,]", sizes.strip())))
+        raise UnsupportedError(f"--input {shown(text)}: sizes are written batch first, such as 1x3x224x224")
+    try:
+        found = tuple(map(int, re.split("[x×,]", sizes.strip())))
+    except ValueError:  # Python reads no integer of thousands of digits
+        raise UnsupportedError(f"--input {shown(text)}: a size has too many digits") from None
     if min(found) < 1:
-        raise UnsupportedError(f"--input {text!r}: every size is 1 or more")
+        raise UnsupportedError(f"--input {shown(text)}: every size is 1 or more")
+    limits.check_shape(found, UnsupportedError, "--input")
     if dtype and dtype not in DTYPES:
         raise UnsupportedError(
-            f"--input {text!r}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} Types: {', '.join(DTYPES)}"
+            f"--input {shown(text)}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} Types: {', '.join(DTYPES)}"
         )
     return found, dtype or "float32"
 
@@ -64,5 +71,5 @@ def _value(text: str, schema: dict[str, Any]) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

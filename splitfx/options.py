@@ -14,13 +14,15 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
+from splitfx import limits
 from splitfx.errors import PassError
 
 INT64 = 2**63  # TOML promises 64-bit integers and no more
 
 
 class Mismatch(Exception):
-    """A value is not of the type that its option declares. Callers turn it into a `PlanError` with names."""
+    """A value is not of the type that its option declares. Callers turn it into a `PlanError` with names; the text, if
+    there is one, says what is allowed."""
 
 
 class FrozenDict(dict):
@@ -69,13 +71,27 @@ def _scalar(value: Any, hint: Any) -> Any:
     if hint is bool:
         return _require(value, type(value) is bool)
     if hint is str:
-        return _require(value, type(value) is str and _encodes(value))
+        return _text(_require(value, type(value) is str and _encodes(value)))
     _require(value, not isinstance(value, bool))
     if hint is int:  # numbers.Integral: sizes and factors often arrive as numpy integers
         return int(_require(value, isinstance(value, numbers.Integral) and -INT64 <= int(value) < INT64))
     if hint is float:
-        return float(_require(value, isinstance(value, numbers.Real) and not math.isnan(value)))
+        return _float(_require(value, isinstance(value, numbers.Real)))
     raise _not_plain(hint)
+
+
+def _text(value: str) -> str:
+    if len(value) > limits.NAME:
+        raise Mismatch(f"a text of at most {limits.NAME} characters")
+    return value
+
+
+def _float(value: Any) -> float:
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond all floats
+        raise Mismatch from None
+    return _require(found, not math.isnan(found))
 
 
 def _encodes(text: str) -> bool:
@@ -108,6 +124,8 @@ def _literal(value: Any, allowed: tuple[Any, ...]) -> Any:
 
 def _tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     _require(value, isinstance(value, (list, tuple)))
+    if len(value) > limits.ITEMS:
+        raise Mismatch(f"a list of at most {limits.ITEMS} entries")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(convert(one, args[0]) for one in value)
     _require(value, len(value) == len(args))

@@ -2,8 +2,8 @@
 
 Does: reads and writes TOML with a format number, checks every name and value while reading.
 Refuses (`PlanError`, one line, with the path when there is one): an empty plan, unknown passes, options
-or keys with the nearest known name, values of another type, a newer format, files that are missing,
-empty, cut off inside a line or not UTF-8; writing over an existing file unless told so.
+or keys with the nearest known name, values of another type, a newer format, files that are missing, empty, cut off
+inside a line, not UTF-8 or beyond `splitfx.limits`; writing over an existing file unless told so.
 Promises: `Plan.from_toml(plan.to_toml()) == plan`. Options that hold data (`not_in_plan`) are not part of the
 text: a plan read back has None there.
 """
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from splitfx import options, registry
+from splitfx import limits, options, registry
 from splitfx.errors import PlanError, nearest
-from splitfx.files import written_whole
+from splitfx.files import read_text, written_whole
 from splitfx.protocol import Pass
+from splitfx.text import cut, shown
 
 FORMAT = 1
+BOM = "\ufeff"  # byte order mark, which editors put in front
 
 Shape = tuple[int, ...]
 
@@ -50,13 +52,15 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a plan file. Raises `PlanError` with the path for anything wrong with the file or the plan."""
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+            text = read_text(Path(path), most=limits.PLAN_BYTES)
         except FileNotFoundError:
             raise PlanError(f"{path}: there is no such plan file.") from None
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror or error}.") from error
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{path}: is not a plan: not UTF-8 text (byte {error.start}).") from None
+        except ValueError as error:
+            raise PlanError(f"{path}: is not a plan: {error}.") from None
+        try:
+            return cls.from_toml(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
 
@@ -68,11 +72,15 @@ class Plan:
     @classmethod
     def from_toml(cls, text: str) -> Self:
         """Read a plan from its text. Raises `PlanError` for text that is no TOML or no plan."""
+        text = text.removeprefix(BOM)
         if not text.strip():
             raise PlanError("the plan is empty.")
+        if len(text) > limits.PLAN_BYTES:
+            raise PlanError(f"the plan has {len(text)} characters; a plan has at most {limits.PLAN_BYTES}.")
+        limits.check_nesting(text, PlanError, "the plan")
         try:
             given = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # a number of too many digits is one too
             raise PlanError(f"the plan is not valid TOML, or was cut off: {error}.") from None
         _check_format(given)
         _check_keys(given)
@@ -110,14 +118,16 @@ def plan_schema() -> dict[str, Any]:
 
 def _checked_passes(given: Any) -> tuple[Pass, ...]:
     if isinstance(given, Pass) or not isinstance(given, Sequence) or isinstance(given, str):
-        raise PlanError(f"a plan takes a list of passes, such as Plan([...]); got {given!r}.")
+        raise PlanError(f"a plan takes a list of passes, such as Plan([...]); got {shown(given)}.")
     if not given:
         raise PlanError("a plan needs at least one pass.")
+    if len(given) > limits.PASSES:
+        raise PlanError(f"the plan has {len(given)} passes; a plan has at most {limits.PASSES}.")
     for position, one in enumerate(given, 1):
         if isinstance(one, type) and issubclass(one, Pass):
             raise PlanError(f"pass {position} of the plan is a class; write {one.__name__}() with its options.")
         if not isinstance(one, Pass):
-            raise PlanError(f"pass {position} of the plan is not a pass: {one!r}.")
+            raise PlanError(f"pass {position} of the plan is not a pass: {shown(one)}.")
     return tuple(given)
 
 
@@ -130,9 +140,11 @@ def _checked_shape(given: Any) -> Any:
         shape = ()
     shapes = shape if shape and isinstance(shape[0], tuple) else (shape,)
     if all(len(one) >= 2 and min(one) >= 1 for one in shapes):
+        for one in shapes:
+            limits.check_shape(one, PlanError, "input_shape")
         return shape
     allowed = "a list of at least 2 positive integers, batch first, such as [1, 3, 224, 224]"
-    raise PlanError(f"input_shape must be {allowed}, or a list of such lists; got {given!r}.")
+    raise PlanError(f"input_shape must be {allowed}, or a list of such lists; got {shown(given)}.")
 
 
 def _check_format(given: dict[str, Any]) -> None:
@@ -140,9 +152,9 @@ def _check_format(given: dict[str, Any]) -> None:
     if number is None:
         raise PlanError(f"the plan has no format number; is it a plan? Its first line must be 'format = {FORMAT}'.")
     if type(number) is not int or number < 1:
-        raise PlanError(f"the plan's format must be a positive integer; got {number!r}.")
+        raise PlanError(f"the plan's format must be a positive integer; got {shown(number)}.")
     if number > FORMAT:
-        newer = f"the plan has format {number}, this splitfx reads formats up to {FORMAT}"
+        newer = f"the plan has format {shown(number)}, this splitfx reads formats up to {FORMAT}"
         raise PlanError(f"{newer}; upgrade splitfx, or save the plan with this version.")
 
 
@@ -150,7 +162,7 @@ def _check_keys(given: dict[str, Any]) -> None:
     known = ("format", "input_shape", "pass")
     for key in given:
         if key not in known:
-            raise PlanError(f"a plan has no key '{key}'.{nearest(key, known)} Its keys: {', '.join(known)}.")
+            raise PlanError(f"a plan has no key '{cut(key)}'.{nearest(key, known)} Its keys: {', '.join(known)}.")
 
 
 def _read_passes(tables: Any) -> list[Pass]:

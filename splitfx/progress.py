@@ -7,6 +7,8 @@ import sys
 import threading
 from typing import Any
 
+from splitfx.text import one_line
+
 
 class Progress:
     """Call it with what starts now; leave the ``with`` block when all is done. stdout is never touched."""
@@ -20,9 +22,9 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         if self.moving:
-            self._line().set_description_str(text)
+            self._line().set_description_str(one_line(text))
         elif not self.quiet:
-            print(f"splitfx: {text}", file=sys.stderr, flush=True)
+            print(f"splitfx: {one_line(text)}", file=sys.stderr, flush=True)
 
     def remark(self, text: str) -> None:
         """A line that stays."""
@@ -30,7 +32,7 @@ class Progress:
             return
         if self.bar is not None:
             self.bar.clear()
-        print(f"splitfx: {text}", file=sys.stderr, flush=True)
+        print(f"splitfx: {one_line(text)}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from splitfx import options
 from splitfx.errors import PassError, PlanError, nearest
 from splitfx.notes import Note
+from splitfx.text import cut, shown
 
 if TYPE_CHECKING:
     from torch import fx
@@ -98,7 +99,7 @@ class Pass:
             if option not in known:
                 allowed = ", ".join(known) or "none"
                 hint = nearest(str(option), known)
-                raise PlanError(f"pass '{cls.name}' has no option '{option}'.{hint} Its options: {allowed}.")
+                raise PlanError(f"pass '{cls.name}' has no option '{cut(str(option))}'.{hint} Its options: {allowed}.")
         for option in known:
             if option not in given and _default(cls, option) is MISSING:
                 raise PlanError(f"pass '{cls.name}' needs option '{option}': {options.describe(known[option])}.")
@@ -141,9 +142,9 @@ def _default(cls: type[Pass], option: str) -> Any:
 def _checked(cls: type[Pass], option: str, value: Any, hint: Any) -> Any:
     try:
         return options.convert(value, hint)
-    except options.Mismatch:
-        allowed = options.describe(hint)
-        raise PlanError(f"pass '{cls.name}': option '{option}' must be {allowed}; got {value!r}.") from None
+    except options.Mismatch as mismatch:
+        allowed = str(mismatch) or options.describe(hint)
+        raise PlanError(f"pass '{cls.name}': option '{option}' must be {allowed}; got {shown(value)}.") from None
 
 
 def check_options(cls: type[Pass]) -> None:

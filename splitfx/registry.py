@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from splitfx.errors import PassError, PlanError, nearest
 from splitfx.protocol import Pass, Promise, check_options
+from splitfx.text import cut
 
 ENTRY_POINTS = "splitfx.passes"
 
@@ -29,7 +30,7 @@ def get(name: str) -> type[Pass]:
     """The pass of that plan name. Raises `PlanError` with the nearest name when there is none."""
     known = all()
     if name not in known:
-        raise PlanError(f"no pass is named '{name}'.{nearest(name, known)} Known passes: {', '.join(known)}.")
+        raise PlanError(f"no pass is named '{cut(name)}'.{nearest(name, known)} Known passes: {', '.join(known)}.")
     return known[name]
 
 

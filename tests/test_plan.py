@@ -101,7 +101,7 @@ divides = st.builds(
     per_layer=st.dictionaries(texts, int64s, max_size=3),
     window=st.none() | st.tuples(int64s, int64s),
 )
-sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=5)
+sizes = st.lists(st.integers(1, 128), min_size=2, max_size=5)
 shapes = st.none() | sizes | st.lists(sizes, min_size=1, max_size=3)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from splitfx.report.table import WIDTH, number, seconds, size, table, wrap
+from splitfx.text import printable
 
 if TYPE_CHECKING:
     from splitfx.api import Comparison, Explanation
@@ -40,13 +41,13 @@ def explanation_text(explanation: Explanation) -> str:
     lines = [f"{explanation.model}, traced with {explanation.front_end}"]
     lines += _notes(explanation.notes)
     if not explanation.steps:
-        return "\n".join([*lines, "", "no pass has run on it"])
+        return printable("\n".join([*lines, "", "no pass has run on it"]))
     for position, step in enumerate(explanation.steps, 1):
         lines += ["", *_step(position, step)]
     if len(explanation.steps) > 1:
         first, last = explanation.steps[0].before, explanation.steps[-1].after
         lines += ["", f"all {len(explanation.steps)} passes together", "", *_figures(first, last)]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def comparison_text(comparison: Comparison) -> str:

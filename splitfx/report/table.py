@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from splitfx.text import printable
+
 WIDTH = 100
 GAP = "  "
 _SHORT, _SHORTEST = 14, 8  # text columns are cut to the first, and only then to the second
@@ -19,7 +21,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[
 
     ``None`` prints as ``-``. No line is longer than ``width`` characters.
     """
-    cells = [[str(one) for one in head], *([_text(one) for one in row] for row in rows)]
+    cells = [[_text(one) for one in head], *([_text(one) for one in row] for row in rows)]
     widths = _fit([max(len(line[c]) for line in cells) for c in range(len(head))], left, width)
     lines = [_line(line, widths, left) for line in cells]
     lines.insert(1, GAP.join("-" * w for w in widths))
@@ -40,7 +42,9 @@ def wrap(text: str, indent: str = "  ", width: int = WIDTH) -> str:
     """A sentence as lines of at most ``width`` characters, all but the first indented."""
     import textwrap
 
-    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+    return textwrap.fill(
+        printable(text), width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False
+    )
 
 
 def size(count: float | None) -> str:
@@ -79,7 +83,7 @@ def dims(shape: Sequence[int]) -> str:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value).replace("\n", " "))
 
 
 def _fit(widths: list[int], left: Sequence[int], width: int) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from splitfx import limits
 from splitfx.errors import MissingExtraError, PlanError
+from splitfx.files import read_text
 from splitfx.graph import layer
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import drawn
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
+from splitfx.text import shown
 
 Taxonomy = Mapping[str, Any] | str | os.PathLike[str]
 Labels = dict[str, np.ndarray]
@@ -111,10 +115,11 @@ def read_taxonomy(given: Taxonomy) -> Mapping[str, Any]:
     if isinstance(given, Mapping):
         return given
     if not isinstance(given, str | os.PathLike):
-        raise PlanError(f"a taxonomy is a table of groups of class names, or a file that holds one; got {given!r}")
+        raise PlanError(f"a taxonomy is a table of groups of class names, or a file that holds one; got {shown(given)}")
     path = Path(given)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=limits.PLAN_BYTES)
+        limits.check_nesting(text, PlanError, f"{path}: the taxonomy")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise PlanError(f"{path}: the taxonomy cannot be read: {error.strerror or error}.") from None
@@ -136,11 +141,12 @@ def semantic_labels(found: Structure, taxonomy: Mapping[str, Any], names: Sequen
 def checked_taxonomy(taxonomy: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises `PlanError` for a taxonomy that does not hold every class once, and no others."""
     listed = list(leaves(taxonomy))
-    twice = next((n for i, n in enumerate(listed) if n in listed[:i]), None)
+    known, wanted = Counter(listed), set(names)
+    twice = next((n for n, count in known.items() if count > 1), None)
     if twice is not None:
         raise PlanError(f"the taxonomy names the class {twice!r} twice")
-    missing = [n for n in names if n not in set(listed)]
-    unknown = [n for n in listed if n not in set(names)]
+    missing = [n for n in names if n not in known]
+    unknown = [n for n in listed if n not in wanted]
     if missing or unknown:
         what = f"has no place for {_some(missing)}" if missing else f"names {_some(unknown)}, which the model lacks"
         raise PlanError(f"the taxonomy {what}: it must hold every class of the model once")
@@ -154,7 +160,7 @@ def leaves(node: Any) -> list[str]:
         return [leaf for child in node for leaf in leaves(child)]
     if isinstance(node, str):
         return [node]
-    raise PlanError(f"a taxonomy holds tables, lists and class names; got {node!r}")
+    raise PlanError(f"a taxonomy holds tables, lists and class names; got {shown(node)}")
 
 
 def _children(node: Any) -> list[Any]:

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from torch import fx
 
+from splitfx import limits
 from splitfx.analysis import Facts
 from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.report.table import size as words
+from splitfx.text import shown
 from splitfx.tiling.extract import sources_of, stage_graph
 from splitfx.tiling.instructions import Schedule
 from splitfx.tiling.schedule import Scheduler
@@ -38,10 +40,13 @@ def parse_bytes(text: str) -> int:
     """``"64 MiB"`` -> 67108864. Raises `PlanError` for anything that is no positive number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?i?[bB])\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise PlanError(f"a budget is a number of bytes with its unit, such as '64 MiB'; got {text!r}")
-    value = int(float(found[1]) * _UNITS[found[2].lower()])
+        raise PlanError(f"a budget is a number of bytes with its unit, such as '64 MiB'; got {shown(text)}")
+    value = float(found[1]) * _UNITS[found[2].lower()]
+    if value > limits.BUDGET_BYTES:
+        raise PlanError(f"a budget is at most 1024 PiB; got {shown(text)}")
+    value = int(value)
     if value <= 0:
-        raise PlanError(f"a budget must be more than 0 bytes; got {text!r}")
+        raise PlanError(f"a budget must be more than 0 bytes; got {shown(text)}")
     return value
 
 

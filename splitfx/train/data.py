@@ -10,6 +10,7 @@ bytes. ``digits`` (scikit-learn's 1,797 handwritten digits, 8x8) is split once a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from splitfx import limits
 from splitfx.errors import MissingExtraError, TrainingError, nearest
+from splitfx.files import read_text
 
 KINDS = ("digits", "planted", "cifar10", "cifar100", "imagefolder")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # of image files, as Pillow names them
 Shape = tuple[int, int, int]
 
 
@@ -214,13 +218,22 @@ def _cifar_binary(word: str, folder: Path, kind: str, train: bool) -> tuple[torc
             )
         rows.append(flat.reshape(-1, 3072 + labels))
     table = np.concatenate(rows)
-    classes = tuple(listed.read_text().split()) if listed.is_file() else ()
+    classes = _class_names(word, listed) if listed.is_file() else ()
     count = 10 if kind == "cifar10" else 100
     classes = classes if len(classes) == count else tuple(map(str, range(count)))
     targets = torch.from_numpy(table[:, labels - 1].astype(np.int64))
     if int(targets.max()) >= count:
         raise TrainingError(f"{word}: a label is {int(targets.max())}, {kind} has {count} classes: a file is damaged")
     return torch.from_numpy(table[:, labels:].reshape(-1, 3, 32, 32).copy()), targets, classes
+
+
+def _class_names(word: str, path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(read_text(path, most=limits.PLAN_BYTES).split())
+    except OSError as error:
+        raise TrainingError(f"{word}: {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise TrainingError(f"{word}: {path} is no list of names: {error}") from None
 
 
 def _cifar_python(word: str, folder: Path, kind: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -270,11 +283,25 @@ def _folder(word: str, folder: Path, shape: Shape, augment: bool) -> Data:
 
 
 def _image(path: str) -> Any:
-    """Named in the error, unlike in torchvision's own loader."""
+    """One of `FORMATS`, known by its content: behind other names are decoders that start programs. Named in the error,
+    unlike in torchvision's own loader."""
     from PIL import Image
 
     try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, and of sizes, which are looked at below
+            with Image.open(path, formats=FORMATS) as opened:
+                return _rgb(path, opened)
+    except TrainingError:
+        raise
+    except Exception as error:  # what a damaged file makes of a decoder may be anything
         raise TrainingError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _rgb(path: str, opened: Any) -> Any:
+    width, height = opened.size
+    if width * height > limits.PIXELS:
+        raise TrainingError(f"{path} has {width} x {height} pixels; an image has at most {limits.PIXELS}")
+    if opened.mode.startswith(("I", "F")):  # these would be cut off at 255
+        raise TrainingError(f"{path} has pixels of more than 8 bits; convert it to 8 bits")
+    return opened.convert("RGB")
