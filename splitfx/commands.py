@@ -86,6 +86,7 @@ def search(given: Namespace, progress: Progress) -> int:
 
 
 def export(given: Namespace, progress: Progress) -> int:
+    from splitfx.export.data_files import data_files
     from splitfx.export.onnx import export_onnx
 
     if given.bundle or given.branches:
@@ -100,7 +101,7 @@ def export(given: Namespace, progress: Progress) -> int:
         dynamic_batch=False if given.fixed_batch else None,
         overwrite=given.overwrite,
     )
-    parts = [one for one in (target, target.with_name(target.name + ".data")) if one.exists()]
+    parts = [target, *data_files(target)]
     total = sum(one.stat().st_size for one in parts)
     made = {"onnx": str(target), "files": [str(one) for one in parts], "bytes": total}
     return _print(given, json.dumps(made, indent=2), f"wrote {' and '.join(map(str, parts))} ({size(total)})")

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import splitfx
+from splitfx import drafts, storage
 from splitfx import graph as graphs
-from splitfx import storage
 from splitfx.errors import ExportError, PlanError
 from splitfx.graph import resolve as at
 from splitfx.passes import Group
@@ -386,14 +386,15 @@ def test_a_failed_save_leaves_the_place_as_it_was(small: Path, monkeypatch, exis
 
 
 def test_a_failed_move_puts_the_old_folder_back(small: Path, monkeypatch) -> None:
-    rename = os.rename
+    put = drafts.put
 
-    def fail_at_the_end(source: object, target: object) -> None:
-        if Path(str(source)).name == small.name and ".split." in str(source):
+    def fail_at_the_end(draft: Path, target: Path) -> None:
+        if draft.parent.name == drafts.NEW and target == small:
             raise OSError(5, "Input/output error")
-        rename(source, target)  # type: ignore[arg-type]
+        put(draft, target)
 
-    monkeypatch.setattr(os, "rename", fail_at_the_end)
+    monkeypatch.setattr(drafts, "exchange", lambda one, other: False)
+    monkeypatch.setattr(drafts, "put", fail_at_the_end)
     with pytest.raises(ExportError, match="Input/output error"):
         save(trace(nn.Linear(3, 3), torch.randn(1, 3)), small, overwrite=True)
     assert "0.weight" in load(small).state_dict()

@@ -29,7 +29,8 @@ from torch.utils import _pytree as pytree
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import tiles
-from splitfx.files import check_target, written_whole
+from splitfx.export.data_files import data_name, written_with_data
+from splitfx.files import check_target
 
 # What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
 OPSETS = range(18, 26)
@@ -61,7 +62,7 @@ def export_onnx(
         the traced inputs.
     example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); only for a module not
         traced yet.
-    external_data: put the weights into `<path>.data` beside the file; done anyway when they pass 2 GB.
+    external_data: put the weights into a file `<path>.<digest>.data` beside it; done anyway when they pass 2 GB.
     overwrite: replace an existing file.
 
     Raises `ExportError` for a wrong opset, an existing or unwritable path, a batch that cannot be dynamic,
@@ -319,25 +320,21 @@ def _name_batch(model: Any, names: dict[str, str]) -> None:
 
 
 def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> None:
-    """Save, check, then move into place: the data first, because the model is useless without it."""
+    """Save, check, then move into place."""
     import onnx
     import onnx_ir as ir
 
-    data = target.name + ".data"
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
     outside = external_data or weights > INLINE_LIMIT
-    if outside:
-        check_target(target.parent / data, overwrite=overwrite, error=ExportError)
-    with written_whole(target, overwrite=overwrite, error=ExportError) as draft:
-        ir.save(model, draft, external_data=data if outside else None, size_threshold_bytes=1024)
+    data = data_name(model, target) if outside else None
+    with written_with_data(target, data, overwrite=overwrite) as draft:
+        ir.save(model, draft, external_data=data, size_threshold_bytes=1024)
         try:
             onnx.checker.check_model(str(draft))
         except onnx.checker.ValidationError as error:
             raise ExportError(f"onnx.checker refuses the exported model: {_first_line(error)}") from error
-        if (draft.parent / data).exists():
-            os.replace(draft.parent / data, target.parent / data)
 
 
 @contextlib.contextmanager

@@ -225,11 +225,12 @@ def picture(path: str | os.PathLike[str], size: tuple[float, float], overwrite: 
     check_target(path, overwrite=overwrite, error=SplitfxError)
     with matplotlib.rc_context(FONTS):
         figure = Figure(figsize=size, dpi=140, layout="constrained", facecolor="white")
-        if Path(path).suffix.lstrip(".").lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        form = Path(path).suffix.lstrip(".").lower()
+        if form not in FigureCanvasAgg(figure).get_supported_filetypes():
             raise SplitfxError(f"{path}: a picture is a png, svg or pdf file by its suffix")
         yield figure
         with written_whole(path, overwrite=overwrite) as scratch:
-            figure.savefig(scratch)
+            figure.savefig(scratch, format=form)
 
 
 def _shades() -> Any:

@@ -32,7 +32,8 @@ def draw(profile: Profile, path: str | os.PathLike[str], overwrite: bool = False
     lines = [line for line in fold(profile.rows, _BARS)[0] if line.macs or line.params]
     figure = Figure(figsize=(12, 4.2 + 0.2 * len(lines)), dpi=120, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    if Path(path).suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
+    form = Path(path).suffix.lstrip(".").lower()
+    if form not in canvas.get_supported_filetypes():
         raise SplitfxError(f"{path}: a picture is a png, svg or pdf file by its suffix")
     halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 0.6 + 0.2 * len(lines)))
     top, bottom = halves
@@ -47,7 +48,7 @@ def draw(profile: Profile, path: str | os.PathLike[str], overwrite: bool = False
     _bars(macs, lines, [line.macs for line in lines], "MACs", _MACS)
     _bars(params, lines, [line.params for line in lines], "parameters", _PARAMS)
     with written_whole(path, overwrite=overwrite) as scratch:
-        figure.savefig(scratch)
+        figure.savefig(scratch, format=form)
 
 
 def _memory(axes: Any, profile: Profile) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from splitfx.errors import ExportError
 from splitfx.export import sessions
+from splitfx.export.data_files import data_files
 from splitfx.files import FolderKind
 from splitfx.report.table import number, size, table
 from splitfx.splitnet.arguments import Argument, bound
@@ -193,7 +194,7 @@ def _checked_file(folder: Path, part: OnnxPart) -> Path:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file; weights beside it would escape both."""
-    if path.with_name(path.name + ".data").exists():
+    if data_files(path):
         raise ExportError(f"{path.stem} holds more than 2 GB of weights; split the model into more groups.")
     with open(path, "rb") as held:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(held, "sha256").hexdigest()}

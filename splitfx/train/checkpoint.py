@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from splitfx.drafts import sweep
 from splitfx.errors import TrainingError
 from splitfx.files import written_whole
 from splitfx.graph import info, is_canonical
@@ -135,9 +136,7 @@ def opened(folder: Path, resume: bool, model: nn.Module) -> Iterator[None]:
 
 
 def _prepare(folder: Path, model: nn.Module) -> None:
-    for scratch in folder.glob(".*"):  # what a killed process was writing
-        if scratch.is_dir() and scratch.name.startswith((f".{NAME}.", f".{METRICS}.")):
-            shutil.rmtree(scratch, ignore_errors=True)
+    sweep(folder)  # what a killed process was writing
     need = ROOM * 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < need:

@@ -15,6 +15,7 @@ import torch
 
 import splitfx
 from splitfx.errors import ExportError, UnsupportedError
+from splitfx.export.data_files import data_files
 from splitfx.passes import SubNetworks, Tile
 from splitfx.subnetworks import bundle as bundles
 from splitfx.subnetworks.model import SubNetworksGraph
@@ -106,7 +107,7 @@ def test_storage_is_base_and_step_downs_and_one_percent(statistics: str, tmp_pat
     folder = splitfx.export_bundle(split, tmp_path / "bundle", runs=1)
     alone = splitfx.export_onnx(split.base(), tmp_path / "base.onnx", external_data=True)
     size = lambda *paths: sum(path.stat().st_size for path in paths)  # noqa: E731
-    base = size(alone, alone.with_name("base.onnx.data"))
+    base = size(alone, *data_files(alone))
     state = split.state_dict()
     own = sum(t.numel() * t.element_size() for key, t in state.items() if ".step_down." in key)
     assert size(*folder.iterdir()) <= 1.01 * (base + own)
