@@ -6,6 +6,7 @@ is checked against the length of the file, and nothing is unpickled.
 
 from __future__ import annotations
 
+import math
 import struct
 import tokenize
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from splitfx import limits
 from splitfx.errors import SplitfxError, UnsupportedError
+from splitfx.text import shown
 from splitfx.tiling.sources import Layout, Rows, checked, layout_of, tensor_of
 
 
@@ -52,8 +55,11 @@ class _File:
             raise SplitfxError(f"{self.name}: is cut short: {missing} bytes of its {self.height} rows are missing")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        with self.path.open("rb", buffering=0) as file:
-            planes = [tensor_of(self._plane(file, blocks, start, stop)) for blocks in self.planes]
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                planes = [tensor_of(self._plane(file, blocks, start, stop)) for blocks in self.planes]
+        except OSError as error:  # it was there when its header was read
+            raise SplitfxError(f"{self.name}: cannot be read: {error.strerror or error}") from error
         if len(planes) > 1:
             return torch.stack([x[:, :, 0] for x in planes])
         return planes[0].permute(2, 0, 1)
@@ -99,7 +105,7 @@ def file_rows(path: Path, layout: Layout | None) -> Rows:
         raise SplitfxError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SplitfxError:
         raise
-    except (ValueError, SyntaxError, tokenize.TokenError, struct.error, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, SyntaxError, tokenize.TokenError, struct.error, OverflowError) as error:
         # numpy reads its header as Python text, and fails in the ways of a parser
         raise SplitfxError(
             f"{path}: is damaged: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
@@ -120,11 +126,21 @@ def _npy(path: Path, file: Any, layout: Layout | None) -> Rows:
         raise UnsupportedError(f"{path}: lies column by column; save np.ascontiguousarray(array) instead")
     shape, offset = (tuple(shape[1:]) if len(shape) == 4 and shape[0] == 1 else tuple(shape)), file.tell()
     found = layout_of(shape, layout, str(path))
+    _check_length(path, shape, checked(dtype, str(path)).itemsize, offset, shape[found.index("H")])
     if found == "CHW":
         channels, height, width = shape
         plane = height * width * dtype.itemsize
         return _File(path, [[offset + i * plane] for i in range(channels)], height, dtype, height, width, 1)
     return _File(path, [[offset]], shape[0], dtype, shape[0], shape[1], shape[2] if found == "HWC" else 1)
+
+
+def _check_length(path: Path, shape: tuple[int, ...], itemsize: int, offset: int, height: int) -> None:
+    """A header may promise anything: nothing is made by its numbers that the file is too short for."""
+    if any(isinstance(size, bool) or size < 1 for size in shape):
+        raise SplitfxError(f"{path}: has no rows or columns")
+    missing = math.prod(shape) * itemsize + offset - path.stat().st_size
+    if missing > 0:
+        raise SplitfxError(f"{path}: is cut short: {shown(missing)} bytes of its {shown(height)} rows are missing")
 
 
 def _pnm(path: Path, file: Any) -> Rows:
@@ -155,6 +171,7 @@ class _Tiff:
 
     WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS = 256, 257, 258, 259, 262, 273
     SAMPLES, PER_STRIP, PLANAR, PREDICTOR, TILE_WIDTH, FORMAT = 277, 278, 284, 317, 322, 339
+    READ = (256, 257, 258, 259, 262, 273, 277, 278, 284, 317, 322, 339)  # the tags above; no other is looked at
     SIZES: ClassVar[dict[int, str]] = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -175,7 +192,7 @@ class _Tiff:
         found = {}
         for i in range(count):
             tag, kind = self._unpack("HH", entries[i * size : i * size + 4])
-            if kind in self.SIZES:
+            if kind in self.SIZES and tag in self.READ:
                 found[tag] = self._values(kind, entries[i * size + 4 : (i + 1) * size])
         return found
 
@@ -184,8 +201,8 @@ class _Tiff:
         width = struct.calcsize(word)
         number = self._unpack(word, entry[:width])[0]
         size = number * struct.calcsize(self.SIZES[kind])
-        if size > self.length:
-            raise SplitfxError(f"{self.path}: is damaged: a list of {number} numbers is longer than the file")
+        if not 0 < number <= limits.TABLE or size > self.length:
+            raise SplitfxError(f"{self.path}: is damaged: a tag has {number} numbers")
         data = entry[width : width + size]
         if size > width:
             self.file.seek(self._unpack(word, entry[width:])[0])
