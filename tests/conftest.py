@@ -17,6 +17,17 @@ settings.register_profile("splitfx", deadline=None, derandomize=True, max_exampl
 settings.load_profile("splitfx")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a traced or exported model run in one worker: those of a file, or, where the file says
+    ``GROUP_BY = "model"``, those of one value of that parameter."""
+    for item in items:
+        by = getattr(getattr(item, "module", None), "GROUP_BY", None)
+        values = getattr(item, "callspec", None)
+        value = values.params.get(by, "") if values is not None and by else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{value}"))
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(0)
