@@ -5,8 +5,9 @@ conv inside keeps the weights between channels of one branch and loses the other
 fusion (section 2.2: pool, concat, 1x1 conv). The fusion conv has a bias and neither norm nor activation, so that
 the identity is one of its settings; the paper leaves that open.
 
-Stays whole, with a note: what reads the model's input (eq. 2), what writes its output, the first ``share`` convs,
-layers outside ``select`` or in ``exclude``, axes that cannot be followed or have fewer channels than branches.
+Stays whole, with a note: a block whose fusion costs more weights than its division saves, what reads the model's
+input (eq. 2), what writes its output, the first ``share`` convs, layers outside ``select`` or in ``exclude``, axes that
+cannot be followed or have fewer channels than branches.
 Promise RETRAIN: equal to the dense model with fusions inserted and the removed weights set to zero.
 """
 
@@ -26,13 +27,13 @@ from splitfx.analysis.blocks import Block, blocks
 from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
-from splitfx.calibrate import Target, solve_fusions, target
+from splitfx.calibrate import Target, own_statistics, solve_fusions, target
 from splitfx.carve import carve
-from splitfx.division import Division, masked
+from splitfx.division import Division, alike, masked, weights_of
 from splitfx.editing import free_path, insert_after
 from splitfx.errors import PlanError
 from splitfx.fusion import Selection, fusion_layer, squares, widen_readers
-from splitfx.graph import layer, module_of, set_path
+from splitfx.graph import layer, module_of, read_alone, set_path, tied
 from splitfx.lowering import Lowering, choose_lowering
 from splitfx.ops import op_name
 from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
@@ -46,7 +47,9 @@ class Group(Pass):
     whole network one block (the naive split). ``fusion``: ``"widen"`` (1x1 conv from the block's width to the next
     block's, as in the paper), ``"keep"`` (same width) or ``"none"``. ``share``: that many first convs stay undivided
     (the shared variant). ``gating``: squeeze-and-excitation is split too (``"strict"``) or stays dense
-    (``"relaxed"``, which lets a few scalars per channel cross between branches). ``order``: channels go to branches
+    (``"relaxed"``, which lets a few scalars per channel cross between branches). ``costly``: a block whose fusion costs
+    more weights than the division saves is left ``"whole"`` or ``"split"`` all the same, as its factor says; a note
+    gives both figures. ``order``: channels go to branches
     as they come (``"given"``) or so that the branches keep the most squared weight (``"mass"``). ``lowering``:
     ``"grouped"`` convs, narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and
     ``exclude``: globs of layer names. ``calibration``: example inputs on which fusions are solved by least squares
@@ -63,6 +66,7 @@ class Group(Pass):
     fusion: Literal["widen", "keep", "none"] = "widen"
     share: int = 0
     gating: Literal["strict", "relaxed"] = "strict"
+    costly: Literal["whole", "split"] = "whole"
     order: Literal["given", "mass"] = "given"
     lowering: Literal["auto", "grouped", "branches"] | tuple[Literal["grouped", "branches"], ...] = "auto"
     select: tuple[str, ...] = ("*",)
@@ -94,6 +98,8 @@ class _Job:
         self.blocks = self.matched(blocks(facts))
         self.factor = self.factors()
         self.notes: list[Note] = []
+        self.left: dict[int, str] = {}  # blocks that cost more than they save
+        self.read, self.tied = read_alone(graph), {path for paths in tied(graph).values() for path in paths}
         self.divisions: dict[fx.Node, Division] = {}
         self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
@@ -105,8 +111,7 @@ class _Job:
         if not self.blocks:
             return Outcome((Note("model", "has no convolution: nothing to split", "declined"),))
         self.unmatched_globs()
-        for block in self.blocks:
-            self.divide(block)
+        self.settle()
         if not self.divisions:
             self.note("model", "no convolution can be divided: nothing was changed", "declined")
             return Outcome(tuple(self.notes))
@@ -124,7 +129,7 @@ class _Job:
             apart = copy.deepcopy(fusion) if dense is not None else Selection(source, fusion)
             set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
-        carve(self.graph, self.divisions, lowering)
+        self.notes += carve(self.graph, self.divisions, lowering)
         if self.options.lowering != "auto":
             return Outcome(tuple(self.notes), reference)
         settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
@@ -164,19 +169,90 @@ class _Job:
         chosen = any(fnmatchcase(name, g) for g in self.options.select)
         return chosen and not any(fnmatchcase(name, g) for g in self.options.exclude)
 
+    # ------------------------------------------------------------ which blocks are split
+
+    def settle(self) -> None:
+        """Divide the blocks; and again, with the costliest left whole, while there is one that costs more weights than
+        it saves."""
+        self.divide_all()
+        found = self.costly()
+        while found and self.options.costly == "whole":
+            block, what = max(found, key=lambda one: one[0])[1:]
+            self.factor[block.index], self.left[block.index] = 1, what
+            self.divide_all()
+            found = self.costly()
+        for _, block, what in found:
+            self.note(str(block), f"block {block.index}: {what}", "info")
+
+    def divide_all(self) -> None:
+        self.divisions, self.notes = {}, []
+        for block in self.blocks:
+            self.divide(block)
+        self.drop_conflicts()
+
+    def costly(self) -> list[tuple[int, Block, str]]:
+        """The split blocks without which the model has fewer weights: how many, and that in words."""
+        found = []
+        for block in [b for b in self.blocks if self.fuses(b)]:
+            saved = self.saved(block)
+            # Left whole it spares its fusion, and the one before it the width that it has for this block.
+            if sum(self.cost(b) for b in self.blocks if b.index in (block.index - 1, block.index)) <= saved:
+                continue
+            before, factor, kept = self.weights(), self.factor[block.index], (self.divisions, self.notes)
+            self.factor[block.index] = 1
+            self.divide_all()
+            more = before - self.weights()
+            self.factor[block.index], (self.divisions, self.notes) = factor, kept
+            if more > 0:
+                what = f"its fusion costs {saved + more:,} weights, more than the {saved:,} that {factor} branches save"
+                found.append((more, block, what))
+        return found
+
+    def weights(self) -> int:
+        """Weights of all blocks with their fusions."""
+        return sum(self.cost(b) - self.saved(b) for b in self.blocks)
+
+    def saved(self, block: Block) -> int:
+        """Weights that the division of a block removes; a layer that is called again counts once."""
+        nodes = {str(e.node.target): e.node for e in self.inside[block.index] if e.node in self.divisions}
+        return sum(weights_of(n).numel() - self.divisions[n].kept(n) for n in nodes.values())
+
+    def cost(self, block: Block) -> int:
+        """Weights of the fusion behind a block, and those that it adds to the layers that it widens."""
+        if not self.fuses(block) or block.end is None:
+            return 0
+        channels = shape(self.facts.shapes[block.end])[1]
+        width, _ = self.widened(block, channels)
+        total = (channels + 1) * (width or channels)
+        for node in block.end.users if width is not None else ():
+            old = self.divisions[node]
+            slots = tuple(np.array_split(np.arange(width or 0), len(old.outs)))
+            total += Division(slots, old.outs).kept(node) - old.kept(node)
+        return total
+
     # ------------------------------------------------------------ which channels go to which branch
 
     def divide(self, block: Block) -> None:
         """Divide the block's convs (and the linear layers of its gates); notes say what stays whole and why."""
         factor = self.factor[block.index]
+        if block.index in self.left:
+            what = f"left whole: {self.left[block.index]} (costly='split' splits it all the same)"
+            self.note(str(block), f"block {block.index}: {what}", "declined")
+            return
         if factor == 1:
             self.note(str(block), f"block {block.index}: factor 1, left as it is", "info")
             return
         shared = self.shared()
-        edges = [e for e in self.inside[block.index] if self.asked(e) and e.node not in shared and not e.computed]
-        for edge in block.edges:
+        edges = []
+        for edge in self.inside[block.index]:
+            if not self.asked(edge) or edge.node in shared:
+                continue
             if edge.computed:
                 self.note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
+            elif str(edge.node.target) in self.read:
+                self.note(layer(edge.node), "left undivided: the model reads its weight elsewhere too", "declined")
+            else:
+                edges.append(edge)
         if not edges:
             self.note(str(block), f"block {block.index}: no layer to divide", "declined")
             return
@@ -189,7 +265,6 @@ class _Job:
                 self.note(layer(edge.node), f"left undivided: {division}", "declined")
             else:
                 self.divisions[edge.node] = division
-        self.drop_conflicts()
 
     def edges_of(self, block: Block, place: dict[fx.Node, int], relaxed: set[fx.Node]) -> list[Edge]:
         """The block's convs, and linear layers between them (gates written with nn.Linear)."""
@@ -248,7 +323,7 @@ class _Job:
                 calls.setdefault(str(node.target), []).append(node)
         for path, nodes in calls.items():
             held = [self.divisions.get(n) for n in nodes]
-            if len(nodes) > 1 and any(h is not None for h in held) and not all(_alike(held[0], h) for h in held):
+            if len(nodes) > 1 and any(h is not None for h in held) and not all(alike(held[0], h) for h in held):
                 for n in nodes:
                     self.divisions.pop(n, None)
                 self.note(
@@ -294,10 +369,9 @@ class _Job:
         end = block.end
         assert end is not None
         wide = shape(self.facts.shapes[end])
-        follower = next((b for b in self.blocks if b.index == block.index + 1), None)
-        width, why = self.widened(block, follower, wide[1])
+        width, why = self.widened(block, wide[1])
         chosen = np.arange(wide[1])
-        if width is not None and follower is not None:
+        if width is not None:
             readers = [n for n in end.users if n in self.divisions]
             chosen = widen_readers(readers, self.divisions, width)
         fusion = fusion_layer(self.graph, wide, chosen)
@@ -307,8 +381,9 @@ class _Job:
         what = f"widens {wide[1]} channels to {len(chosen)}" if width is not None else f"keeps {wide[1]} channels{why}"
         self.note(path, f"fusion behind block {block.index}, after {layer(end)}: {what}")
 
-    def widened(self, block: Block, follower: Block | None, width: int) -> tuple[int | None, str]:
+    def widened(self, block: Block, width: int) -> tuple[int | None, str]:
         """The next block's width, or None with the reason why the fusion keeps its own."""
+        follower = next((b for b in self.blocks if b.index == block.index + 1), None)
         if self.options.fusion == "keep":
             return None, ""
         if follower is None or follower.end is None:
@@ -325,7 +400,7 @@ class _Job:
         for reader in end.users:
             convolves = reader in self.divisions and _plain_conv(reader)
             calls = sum(n.target == reader.target for n in self.graph.graph.nodes if n.op == "call_module")
-            if not convolves or calls > 1:
+            if not convolves or calls > 1 or str(reader.target) in self.tied:
                 return None, f" ({layer(reader)} reads it and cannot be widened)"
         return wanted, ""
 
@@ -370,19 +445,6 @@ class _Job:
         return dict.fromkeys(nodes, how)
 
 
-def own_statistics(graph: fx.GraphModule, path: str, other: fx.GraphModule) -> None:
-    """Give a norm copies of another graph's running statistics: the tensors it has may be shared with the model."""
-    norm, source = graph.get_submodule(path), other.get_submodule(path)
-    for name in ("running_mean", "running_var"):
-        norm.register_buffer(name, getattr(source, name).clone())
-
-
 def _plain_conv(node: fx.Node) -> bool:
     module = module_of(node)
     return type(module) is nn.Conv2d and module.groups == 1
-
-
-def _alike(a: Division | None, b: Division | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return all(np.array_equal(x, y) for x, y in zip((*a.ins, *a.outs), (*b.ins, *b.outs), strict=True))

@@ -22,7 +22,7 @@ from torch import fx, nn
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.carve import carve
-from splitfx.division import Division, masked
+from splitfx.division import Division, alike, masked
 from splitfx.errors import PlanError
 from splitfx.graph import layer, module_of
 from splitfx.lowering import lowering_seconds
@@ -102,17 +102,16 @@ class SplitNet(Pass):
         apart = _called_apart(divisions)
         if apart:
             raise PlanError(f"pass 'splitnet': {apart} is called twice with channels that are grouped differently")
-        ties = _ties([*divisions, *(e.node for e in found.producers)])
         padding = Padding(found, labels)
         lowering, why = self.lower(found, divisions, padding)
-        notes = [*found.notes, *ties, *_told(found, labels, divisions, names), Note("model", why, "info")]
+        notes = [*found.notes, *_told(found, labels, divisions, names), Note("model", why, "info")]
         reference = masked(graph, divisions)
         if lowering == "padded":
             notes += padding.told()
             wider = self.structure(padding.widen())
-            _carved(graph, wider, padding.wide, wider.divisions(padding.wide), "grouped")
+            notes += _carved(graph, wider, padding.wide, wider.divisions(padding.wide), "grouped")
         else:
-            _carved(graph, found, labels, divisions, lowering)
+            notes += _carved(graph, found, labels, divisions, lowering)
         plain = {name: tuple(given.tolist()) for name, given in labels.items()}
         return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering))
 
@@ -163,22 +162,11 @@ def _carved(
     labels: dict[str, np.ndarray],
     divisions: dict[fx.Node, Division],
     lowering: Literal["grouped", "branches"],
-) -> None:
+) -> list[Note]:
     laid = {e.node: found.permuted(e, labels) for e in found.producers}
     if lowering == "grouped":  # a conv with groups of its own loses nothing: it only changes their order
         laid |= {s.edge.node: found.permuted(s.edge, labels) for s in found.splits if s.edge.groups > 1}
-    carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
-
-
-def _ties(nodes: list[fx.Node]) -> list[Note]:
-    """Layers that share one weight, of which each gets its own."""
-    first: dict[int, fx.Node] = {}
-    notes = []
-    for node in nodes:
-        other = first.setdefault(id(module_of(node).weight), node)  # type: ignore[union-attr]
-        if other.target != node.target:
-            notes.append(Note(layer(node), f"shared its weight with {layer(other)}; now each has its own", "info"))
-    return notes
+    return carve(graph, divisions | laid, dict.fromkeys(divisions, lowering))
 
 
 def _joins(found: Structure) -> str:
@@ -201,11 +189,7 @@ def _called_apart(divisions: dict[fx.Node, Division]) -> str:
     first: dict[str, Division] = {}
     for node, division in divisions.items():
         other = first.setdefault(str(node.target), division)
-        same = [
-            np.array_equal(a, b)
-            for a, b in zip((*other.ins, *other.outs), (*division.ins, *division.outs), strict=False)
-        ]
-        if not all(same) or len(other.ins) != len(division.ins):
+        if not alike(other, division):
             return layer(node)
     calls = Counter(str(n.target) for n in divisions)
     for node in divisions:

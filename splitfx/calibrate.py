@@ -194,3 +194,10 @@ def _install(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Non
     with torch.no_grad():
         module.weight.copy_(weight.reshape(module.weight.shape))  # type: ignore[union-attr, operator]
         module.bias.copy_(bias)  # type: ignore[union-attr, operator]
+
+
+def own_statistics(graph: fx.GraphModule, path: str, other: fx.GraphModule) -> None:
+    """Give a norm copies of another graph's running statistics: the tensors it has may be shared with the model."""
+    norm, source = graph.get_submodule(path), other.get_submodule(path)
+    for name in ("running_mean", "running_var"):
+        norm.register_buffer(name, getattr(source, name).clone())

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from splitfx.behaviour import Behaviour
 from splitfx.graph import INFO, Staged, TensorSpec, TraceInfo, info, is_canonical, restore_aliases, set_path
 from splitfx.notes import Note
-from splitfx.raising import Raiser
+from splitfx.raising import Raiser, mark_view_writes
 from splitfx.schema import mutates
 from splitfx.subnetworks.entry import Entry
 from splitfx.subnetworks.model import dress
@@ -145,6 +145,7 @@ def canonicalise(
     if is_canonical(model):
         _carry_over(found, model, result)  # type: ignore[arg-type]
     result.graph.lint()
+    mark_view_writes(result.graph)
     return dress(result)
 
 

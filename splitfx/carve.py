@@ -28,9 +28,12 @@ from splitfx.analysis.moves import channel_dim, move
 from splitfx.analysis.shapes import shape
 from splitfx.division import Division, Divisions
 from splitfx.editing import reorder_nodes
-from splitfx.graph import module_of, set_path
+from splitfx.errors import UnsupportedError
+from splitfx.graph import layer, module_of, set_path
+from splitfx.notes import Note
 from splitfx.ops import Channel, bind, in_place, op, op_name, out_of_place
-from splitfx.pieces import Deferred, Pieces, Value
+from splitfx.pieces import Deferred, Pieces, Value, nodes_of
+from splitfx.schema import may_do_nothing, may_share
 
 aten = torch.ops.aten
 _SIZED = ("view", "_unsafe_view", "reshape", "expand")  # their second argument is a size for every dim
@@ -40,13 +43,14 @@ _TURNED = (
 )  # fmt: skip
 
 
-def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> None:
+def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> list[Note]:
     """Rewrite ``graph`` in place; ``lowering`` says ``"grouped"`` or ``"branches"`` per divided node.
 
     A node whose division is not even is lowered to branches whatever ``lowering`` says. What nobody reads any more
-    is dropped by `splitfx.editing.tidy`, which the pipeline calls.
+    is dropped by `splitfx.editing.tidy`, which the pipeline calls. Layers that hold one weight still do where they need
+    the same parts of it; the notes name those that do not.
     """
-    _Carver(graph, facts(graph), divisions, lowering).run()
+    return _Carver(graph, facts(graph), divisions, lowering).run()
 
 
 class _Carver(Pieces):
@@ -57,11 +61,13 @@ class _Carver(Pieces):
         self.divisions, self.lowering = divisions, lowering
         self.calls = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
 
-    def run(self) -> None:
+    def run(self) -> list[Note]:
         for node in self.graph.graph.nodes:
             self.origin = node
             self.visit(node)
+            self.holders.update(nodes_of(self.split[node]) if node in self.split else [self.whole[node]])
         self.install()
+        return self.untied()
 
     def install(self) -> None:
         """Swap the graph in, and the narrow modules for the dense ones that nobody calls any more."""
@@ -81,13 +87,15 @@ class _Carver(Pieces):
 
     def visit(self, node: fx.Node) -> None:
         if node in self.divisions:
-            self.split[node] = self.divided(node, self.divisions[node])
+            self.keep(node, self.divided(node, self.divisions[node]))
             return
         if not any(n in self.split for n in node.all_input_nodes):
             self.whole[node] = self.copy(node)
             return
         rule = op(node).channel
-        if rule is Channel.MIXES:
+        if node.op == "call_module" and str(node.target) in self.read:
+            held = None  # the graph reads its tensors by itself, in their order
+        elif rule is Channel.MIXES:
             held = self.grouped(node) if getattr(module_of(node), "groups", 1) > 1 else self.dense(node)
         elif rule in (Channel.SAME, Channel.UNIT):
             held = self.same(node)
@@ -98,10 +106,26 @@ class _Carver(Pieces):
         if held is None:
             self.whole[node] = self.copy(node)
         else:
+            self.keep(node, held)
+
+    def keep(self, node: fx.Node, held: Any) -> None:
+        """One piece that holds all channels in their order is the value itself."""
+        alone = isinstance(held, Value) and len(held.pieces) == 1
+        if alone and np.array_equal(held.pieces[0][1], np.arange(held.size)):
+            self.whole[node] = held.pieces[0][0]
+        else:
             self.split[node] = held
 
     def copy(self, node: fx.Node) -> Any:
-        return self.note(self.new.node_copy(node, self.need))
+        """The node as it is, on whole tensors. What it overwrites may be a piece of others: then it gets a copy."""
+        first, given = node.args[0] if node.args else None, dict[fx.Node, fx.Node]()
+        if in_place(node) and isinstance(first, fx.Node) and self.shared(first):
+            if node.meta.get("writes_view"):
+                raise UnsupportedError(f"{layer(first)} cannot be split: {layer(node)} overwrites a part of it")
+            given[first] = self.make(aten.clone.default, self.need(first))
+        new = self.note(self.new.node_copy(node, lambda n: given.get(n) or self.need(n)))
+        new.meta |= {key: node.meta[key] for key in ("transient", "writes_view") if key in node.meta}
+        return new
 
     def divided(self, node: fx.Node, division: Division) -> Value:
         operand, module = bind(node)["input"], module_of(node)
@@ -233,18 +257,24 @@ class _Carver(Pieces):
             return self.call(
                 node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch
             )
-        owned = in_place(node) and self.owns(source[node.args[0]], node, g)  # type: ignore[index]
+        first = node.args[0]
+        owned = not in_place(node) or self.owns(source[first], first)  # type: ignore[index, arg-type]
+        if not owned and node.op == "call_module":
+            source[first] = self.make(aten.clone.default, source[first], branch=branch)  # type: ignore[index]
         new = self.note(self.new.node_copy(node, lambda n: source[n] if n in source else self.need(n)), branch)
-        if node.op == "call_function" and not owned:
+        if not owned and node.op == "call_function":
             new.target = out_of_place(new.target)
         return new
 
-    def owns(self, piece: fx.Node, node: fx.Node, g: int) -> bool:
-        """The piece is a value of its own, computed for this operand, that may be overwritten."""
-        held = self.split.get(node.args[0])  # type: ignore[arg-type]
-        made = isinstance(held, Value) and g < len(held.pieces) and held.pieces[g][0] is piece
-        views = (aten.slice.Tensor, aten.index_select.default)
-        return made and piece.target not in views and not piece.users
+    def shared(self, node: fx.Node) -> bool:
+        """The whole tensor is put together from pieces, or is one of another value's."""
+        return node in self.split or self.holders[self.need(node)] > 1
+
+    def owns(self, piece: fx.Node, operand: fx.Node) -> bool:
+        """The piece lies in memory of its own and is a part of this operand alone, so it may be overwritten."""
+        alone = self.holders[piece] == 1 and piece in nodes_of(self.split.get(operand)) and not piece.users
+        view = any(True for _ in may_share(piece)) or may_do_nothing(operand)
+        return alone and not view and piece not in self.arranged
 
     # ------------------------------------------------------------ data movement
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from splitfx import narrow
-from splitfx.graph import copy_graph, set_path
+from splitfx.graph import copy_graph, module_of, set_path
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Division:
         count = sum(map(len, self.ins))
         return len(sizes) == 1 and count == len(np.unique(np.concatenate(self.ins)))
 
+    def kept(self, node: fx.Node) -> int:
+        """Weights that the layer keeps; one with groups of its own keeps them all."""
+        weight = weights_of(node)
+        if getattr(module_of(node), "groups", 1) > 1:
+            return weight.numel()
+        return sum(len(i) * len(o) for i, o in zip(self.ins, self.outs, strict=True)) * weight[0, 0].numel()
+
     def clear(self, weight: torch.Tensor) -> torch.Tensor:
         """Set a dense weight [out, in, ...] to zero where it is removed, in place."""
         everything = np.arange(weight.shape[1])
@@ -49,6 +56,20 @@ class Division:
 
 
 Divisions = Mapping[fx.Node, Division]
+
+
+def weights_of(node: fx.Node) -> torch.Tensor:
+    """The weight of the layer that a node calls."""
+    return module_of(node).weight  # type: ignore[union-attr, return-value]
+
+
+def alike(a: Division | None, b: Division | None) -> bool:
+    """The same channels in the same branches; no division is like no other."""
+    if a is None or b is None:
+        return a is b
+    if len(a.ins) != len(b.ins):
+        return False
+    return all(np.array_equal(x, y) for x, y in zip((*a.ins, *a.outs), (*b.ins, *b.outs), strict=True))
 
 
 class Masked(nn.Module):

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from splitfx.graph import set_path
 from splitfx.ops import in_place
+from splitfx.schema import sharing
 
 aten = torch.ops.aten
 
@@ -100,50 +101,19 @@ def _prune(module: nn.Module, path: str, kept: set[str]) -> bool:
 def check(graph: fx.GraphModule) -> None:
     """The form of a legal graph beyond fx's own lint: an in-place node is the last reader of its operand."""
     graph.graph.lint()
-    place = {node: i for i, node in enumerate(graph.graph.nodes)}
-    for node in graph.graph.nodes:
+    nodes = list(graph.graph.nodes)
+    place, family = {node: i for i, node in enumerate(nodes)}, sharing(graph.graph)
+    for node in nodes:
         if not in_place(node) or node.meta.get("writes_view") or not isinstance(node.args[0], fx.Node):
             continue
-        late = [r for r in readers_through_views(node.args[0]) if r is not node and place[r] > place[node]]
-        late = [r for r in late if not _descends(r, node)]
-        assert not late, f"{node.name} overwrites {node.args[0].name}, which {late[0].name} reads later"
+        earlier = [m for m in family[node.args[0]] if place[m] < place[node]]
+        late = next((r for m in earlier for r in m.users if place[r] > place[node]), None)
+        assert late is None, f"{node.name} overwrites {node.args[0].name}, which {late.name} reads later"
 
 
-_VIEWS = (
-    "slice",
-    "chunk",
-    "split",
-    "select",
-    "view",
-    "transpose",
-    "permute",
-    "getitem",
-    "unsqueeze",
-    "squeeze",
-)
-
-
-def readers_through_views(node: fx.Node) -> set[fx.Node]:
-    """Who reads a value, also through views of it."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for reader in waiting.pop().users:
-            if reader not in found:
-                found.add(reader)
-                name = getattr(reader.target, "__name__", str(reader.target)).split(".")[0]
-                waiting.extend([reader] if name in _VIEWS else [])
-    return found
-
-
-def _descends(node: fx.Node, ancestor: fx.Node) -> bool:
-    """Only the direct case matters: a view chain that starts at the in-place result."""
-    seen = node
-    while seen.all_input_nodes:
-        if seen is ancestor:
-            return True
-        seen = seen.all_input_nodes[0]
-    return seen is ancestor
+def readers_of_memory(node: fx.Node) -> set[fx.Node]:
+    """Who reads a value, or another one that may lie in its memory."""
+    return {reader for member in sharing(node.graph)[node] for reader in member.users}
 
 
 def reorder(graph: fx.GraphModule, key: Callable[[fx.Node], tuple[int, ...]]) -> None:
@@ -156,11 +126,12 @@ def reorder_nodes(graph: fx.Graph, key: Callable[[fx.Node], tuple[int, ...]]) ->
     nodes = list(graph.nodes)
     if any(n.meta.get("writes_view") for n in nodes):
         return  # a write through a view is ordered by position alone
-    place = {n: i for i, n in enumerate(nodes)}
+    place, family = {n: i for i, n in enumerate(nodes)}, sharing(graph)
     needs: dict[fx.Node, set[fx.Node]] = {n: set(n.all_input_nodes) for n in nodes}
     for node in nodes:
         if in_place(node) and isinstance(node.args[0], fx.Node):
-            needs[node] |= {r for r in readers_through_views(node.args[0]) if place[r] < place[node]}
+            held = (r for member in family[node.args[0]] for r in member.users)
+            needs[node] |= {r for r in held if place[r] < place[node]}
     first = [n for n in nodes if n.op == "placeholder"]
     for a, b in pairwise(first):
         needs[b].add(a)  # the signature keeps its order

@@ -156,8 +156,21 @@ def random_inputs(
 
 
 def read_alone(graph: fx.GraphModule) -> set[str]:
-    """Paths of the modules of which the graph reads a tensor by itself, whether or not it calls them too."""
-    return {str(n.target).rpartition(".")[0] for n in graph.graph.nodes if n.op == "get_attr"}
+    """Paths of the modules that hold a tensor which the graph reads by itself, whether or not it calls them too."""
+    read = [str(n.target) for n in graph.graph.nodes if n.op == "get_attr"]
+    held = {id(attribute(graph, path)) for path in read}
+    tied = {path for path, m in graph.named_modules() if any(id(t) in held for _, _, t in _tensors(m))}
+    return tied | {path.rpartition(".")[0] for path in read}
+
+
+def tied(graph: fx.GraphModule) -> dict[int, list[str]]:
+    """The parameters that several called layers hold, by id, with the paths of those layers."""
+    holders: dict[int, list[str]] = {}
+    for path in dict.fromkeys(str(n.target) for n in graph.graph.nodes if n.op == "call_module"):
+        for parameter in graph.get_submodule(path)._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(path)
+    return {key: paths for key, paths in holders.items() if len(paths) > 1}
 
 
 def inputs_as_now(graph: fx.GraphModule) -> fx.GraphModule:
@@ -211,6 +224,22 @@ def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) ->
         root.register_buffer(name, value, persistent=persistent)
     else:
         setattr(root, name, value)
+
+
+def anew(module: nn.Module) -> nn.Module:
+    """The module tree once more over the same tensors; nothing else that can be changed is shared, hooks included."""
+    memo: dict[int, Any] = {}
+    for one in module.modules():
+        leaves = pytree.tree_leaves([v for k, v in vars(one).items() if k != "_modules"])
+        memo.update({id(t): t for t in leaves if isinstance(t, torch.Tensor)})
+    return copy.deepcopy(module, memo)
+
+
+def unhooked(module: nn.Module) -> nn.Module:
+    """`anew`, without the module's own hooks: for a layer that becomes others, since a hook expects the whole one."""
+    bare = copy.copy(module)
+    bare.__dict__.update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
+    return anew(bare)
 
 
 def copy_graph(graph: fx.GraphModule, share: bool = False, apart: Iterable[torch.Tensor] = ()) -> fx.GraphModule:

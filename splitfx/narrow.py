@@ -8,12 +8,13 @@ takes the graph that it returns apart from every other (`splitfx.graph.take_apar
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from splitfx.graph import unhooked
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -22,11 +23,8 @@ PAD = -1  # in the place of a channel: one that is added
 
 
 def _new(module: nn.Module, **changes: Any) -> nn.Module:
-    """The module again without its tensors, some of its plain attributes changed."""
-    made = copy.copy(module)
-    made.__dict__ = dict(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[table] = dict(module.__dict__[table])
+    """The module again, some of its tensors and plain attributes changed."""
+    made = unhooked(module)
     for name, value in changes.items():
         if isinstance(value, nn.Parameter) or name in made._parameters:
             made._parameters[name] = value

@@ -7,6 +7,7 @@ is a slice, a concat or, last, one gather.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from splitfx.analysis import Facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
 from splitfx.editing import like
-from splitfx.graph import module_of, read_alone
+from splitfx.graph import module_of, read_alone, tied
+from splitfx.notes import Note
 from splitfx.ops import in_place, out_of_place
 
 aten = torch.ops.aten
@@ -52,6 +54,15 @@ class Deferred:
     sizes: tuple[int, ...]  # of the tensor that ``base`` stands for
 
 
+def nodes_of(held: Any) -> list[fx.Node]:
+    """The new nodes that a value in pieces consists of, however far it has come."""
+    if isinstance(held, Deferred):
+        held = held.base
+    if isinstance(held, Value):
+        return list(dict.fromkeys(n for n, _ in held.pieces))
+    return list(dict.fromkeys(n for one in held for n in nodes_of(one))) if isinstance(held, list) else []
+
+
 class Pieces:
     """The graph that is being written, and what every old node's value has become in it."""
 
@@ -65,7 +76,12 @@ class Pieces:
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
         self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
-        self.read = read_alone(graph)  # these layers stay where they are
+        self.read = read_alone(graph)  # these layers stay as they are
+        self.tied = tied(graph)
+        self.parts: dict[Any, nn.Parameter] = {}  # of a weight that several layers hold: each part is made once
+        self.remade: dict[tuple[int, str], set[int]] = {}  # by weight and layer: the parts that took its place
+        self.holders: Counter[fx.Node] = Counter()  # how many old values a new node is a piece of
+        self.arranged: set[fx.Node] = set()
         self.branch: dict[fx.Node, int] = {}
         self.origin: fx.Node | None = None
 
@@ -120,6 +136,7 @@ class Pieces:
             if np.array_equal(positions, wanted):
                 return piece
         self.cut[key] = made = self.gather(value, wanted, branch)
+        self.arranged.add(made)
         return made
 
     def gather(self, value: Value, wanted: np.ndarray, branch: int | None) -> fx.Node:
@@ -170,14 +187,36 @@ class Pieces:
         branch: int | None,
     ) -> fx.Node:
         """Call a narrow module of the node's layer; two calls of one shared layer share its narrow form."""
-        key = (str(node.target), name, *(p.tobytes() for p in positions))
+        path = str(node.target)
+        key = (path, name, *(p.tobytes() for p in positions))
         if key not in self.made:
-            kept = str(node.target) in self.read
-            home = f"{node.target}_laid" if kept else str(node.target)
-            wanted = f"{home}.{name}" if name else home
+            wanted = f"{path}.{name}" if name else path
             taken = wanted in self.modules
-            self.parted |= {home} if name and not kept else set()
+            self.parted |= {path} if name else set()
             self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
             self.modules[self.made[key]] = module = make()
             module.training = module_of(node).training  # type: ignore[union-attr]
+            self.tie(node, module, key[1:])
         return self.note(self.new.call_module(self.made[key], (operand,)), branch)
+
+    def tie(self, node: fx.Node, made: nn.Module, part: tuple[Any, ...]) -> None:
+        """Layers that hold one weight hold one part of it, where they need the same part."""
+        dense = module_of(node)
+        for name, whole in dense._parameters.items():  # type: ignore[union-attr]
+            own = made._parameters.get(name)
+            if own is None or id(whole) not in self.tied:
+                continue
+            made._parameters[name] = kept = self.parts.setdefault((id(whole), type(made), own.shape, *part), own)
+            self.remade.setdefault((id(whole), str(node.target)), set()).add(id(kept))
+
+    def untied(self) -> list[Note]:
+        """Layers that held one weight, and do no more because they need different parts of it."""
+        notes = []
+        for weight, (first, *others) in self.tied.items():
+            held = [self.remade.get((weight, path), {weight}) for path in (first, *others)]
+            for path, own in zip(others, held[1:], strict=True):
+                if own != held[0]:
+                    what = f"was tied to {first} by one weight; they need other parts of it, or another order, so "
+                    what += "each has its own"
+                    notes.append(Note(path, what, "info"))
+        return notes

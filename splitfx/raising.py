@@ -13,7 +13,6 @@ has ``meta["writes_view"] = True`` and keeps its place among its neighbours.
 
 from __future__ import annotations
 
-import copy
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,8 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from splitfx.behaviour import Behaviour
-from splitfx.schema import arguments, aten_name, may_share, mutates, written
+from splitfx.graph import unhooked
+from splitfx.schema import arguments, aten_name, mutates, sharing, written
 from splitfx.subnetworks.entry import Entry
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -128,7 +128,6 @@ class Raiser:
 
     def run(self) -> fx.Graph:
         self.walk(self.exported.graph)
-        mark_view_writes(self.graph, {path for path, m in self.modules.items() if _may_do_nothing(m)})
         return self.graph
 
     def walk(self, graph: fx.Graph, prefix: str = "") -> None:
@@ -255,9 +254,7 @@ class Raiser:
             if isinstance(self.users[path], Entry):
                 self.modules[path] = self.owners[path]  # private all the way down, as a stage is
             elif path not in self.modules:
-                self.modules[path] = copy.copy(self.users[path])
-                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                    setattr(self.modules[path], hooks, copy.copy(getattr(self.users[path], hooks)))
+                self.modules[path] = unhooked(self.users[path])  # what a hook computes is traced
             return self.graph.call_module(path, (self.value_of(node.args[0]),))  # type: ignore[arg-type]
         if node.target is torch.ops.splitfx.stage.default:
             path = str(node.args[1])
@@ -381,31 +378,12 @@ class Raiser:
         return self.graph.call_module(path, (self.value_of(data),))
 
 
-def _may_do_nothing(module: nn.Module) -> bool:
-    """Dropout and train-dependent leaves return their operand itself in eval mode."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) or not type(module).__module__.startswith("torch.nn")
-
-
-def mark_view_writes(graph: fx.Graph, may_do_nothing: set[str]) -> None:
-    """Set ``meta["writes_view"]`` on nodes that overwrite storage which another value, read later, shares.
-
-    ``may_do_nothing`` holds the paths of modules whose result may be their operand.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    root: dict[fx.Node, fx.Node] = {}
-    family: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        passed_on = node.op == "call_module" and str(node.target) in may_do_nothing
-        shared = [root[s] for s in (node.all_input_nodes[:1] if passed_on else may_share(node))]
-        root[node] = shared[0] if shared else node
-        for other in shared[1:]:
-            for member in family.pop(other, []) if other is not root[node] else []:
-                root[member] = root[node]
-                family[root[node]].append(member)
-        family.setdefault(root[node], []).append(node)
+def mark_view_writes(graph: fx.Graph) -> None:
+    """Set ``meta["writes_view"]`` on nodes that overwrite storage which another value, read later, shares."""
+    order, family = {node: i for i, node in enumerate(graph.nodes)}, sharing(graph)
     for node in graph.nodes:
         for value, is_result in written(node):
-            others = (m for m in family[root[value]] if m is not node and order[m] < order[node])
+            others = (m for m in family[value] if m is not node and order[m] < order[node])
             late = any(order[user] > order[node] for m in others for user in m.users)
             if late or not is_result:
                 node.meta["writes_view"] = True

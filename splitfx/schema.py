@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from splitfx.graph import module_of
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -66,3 +68,27 @@ def may_share(node: fx.Node) -> Iterator[fx.Node]:
     for spec in node.target._schema.arguments:
         if spec.alias_info is not None and isinstance(given[spec.name], fx.Node):
             yield given[spec.name]
+
+
+def sharing(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node those, in order, whose results may lie in the same memory, itself among them."""
+    root: dict[fx.Node, fx.Node] = {}
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        shared = [root[s] for s in (node.all_input_nodes[:1] if may_do_nothing(node) else may_share(node))]
+        root[node] = shared[0] if shared else node
+        for other in shared[1:]:
+            for member in family.pop(other, []) if other is not root[node] else []:
+                root[member] = root[node]
+                family[root[node]].append(member)
+        family.setdefault(root[node], []).append(node)
+    return {node: family[root[node]] for node in root}
+
+
+def may_do_nothing(node: fx.Node) -> bool:
+    """Dropout and train-dependent leaves return their operand itself in eval mode; layers in place always."""
+    module = module_of(node)
+    if module is None:
+        return False
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) or getattr(module, "inplace", False)
+    return dropout or not type(module).__module__.startswith("torch.nn")

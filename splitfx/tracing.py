@@ -11,7 +11,6 @@ size that is fixed, a Python value that is baked in), `TraceInfo.notes` says so.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import inspect
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError
-from splitfx.graph import Staged, TraceInfo
+from splitfx.graph import Staged, TraceInfo, anew
 from splitfx.notes import Note
 from splitfx.trace_errors import check_inputs, failure, reason
 
@@ -101,11 +100,7 @@ def split_inputs(example_inputs: Any) -> Inputs:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """The model's module tree anew, holding the same tensors, in eval mode."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        leaves = pytree.tree_leaves([v for k, v in vars(module).items() if k != "_modules"])
-        memo.update({id(t): t for t in leaves if isinstance(t, torch.Tensor)})
-    return copy.deepcopy(model, memo).eval()
+    return anew(model).eval()
 
 
 def symbolic_copy(model: nn.Module) -> nn.Module:

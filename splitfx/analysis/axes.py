@@ -24,6 +24,7 @@ from splitfx.analysis.moves import Labels, channel_dim, compress, move
 from splitfx.analysis.shapes import shape
 from splitfx.graph import layer, output_node
 from splitfx.ops import Channel, bind, op, op_name
+from splitfx.schema import sharing, written
 
 __all__ = ["Axes", "Edge", "axes"]
 
@@ -214,6 +215,8 @@ class _Builder:
         size = shape(self.values[operand])[dim]
         if any(held.shape[d] > 1 for d in range(held.dim()) if d != dim):
             return self.barrier(node)
+        if not linear and not isinstance(a["groups"], int):
+            return self.barrier(node)  # as many groups as the batch has images: the channels are not its own
         ins = held.flatten().expand(size) if held.numel() == 1 else held.flatten()
         groups = 1 if linear else int(a["groups"])
         outs_count = shape(self.values[node])[dim]
@@ -305,6 +308,15 @@ class _Builder:
             return held
         return self.barrier(node)
 
+    def written_in_part(self) -> None:
+        """Where a part of a value is overwritten no edge shows it, so all that lies in its memory stays whole."""
+        writes = [n for n in self.graph.graph.nodes if n.meta.get("writes_view")]
+        family = sharing(self.graph.graph) if writes else {}
+        for node in writes:
+            reason = f"a part of it is overwritten at {layer(node)}"
+            held = (self.labels.get(m) for value, _ in written(node) for m in family[value])
+            self.why += [(t.flatten().numpy(), reason) for t in held if isinstance(t, torch.Tensor)]
+
     # -- the whole
 
     def build(self) -> Axes:
@@ -316,8 +328,10 @@ class _Builder:
         axis = _components(self.count, [*self.links, *runs])
         unit = _components(self.count, [*self.links, *((u[:-1], u[1:]) for u in self.units if len(u) > 1)])
         frozen: dict[int, str] = {}
+        self.written_in_part()
         for names, reason in self.why:
-            frozen.setdefault(int(axis[names[0]]), reason)
+            for one in np.unique(axis[names]).tolist():
+                frozen.setdefault(one, reason)
         result = Axes(self.labels, self.edges, channel, axis, unit, frozen)
         for n in output_node(self.graph).all_input_nodes:
             held = self.labels.get(n)

@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage, has_storage, key
-from splitfx.graph import layer, module_of
+from splitfx.graph import anew, layer, module_of
 from splitfx.ops import op_name
 
 # In eval mode these return their operand itself.
@@ -186,13 +186,7 @@ def _fake_state(module: nn.Module | None, mode: Any) -> Iterator[tuple[str, torc
 
 
 def _evaluated(module: nn.Module) -> nn.Module:
-    if not module.training:
-        return module
-    import copy
-
-    twin = copy.copy(module)  # shares the tensors; only the flag differs
-    twin.training = False
-    return twin
+    return anew(module).eval() if module.training else module
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

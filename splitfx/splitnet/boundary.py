@@ -25,7 +25,7 @@ from splitfx.analysis.shapes import shape
 from splitfx.carve import carve
 from splitfx.division import Division
 from splitfx.editing import tidy
-from splitfx.graph import attribute, module_of
+from splitfx.graph import attribute, module_of, read_alone
 from splitfx.ops import Channel, bind, op, op_name
 
 Needs = Mapping[fx.Node, frozenset[int]]
@@ -43,12 +43,12 @@ def divide(graph: fx.GraphModule, needs: Needs) -> bool:
 def found(graph: fx.GraphModule, needs: Needs) -> dict[fx.Node, Division]:
     """The division of every layer that groups read in disjoint parts: all inputs for each, their own outputs."""
     calls = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
-    result = {}
+    read, result = read_alone(graph), {}
     for node in graph.graph.nodes:
         weighted = node.op == "call_module" and op(node).channel is Channel.MIXES
         if not weighted or len(needs.get(node, ())) < 2 or calls[str(node.target)] > 1:
             continue
-        if getattr(module_of(node), "groups", 1) > 1:
+        if getattr(module_of(node), "groups", 1) > 1 or str(node.target) in read:
             continue
         parts = _parts(graph, node, needs)
         if parts:

@@ -29,7 +29,8 @@ def asked_levels(known: Facts, levels: Levels = (), depth: int = 0, groups: int 
 
     ``levels``: globs of layer names to groups (``{"layer4.*": 2, "fc": 4}``, the last that matches counts), or groups
     per stage (see `stages`). Instead of it, ``depth`` and ``groups``: the last ``depth`` weighted layers, shortcut
-    convs among them, have ``groups`` groups each (the paper's depth). Raises `PlanError` for a glob without a layer,
+    convs among them, have ``groups`` groups each (the paper's depth); one that is called again counts once, where it is
+    called last. Raises `PlanError` for a glob without a layer,
     another number of stages, nothing to split.
     """
     edges = known.axes.edges
@@ -91,7 +92,8 @@ def _by_depth(edges: Sequence[Edge], depth: int, groups: int) -> Asked:
         raise PlanError(
             f"depth and groups go together: 1 layer and 2 groups at least; got depth={depth}, groups={groups}"
         )
-    if depth > len(edges):
-        raise PlanError(f"depth={depth} is more than the model's {len(edges)} weighted layers")
-    last = {e.node for e in edges[len(edges) - depth :]}
-    return {e.node: groups if e.node in last else 1 for e in edges}
+    names = {e.node: layer(e.node) for e in edges}
+    order = list(dict.fromkeys(reversed(names.values())))  # by the last call: a layer that is called again counts once
+    if depth > len(order):
+        raise PlanError(f"depth={depth} is more than the model's {len(order)} weighted layers")
+    return {node: groups if name in order[:depth] else 1 for node, name in names.items()}

@@ -17,7 +17,7 @@ from torch import fx
 
 from splitfx import narrow
 from splitfx.analysis import Facts, facts
-from splitfx.graph import layer, module_of, set_path
+from splitfx.graph import layer, module_of, set_path, tied
 from splitfx.notes import Note
 from splitfx.ops import Channel, bind, op, op_name
 from splitfx.splitnet.structure import WHOLE, Labels, Structure
@@ -37,6 +37,7 @@ class Padding:
         self.order, self.old = list(found.vectors), labels
         self.edges = {e.node: e for e in found.axes.edges}
         self.added: dict[str, np.ndarray] = {}
+        self.tied = {path for paths in tied(self.graph).values() for path in paths}
         returned = self.touched(found.axes.of(found.output))
         for name, vector in found.vectors.items():
             sizes = np.bincount(labels[name], minlength=vector.level)
@@ -78,6 +79,8 @@ class Padding:
         if rule is Channel.MIXES:
             if module is None or str(node.target) in self.found.read:
                 return "has a weight that the model reads by itself"
+            if str(node.target) in self.tied:
+                return "shares its weight with another layer"
             apart = getattr(module, "groups", 1) > 1 and not self.depthwise(node)
             return "has groups of its own" if apart else ""
         if op_name(node) in ("cat", "flatten"):

@@ -233,10 +233,9 @@ class Structure:
     def permuted(self, edge: Edge, labels: Labels) -> Division:
         """A layer that keeps all its weights and writes its channels in the order of the groups."""
         order = np.argsort(self.along(edge.outs, labels), kind="stable")
-        ins = np.arange(len(edge.ins))
-        if edge.groups > 1:
-            ins = np.argsort(self.along(edge.ins, labels), kind="stable")
-        return Division((ins,), (order,))
+        per_in, per_out = len(edge.ins) // edge.groups, len(edge.outs) // edge.groups
+        groups = order[::per_out] // per_out  # a group of a conv is one unit, so it moves as a whole, inputs included
+        return Division(((groups[:, None] * per_in + np.arange(per_in)).flatten(),), (order,))
 
     def divisions(self, labels: Labels) -> dict[fx.Node, Division]:
         """The division of every split layer."""

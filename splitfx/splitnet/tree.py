@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.analysis import facts
-from splitfx.editing import readers_through_views
+from splitfx.editing import readers_of_memory
 from splitfx.errors import UnsupportedError
 from splitfx.graph import TensorSpec, TraceInfo, attribute, layer, output_node
 from splitfx.ops import Channel, bind, in_place, is_size, op, op_name, out_of_place
@@ -261,7 +261,7 @@ def _read_elsewhere(node: fx.Node, inside: set[fx.Node]) -> bool:
     operand = node.args[0]
     if not isinstance(operand, fx.Node) or operand not in inside or op(operand).channel is Channel.MOVE:
         return True
-    return not readers_through_views(operand) <= inside
+    return not readers_of_memory(operand) <= inside
 
 
 def _spec(value: Any, node: fx.Node) -> Any:

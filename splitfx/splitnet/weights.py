@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse.linalg import eigsh
+from scipy.linalg import eigh
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import fx, nn
 
 from splitfx.calibrate import run_watched
@@ -23,6 +24,7 @@ from splitfx.errors import PlanError
 from splitfx.fusion import squares
 from splitfx.graph import layer, module_of
 from splitfx.narrow import BatchNorm
+from splitfx.notes import Note
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced, capacities, drawn
 from splitfx.splitnet.levels import Levels
@@ -57,8 +59,10 @@ def weights(
     ``gating``."""
     found = structure(graph, levels, **options)
     names = class_names(found, classes) if classes else ()
+    known = len(found.notes)
     labels = heaviest(found, seed, second_moments(graph, found, calibration) if calibration is not None else None)
-    return Assignment(labels, "weights", levels=levels, classes=names, **options)
+    source = "; ".join(["weights", *(note.what for note in found.notes[known:])])
+    return Assignment(labels, source, levels=levels, classes=names, **options)
 
 
 def second_moments(graph: fx.GraphModule, found: Structure, inputs: Any) -> dict[fx.Node, np.ndarray]:
@@ -125,6 +129,7 @@ def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray]
         value = search.ascend(labels)
         if value > most:
             best, most = labels, value
+    found.notes += [Note("model", told, "info") for told in sorted(search.told)]
     items = sum(v.size for v in found.vectors.values())
     for _ in range(min(MOST_KICKS, KICKED_ITEMS // items)):
         labels = dict(best)
@@ -139,6 +144,7 @@ class _Search:
     def __init__(self, found: Structure, held: list[Link]) -> None:
         self.found, self.links, self.vectors = found, held, found.vectors
         self.merge: dict[tuple[str, int], np.ndarray] = {}
+        self.told: set[str] = set()
         self.touching: dict[str, list[Link]] = {
             name: [e for e in held if name in (e.source, e.target)] for name in self.vectors
         }
@@ -240,7 +246,8 @@ class _Search:
                 block = e.mass[np.ix_(member[e.target], member[e.source])]
                 near[a, b] += block
                 near[b, a] += block.T
-        points = embedded(near, len(children), rng)
+        points, told = embedded(near, len(children), rng)
+        self.told |= {told} if told else set()
         sizes = {n: self.shares(self.vectors[n], level, children) for n in names}
         spans = {n: slice(start[n], start[n] + len(member[n])) for n in names}
         for n, own in balanced_kmeans(points, spans, sizes, rng).items():
@@ -252,17 +259,28 @@ class _Search:
         return sizes[children].astype(int)
 
 
-def embedded(near: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Points [n, groups - 1] of the normalised affinity's leading eigenvectors, on the unit sphere."""
+def embedded(near: np.ndarray, groups: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """Points [n, groups - 1] of the normalised affinity's leading eigenvectors, on the unit sphere; and what there is
+    to say of how they were found."""
     scale = (near.sum(1) + 1e-12) ** -0.5
-    normal = scale[:, None] * near * scale[None]
-    if len(near) > 4 * groups + 20:
-        values, vectors = eigsh(normal, k=groups, which="LA", v0=rng.standard_normal(len(near)))
-    else:
-        values, vectors = np.linalg.eigh(normal)
-    leading = vectors[:, np.argsort(values)[-groups:]] * scale[:, None]
-    points = leading[:, :-1]
-    return points / (np.linalg.norm(points, axis=1, keepdims=True) + 1e-12)
+    vectors, told = leading(scale[:, None] * near * scale[None], groups, rng)
+    points = (vectors * scale[:, None])[:, :-1]
+    return points / (np.linalg.norm(points, axis=1, keepdims=True) + 1e-12), told
+
+
+def leading(matrix: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """The last ``count`` eigenvectors [n, count] of a symmetric matrix, in the order of their values: iteratively, and
+    where that does not converge (values that are nearly the same) by the dense solver, which always does and is slower:
+    the text says so."""
+    size, told = len(matrix), ""
+    if size > 4 * count + 20:
+        try:
+            values, vectors = eigsh(matrix, k=count, which="LA", v0=rng.standard_normal(size))
+            return vectors[:, np.argsort(values)], told
+        except ArpackError as error:
+            why = str(error).split(":")[0]
+            told = f"spectral start over {size} channels: ARPACK gave up ({why}); solved by the dense solver instead"
+    return eigh(matrix, subset_by_index=(max(0, size - count), size - 1))[1], told
 
 
 def balanced_kmeans(

@@ -36,7 +36,7 @@ from tests.models import ZOO
 def groups(graph: fx.GraphModule) -> list[Pass]:
     count = max(1, len(blocks(facts(graph))))
     return [
-        Group(factors=(2,) * count, lowering="branches"),
+        Group(factors=(2,) * count, costly="split", lowering="branches"),
         Group(factors=(3,) * count, fusion="none", lowering="grouped", order="mass", gating="relaxed"),
     ]
 

@@ -29,7 +29,8 @@ SMALL = ["plain", "residual", "concats", "squeeze_excite", "depthwise", "grouped
 def test_odd_models(name: str, lowering: Any, order: Any) -> None:
     graph, x = in_double(name)
     for factor, fusion in ((2, "widen"), (3, "none")):
-        step = Group(factors=per_block(graph, factor), fusion=fusion, lowering=lowering, order=order)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"fusion": fusion, "lowering": lowering, "order": order, "costly": "split"}
+        step = Group(factors=per_block(graph, factor), **options)
         split, outcome = grouped(graph, step)
         if outcome.reference is None:
             assert notes(outcome, "declined")
@@ -41,7 +42,7 @@ def test_odd_models(name: str, lowering: Any, order: Any) -> None:
 @pytest.mark.parametrize("gating", ["strict", "relaxed"])
 def test_gates(gating: Any) -> None:
     graph, x = in_double("squeeze_excite")
-    split, _ = assert_masked_dense(graph, Group(factors=(2, 2), gating=gating, lowering="branches"), x)
+    split, _ = assert_masked_dense(graph, Group(factors=(2, 2), costly="split", gating=gating, lowering="branches"), x)
     names = set(dict(split.named_modules()))
     assert ("body.1.up.branch0" in names) == (gating == "strict")
 

@@ -52,10 +52,11 @@ def test_sabotage_fusion_off_by_one_percent(monkeypatch: pytest.MonkeyPatch) -> 
 
     right = group.carve
 
-    def wrong(graph: fx.GraphModule, *rest: Any) -> None:
-        right(graph, *rest)
+    def wrong(graph: fx.GraphModule, *rest: Any) -> Any:
+        notes = right(graph, *rest)
         with torch.no_grad():
             graph.get_submodule("fusion1").weight.mul_(1.01)  # type: ignore[union-attr, operator]
+        return notes
 
     monkeypatch.setattr(group, "carve", wrong)
     model, x = chain()

@@ -78,7 +78,7 @@ def test_two_branches_into_twice_the_width_keep_the_dense_function() -> None:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 9, 5)).double().eval()
     x = image(2, 3, 12, 12).double()
     for lowering in ("grouped", "branches"):
-        split = splitfx.transform(model, Group(factors=(2, 2), lowering=lowering), x)  # type: ignore[arg-type]
+        split = splitfx.transform(model, Group(factors=(2, 2), costly="split", lowering=lowering), x)  # type: ignore[arg-type]
         oracle.assert_equal_outputs(split, model, x)
         assert split.state_dict()["fusion1.weight"].shape[:2] == (16, 8)
 
