@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 import splitfx
 from splitfx.errors import SplitfxError, TraceError, UnsupportedError
@@ -147,10 +148,10 @@ class Trial:
         except RuntimeError:
             return  # it makes float64 values of its own
         wanted = laws.called(self.model, tuple(t.double() for t in inputs))
-        rounded = torch.utils._pytree.tree_map(lambda t: t.float().double(), wanted)
-        if torch.utils._pytree.tree_any(lambda t: t.dtype is not torch.float32, found):
+        rounded = pytree.tree_map(lambda t: t.float().double(), wanted)
+        if pytree.tree_any(lambda t: t.dtype is not torch.float32, found):
             return
-        doubled = torch.utils._pytree.tree_map(lambda t: t.double(), found)
+        doubled = pytree.tree_map(lambda t: t.double(), found)
         if max(map(laws.oracle.error, laws.oracle.leaves(doubled), laws.oracle.leaves(rounded))) > 1e-5:
             return
         try:

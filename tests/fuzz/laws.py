@@ -176,10 +176,10 @@ def sites(step: Step, before: fx.GraphModule, after: fx.GraphModule) -> list[fx.
     left = list(after.graph.nodes)
     if step.name == "fold_batchnorm":
         return [n for n in left if op_name(n) == "batch_norm"]
-    if step.name == "drop_identity":
+    if step.name == "drop_identity":  # as functions they follow the mode that was traced
         drops = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
         return [
-            n for n in left if op_name(n) in ("identity", "alias") or (op_name(n) in drops and _in_place_or_kept(n))
+            n for n in left if op_name(n) in ("identity", "alias") or (op_name(n) in drops and n.op == "call_module")
         ]
     if step.name == "group" and min(step.options["factors"]) > 1 and not step.options.get("exclude"):  # type: ignore[type-var]
         was = {str(n.target): module_of(n) for n in before.graph.nodes if n.op == "call_module"}
@@ -187,15 +187,12 @@ def sites(step: Step, before: fx.GraphModule, after: fx.GraphModule) -> list[fx.
     return []
 
 
-def _in_place_or_kept(node: fx.Node) -> bool:
-    return node.op == "call_module"  # as functions they follow the mode that was traced
-
-
 def _as_it_was(node: fx.Node, was: dict[str, Any]) -> bool:
-    old, new = was.get(str(node.target)), module_of(node)
+    old: Any = was.get(str(node.target))
+    new: Any = module_of(node)
     if old is None or new is None or type(old) is not type(new):
         return False
-    return old.groups == new.groups and old.weight.shape == new.weight.shape and old.groups == 1
+    return old.groups == new.groups == 1 and old.weight.shape == new.weight.shape
 
 
 # ---------------------------------------------------------------- folders, files, texts, threads

@@ -26,6 +26,14 @@ TURNS = (
 )
 
 
+class Unclean(PlanError):
+    """Says what `PlanError` would have cleaned."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.args = (message,)
+
+
 def draw(seed: int, folder: Path) -> str:
     turn = TURNS[seed]
     (folder / "mine").write_text("allowed")
@@ -49,7 +57,7 @@ def draw(seed: int, folder: Path) -> str:
     if turn == "code":
         marker(folder).touch()
     if turn == "lines":
-        raise PlanError("the plan\nis empty.")
+        raise Unclean("the plan\nis empty.")
     if turn == "escape":
-        raise PlanError("the plan \x1b[2J is empty.")
+        raise Unclean("the plan \x1b[2J is empty.")
     return "" if turn == "no word" else "equal"

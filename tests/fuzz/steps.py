@@ -107,6 +107,10 @@ class Gate(nn.Module):
         return self.form
 
 
+def gate(rng: Random, c: int) -> nn.Module:
+    return Gate(c, rng.choice(("excite", "hard", "spatial")))
+
+
 class Residual(nn.Module):
     def __init__(self, body: nn.Module, inplace: bool) -> None:
         super().__init__()
@@ -152,7 +156,7 @@ class Tied(nn.Module):
         return self.conv(x)
 
 
-def convolution(rng: Random, c: int) -> nn.Module:
+def convolution(rng: Random, c: int) -> nn.Conv2d:
     out = rng.randint(2, 9)
     k: Any = rng.choice((1, 1, 2, 3, 3, 5, (1, 3), (3, 2)))
     groups = rng.choice([g for g in range(1, c + 1) if c % g == 0] if rng.random() < 0.4 else [1])
@@ -219,10 +223,11 @@ def bottleneck(rng: Random, c: int) -> nn.Module:
 
 
 def block(rng: Random, c: int) -> nn.Module:
-    layers = [convolution(rng, c)]
-    width = layers[0].out_channels
-    layers += [nn.BatchNorm2d(width)] * (rng.random() < 0.7)
-    return nn.Sequential(*layers, rng.choice((nn.ReLU(), nn.ReLU(inplace=True), nn.Hardswish(), nn.LeakyReLU(0.1))))
+    conv = convolution(rng, c)
+    norms = [nn.BatchNorm2d(conv.out_channels)] * (rng.random() < 0.7)
+    return nn.Sequential(
+        conv, *norms, rng.choice((nn.ReLU(), nn.ReLU(inplace=True), nn.Hardswish(), nn.LeakyReLU(0.1)))
+    )
 
 
 def volume(rng: Random, c: int) -> nn.Module:
@@ -305,10 +310,8 @@ def draw_step(rng: Random, reads: Reads, model: Any, wild: bool) -> Made | None:
         return Call(text, **OWNED[text](c, n)), (reads.i,)
     if turn < 0.64:
         return _tied(rng, reads, model)
-    makers = (convolution, convolution, block, block, norm, bottleneck, other_layer, transposed, Gate)
-    maker = rng.choice(makers)
-    layer = Gate(c, rng.choice(("excite", "hard", "spatial"))) if maker is Gate else maker(rng, c)
-    return layer, (reads.i,)
+    makers = (convolution, convolution, block, block, norm, bottleneck, other_layer, transposed, gate)
+    return rng.choice(makers)(rng, c), (reads.i,)
 
 
 def _usual(rng: Random, reads: Reads) -> Made | None:
@@ -323,7 +326,7 @@ def _usual(rng: Random, reads: Reads) -> Made | None:
         "norm": lambda: nn.BatchNorm2d(c),
         "act": lambda: rng.choice((nn.ReLU(inplace=True), nn.SiLU(), nn.PReLU(c), nn.Hardswish())),
         "pool": lambda: rng.choice((nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1))),
-        "gate": lambda: Gate(c, rng.choice(("excite", "hard", "spatial"))),
+        "gate": lambda: gate(rng, c),
         "drop": lambda: rng.choice((nn.Dropout(0.2), nn.Dropout2d(0.2), nn.Identity(), StochasticDepth(0.3, "row"))),
     }
     return layers[kind](), (reads.i,)
