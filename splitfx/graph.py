@@ -176,17 +176,23 @@ def tied(graph: fx.GraphModule) -> dict[int, list[str]]:
 def inputs_as_now(graph: fx.GraphModule) -> fx.GraphModule:
     """Bring the record of the inputs, in place, to what the model is now: it may have been moved, or converted, since
     it was traced. Returns the graph."""
-    known = info(graph)
+    info(graph).inputs = specs_as_now(graph)
+    return graph
+
+
+def specs_as_now(graph: fx.GraphModule) -> tuple[Any, ...]:
+    """The inputs of a graph, in the type and place of its weights."""
+    known = info(graph).inputs
     # Types of one byte hold weights only; no model computes in them, so they say nothing of the inputs.
     weight = next((p for p in graph.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
-    if weight is not None:
-        known.inputs = tuple(
-            replace(s, device=str(weight.device), dtype=weight.dtype if s.dtype.is_floating_point else s.dtype)
-            if isinstance(s, TensorSpec)
-            else s
-            for s in known.inputs
-        )
-    return graph
+    if weight is None:
+        return known
+    return tuple(
+        replace(s, device=str(weight.device), dtype=weight.dtype if s.dtype.is_floating_point else s.dtype)
+        if isinstance(s, TensorSpec)
+        else s
+        for s in known
+    )
 
 
 def restore_aliases(graph: fx.GraphModule) -> None:

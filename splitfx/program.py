@@ -2,8 +2,8 @@
 
 Does: writes nodes, layers, tiled stages with their schedules, and pytree structure; `splitfx.rebuild` reads them.
 The tables of what may be in a stored program are here, for both.
-Refuses: what has no plain form (operators outside aten and torchvision, subgraphs, layers of the user's own
-that do more than pass their input on in eval mode): `NoPlainForm`.
+Refuses: what has no plain form (operators that are not in `splitfx.operators`, names outside the grammar, subgraphs,
+layers of the user's own that do more than pass their input on in eval mode): `NoPlainForm`.
 Promises: nothing in the data names a file, a module to import or code to run.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
@@ -22,6 +21,9 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
+from splitfx import operators, stored
+from splitfx.analysis.shapes import shapes
+from splitfx.errors import UnsupportedError
 from splitfx.raising import FunctionalBatchNorm
 from splitfx.subnetworks.entry import Entry
 from splitfx.tiling.executor import Tiled
@@ -50,41 +52,10 @@ STOCHASTIC = {  # layers of other packages that the canonical graph keeps whole:
     "torchvision.ops.stochastic_depth.StochasticDepth": ("p", "mode"),
     "timm.layers.drop.DropPath": ("drop_prob", "scale_by_keep"),
 }
-NAMESPACES = ("aten", "torchvision")
-FUNCTIONS = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in (
-            "getitem",
-            "add",
-            "sub",
-            "mul",
-            "floordiv",
-            "truediv",
-            "mod",
-            "neg",
-            "pow",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "and_",
-            "or_",
-            "not_",
-        )
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
-    },
-}
 TILED = "Tiled"  # a stage with its schedule: a graph within the graph
 TILED_SWITCHES = ("checkpoint",)  # what else a tiled stage is told, yes or no
 ENTRY = "Entry"  # where a sub-model enters: its step-down is a graph within the graph
-_NAMES = {target: name for name, target in FUNCTIONS.items()}
+_NAMES = {target: name for name, target in operators.FUNCTIONS.items()}
 
 
 class NoPlainForm(Exception):
@@ -101,9 +72,11 @@ def to_plain(gm: fx.GraphModule) -> dict[str, Any]:
         tree = {"args": list(known.orig_args), "in": _spec(known.in_spec), "out": _spec(known.out_spec)}
     elif type(codegen) is not CodeGen:
         raise NoPlainForm(f"the graph uses {type(codegen).__name__}")
-    return {
+    given = _rehearsed(gm)
+    plain = {
         **_graph(gm),
         "tree": tree,
+        "outputs": [{"shape": [int(n) for n in one.shape], "dtype": plain_value(one.dtype)} for one in given],
         "info": {
             "inputs": [_input(one) for one in info.inputs],
             "in_spec": _spec(info.in_spec),
@@ -116,6 +89,25 @@ def to_plain(gm: fx.GraphModule) -> dict[str, Any]:
             "aliases": dict(info.aliases),
         },
     }
+    try:
+        stored.decoded(plain)
+    except ValueError as reason:  # what could not be read back
+        raise NoPlainForm(f"the graph has {reason}") from None
+    return plain
+
+
+def _rehearsed(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """What the graph gives, as fake tensors. The model may have been converted to another type since it was traced;
+    then its inputs are of that type."""
+    problem: UnsupportedError | None = None
+    for inputs in (graphs.info(gm).inputs, graphs.specs_as_now(gm)):
+        try:
+            given = shapes(gm, inputs)[graphs.output_node(gm)]
+        except UnsupportedError as error:
+            problem = problem or error
+            continue
+        return [one for one in pytree.tree_leaves(given) if isinstance(one, torch.Tensor)]
+    raise NoPlainForm(f"the graph does not run on what it was traced with ({problem})")
 
 
 def _graph(gm: fx.GraphModule) -> dict[str, Any]:
@@ -130,7 +122,7 @@ def _node(node: fx.Node) -> dict[str, Any]:
     target = _function_name(node) if node.op == "call_function" else str(node.target)
     if node.op == "call_method":
         raise NoPlainForm(f"{graphs.layer(node)} calls the method {target}")
-    args, kwargs = [_value(one) for one in node.args], {key: _value(one) for key, one in node.kwargs.items()}
+    args, kwargs = [plain_value(one) for one in node.args], {key: plain_value(one) for key, one in node.kwargs.items()}
     return {
         "op": node.op,
         "name": node.name,
@@ -143,11 +135,10 @@ def _node(node: fx.Node) -> dict[str, Any]:
 
 def _function_name(node: fx.Node) -> str:
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
-        return str(target)
-    if target in _NAMES:
-        return _NAMES[target]
-    raise NoPlainForm(f"{graphs.layer(node)} runs {target}, which is not an operator of torch or torchvision")
+    refused = operators.refusal(target)
+    if refused:
+        raise NoPlainForm(f"{graphs.layer(node)} runs {target}, which {refused}")
+    return _NAMES[target] if target in _NAMES else str(target)
 
 
 def _layer(path: str, module: nn.Module) -> dict[str, Any]:
@@ -160,8 +151,12 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Tiled) and kind is Tiled:
         schedule = {one.name: getattr(module.schedule, one.name) for one in fields(module.schedule)}
         switches = {name: bool(getattr(module, name)) for name in TILED_SWITCHES if hasattr(module, name)}
-        goal = {} if module.goal is None else {"goal": _value(asdict(module.goal))}
-        return {"class": TILED, "options": {"schedule": _value(schedule), **goal, **switches}, **_graph(module.stage)}
+        goal = {} if module.goal is None else {"goal": plain_value(asdict(module.goal))}
+        return {
+            "class": TILED,
+            "options": {"schedule": plain_value(schedule), **goal, **switches},
+            **_graph(module.stage),
+        }
     if kind is Entry:
         assert isinstance(module, Entry)
         options = {"number": module.number, "reads": module.reads, "form": module.form, "private": dict(module.private)}
@@ -185,7 +180,7 @@ def layer_options(kind: type[nn.Module]) -> list[str]:
 def _option(module: nn.Module, name: str) -> Any:
     if name == "bias":
         return getattr(module, "bias", None) is not None
-    return _value(getattr(module, name))
+    return plain_value(getattr(module, name))
 
 
 def _passes_through(module: nn.Module) -> bool:
@@ -199,23 +194,23 @@ def _passes_through(module: nn.Module) -> bool:
         module.train(was)
 
 
-def _value(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Plain values as themselves; everything else as a dict with one key that says what it is."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, tuple):
-        return {"tuple": [_value(one) for one in value]}
+        return {"tuple": [plain_value(one) for one in value]}
     if isinstance(value, list):
-        return [_value(one) for one in value]
+        return [plain_value(one) for one in value]
     if isinstance(value, dict):
-        return {"dict": [[_value(key), _value(one)] for key, one in value.items()]}
+        return {"dict": [[plain_value(key), plain_value(one)] for key, one in value.items()]}
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, slice):
-        return {"slice": [_value(value.start), _value(value.stop), _value(value.step)]}
-    if isinstance(value, complex):
+        return {"slice": [plain_value(value.start), plain_value(value.stop), plain_value(value.step)]}
+    if isinstance(value, complex) and math.isfinite(value.real) and math.isfinite(value.imag):
         return {"complex": [value.real, value.imag]}
     if value is Ellipsis:
         return {"ellipsis": 0}
@@ -233,8 +228,8 @@ def _value(value: Any) -> Any:
 
 def _input(spec: Any) -> Any:
     if not isinstance(spec, graphs.TensorSpec):
-        return _value(spec)
-    return {"tensor": {"shape": list(spec.shape), "dtype": _value(spec.dtype), "high": spec.high}}
+        return plain_value(spec)
+    return {"tensor": {"shape": list(spec.shape), "dtype": plain_value(spec.dtype), "high": spec.high}}
 
 
 def _spec(spec: Any) -> Any:

@@ -6,18 +6,19 @@ pages tell it. The graph runs without it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from msgspec import Struct
 from torch import fx
 
 from splitfx.api import explain
 from splitfx.errors import ExportError
 from splitfx.files import written_whole
 from splitfx.graph import info
-from splitfx.notes import Note
-from splitfx.pipeline import Figures, Step
+from splitfx.pipeline import Step
+from splitfx.report.explanation import PROMISES
+from splitfx.text import shown
+from splitfx.typed import read_typed
 
 NAME = "explanation.json"
 
@@ -34,15 +35,14 @@ def read_record(split: fx.GraphModule, folder: Path) -> None:
     path = folder / NAME
     if info(split).steps or not path.exists():
         return
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        steps = [_step(one) for one in given["steps"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExportError(f"{path} is damaged ({error}); delete it to go on without the record") from error
-    info(split).steps = steps
+    advice = "; delete it to go on without the record"
+    info(split).steps = read_typed(path, _Record, ExportError, "it is no record", advice).steps
 
 
-def _step(given: dict[str, Any]) -> Step:
-    notes = tuple(Note(**one) for one in given["notes"])
-    sizes = {key: Figures(**given[key]) for key in ("before", "after")}
-    return Step(**{**given, "notes": notes, **sizes})
+class _Record(Struct):
+    steps: list[Step]
+
+    def __post_init__(self) -> None:
+        for one in self.steps:
+            if one.promise not in PROMISES:
+                raise ValueError(f"there is no promise {shown(one.promise)}")

@@ -16,9 +16,10 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta, Struct
 from torch import fx, nn
 
 from splitfx import graph as graphs
@@ -28,13 +29,15 @@ from splitfx.files import FolderKind, read_json
 from splitfx.plan import Plan
 from splitfx.protocol import Note
 from splitfx.record import read_record, write_record
+from splitfx.text import cut
+from splitfx.typed import Count, typed
 
 KIND = FolderKind("splitfx.save", "splitfx.json", 1, ExportError)
 PLAN, PROGRAM = "plan.toml", "program.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
 SHOWN = 5  # names listed in a message
-_ABOUT = {"keys": list, "tied": dict, "kinds": dict, "bytes": dict, "program_missing": str}
-_KINDS = ("parameter", "frozen", "buffer", "constant")
+_LONGEST = 1000  # characters of a key
+_Key = Annotated[str, Meta(max_length=_LONGEST)]
 
 
 def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -65,15 +68,15 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
     place = Path(folder)
     about = _about(place)
     stored = _tensors(place / WEIGHTS)
-    names = {key: about["tied"].get(key, key) for key in about["keys"]}
+    names = {key: about.tied.get(key, key) for key in about.keys}
     lost = [f"{name} is missing" for name in dict.fromkeys(names.values()) if name not in stored]
     if lost:
         raise ExportError(f"{place / WEIGHTS} does not belong to this folder: {_listed(lost)}.")
     weights = {key: stored[name] for key, name in names.items()}
     if model is not None:
         return _replayed(place, model, about, weights)  # the replay makes its own record
-    if about["program_missing"]:
-        raise ExportError(f"{place} holds no program ({about['program_missing']}); use load(folder, model).")
+    if about.program_missing:
+        raise ExportError(f"{place} holds no program ({about.program_missing}); use load(folder, model).")
     split = _rebuilt(place, about, stored)
     _check_weights(place, split, weights)
     if (place / PLAN).exists():
@@ -173,17 +176,22 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def _about(place: Path) -> dict[str, Any]:
-    about = KIND.read_manifest(place, **_ABOUT)
-    fits = {
-        "keys": all(isinstance(key, str) for key in about["keys"]),
-        "tied": all(isinstance(key, str) for key in about["tied"].values()),
-        "kinds": all(isinstance(kind, str) and kind in _KINDS for kind in about["kinds"].values()),
-    }
-    wrong = [name for name, good in fits.items() if not good]
-    if wrong:
-        raise ExportError(f"{place / KIND.manifest} is damaged: see {', '.join(wrong)}.")
-    for name, size in about["bytes"].items():
+class _About(Struct):
+    keys: list[_Key]
+    tied: dict[str, _Key]
+    kinds: dict[str, Literal["parameter", "frozen", "buffer", "constant"]]
+    bytes: dict[str, Count]
+    program_missing: str
+
+    def __post_init__(self) -> None:
+        long = [key for key in (*self.tied, *self.kinds) if len(key) > _LONGEST]
+        if long:
+            raise ValueError(f"a name of {len(long[0])} characters in tied or kinds")
+
+
+def _about(place: Path) -> _About:
+    about = typed(KIND.read_manifest(place), _About, ExportError, str(place / KIND.manifest))
+    for name, size in about.bytes.items():
         KIND.held_file(place, name, size)
     return about
 
@@ -202,17 +210,17 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ExportError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _rebuilt(place: Path, about: Mapping[str, Any], stored: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def _rebuilt(place: Path, about: _About, stored: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     plain = read_json(place / PROGRAM, ExportError, f"{place} is not complete")
-    kinds: dict[str, str] = about["kinds"]
+    kinds: dict[str, str] = about.kinds
     constants = _tensors(place / CONSTANTS) if "constant" in kinds.values() else {}
     held: dict[str, torch.Tensor] = {}
     values = {}
     for path, kind in kinds.items():
-        name = about["tied"].get(path, path)
+        name = about.tied.get(path, path)
         source = constants if kind == "constant" else stored
         if name not in source:
-            raise ExportError(f"{place} holds no weights for {path}.")
+            raise ExportError(f"{place} holds no weights for {cut(path)}.")
         one = _installed(place, path, kind, source[name])
         values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", one))
     return rebuild.from_plain(plain, values)
@@ -227,13 +235,11 @@ def _installed(place: Path, path: str, kind: str, tensor: torch.Tensor) -> torch
 def _trained(place: Path, path: str, kind: str, tensor: torch.Tensor) -> bool:
     """Whether the folder says so of a parameter. `ExportError` where such numbers can have no gradient."""
     if kind == "parameter" and not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ExportError(f"{place / KIND.manifest} is damaged: {path} is a parameter of {_dtype(tensor)}.")
+        raise ExportError(f"{place / KIND.manifest} is damaged: {cut(path)} is a parameter of {_dtype(tensor)}.")
     return kind == "parameter"
 
 
-def _replayed(
-    place: Path, model: nn.Module, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
-) -> fx.GraphModule:
+def _replayed(place: Path, model: nn.Module, about: _About, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     inputs = _example(place, model)
     if (place / PLAN).exists():
         from splitfx.api import transform
@@ -249,7 +255,7 @@ def _replayed(
     _check_weights(place, split, weights, advice if (place / PLAN).exists() else "")
     split.load_state_dict(dict(weights))
     for path, one in split.named_parameters(remove_duplicate=False):
-        kind = about["kinds"].get(path)
+        kind = about.kinds.get(path)
         if kind in ("parameter", "frozen"):  # an alias has none: its layer's own path says it
             one.requires_grad_(_trained(place, path, kind, one))
     return split
@@ -260,10 +266,7 @@ def _example(place: Path, model: nn.Module) -> Any:
     if not (place / PROGRAM).exists():
         return None
     device = next((str(one.device) for one in model.parameters()), "cpu")
-    try:
-        return rebuild.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ExportError(f"{place / PROGRAM} is damaged ({type(error).__name__}: {error}).") from error
+    return rebuild.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
 
 
 def _check_weights(place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = "") -> None:
@@ -300,7 +303,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - SHOWN
-    return "; ".join(names[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join(map(cut, names[:SHOWN])) + (f"; and {more} more" if more > 0 else "")
 
 
 def _version(package: str) -> str:

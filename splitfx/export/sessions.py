@@ -14,7 +14,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from splitfx.errors import ExportError, MissingExtraError, nearest
 
@@ -161,11 +163,24 @@ def open_session(path: Path, provider: str, options: Any) -> Any:
 def tiles(session: Any) -> tuple[str, ...]:
     """What the tiled stages of an exported graph became in its file; nothing where it has none, or is not ours."""
     try:
-        record = json.loads(session.get_modelmeta().custom_metadata_map.get("splitfx", "{}"))
-    except ValueError:
+        text = session.get_modelmeta().custom_metadata_map.get("splitfx", "{}")
+        return tuple(msgspec.json.decode(text, type=_Metadata).tiles)
+    except (ValueError, RecursionError):
         return ()  # another program's entry of this name
-    found = record.get("tiles", []) if isinstance(record, dict) else []
-    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+class _Metadata(msgspec.Struct):
+    tiles: Annotated[list[Annotated[str, msgspec.Meta(max_length=4096)]], msgspec.Meta(max_length=10_000)] = []
+
+
+def ran(session: Any, feed: Mapping[str, Any], path: Path) -> tuple[Any, ...]:
+    """The outputs of a session as tensors. Raises `ExportError` for a file that does not run on such inputs."""
+    import torch
+
+    try:
+        return tuple(torch.from_numpy(one) for one in session.run(None, feed))
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise ExportError(f"{path} does not run under onnxruntime: {_sentence(error)}") from error
 
 
 def feeds(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -13,17 +13,20 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta, Struct
 
 from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.data_files import data_files
 from splitfx.files import FolderKind
 from splitfx.report.table import number, size, table
-from splitfx.splitnet.arguments import Argument, bound
+from splitfx.splitnet.arguments import bound
 from splitfx.splitnet.tree import MERGE
+from splitfx.text import shown
+from splitfx.typed import Count, Text, typed
 
 KIND = FolderKind("export_branches", "branches.json", 1, ExportError)
 
@@ -33,15 +36,15 @@ class OnnxPart:
     """One part of a manifest. ``inputs`` and ``outputs``: values by name, in the order of the file's own. ``groups``:
     those that need it; none for the merge. ``macs`` for one call in the traced sizes."""
 
-    name: str
-    file: str
-    bytes: int
+    name: Text
+    file: Text
+    bytes: Count
     sha256: str
-    groups: tuple[int, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    macs: int
-    params: int
+    groups: tuple[Count, ...]
+    inputs: tuple[Text, ...]
+    outputs: Annotated[tuple[Text, ...], Meta(min_length=1)]
+    macs: Count
+    params: Count
 
 
 class Branches:
@@ -60,10 +63,8 @@ class Branches:
         groups: Iterable[int] | None = None,
     ) -> None:
         self.folder, full = Path(folder), sessions.full_name(provider)
-        about = _manifest(self.folder)
-        self.inputs: tuple[str, ...] = tuple(about["inputs"])
-        self.arguments: tuple[Argument, ...] = tuple((name, where) for name, where in about["arguments"])
-        self.classes = tuple(tuple(own) for own in about["classes"])
+        about = typed(KIND.read_manifest(self.folder), _Manifest, ExportError, str(self.folder / KIND.manifest))
+        self.inputs, self.arguments, self.classes = about.inputs, about.arguments, about.classes
         everyone = range(len(self.classes))
         self.groups = tuple(everyone) if groups is None else tuple(sorted(set(groups)))
         wrong = next((g for g in self.groups if g not in everyone), None)
@@ -72,10 +73,12 @@ class Branches:
                 f"the groups of {self.folder} are 0 to {len(everyone) - 1}; asked for {list(self.groups)}."
             )
         whole = len(self.groups) == len(everyone)
-        listed = [_part(row, self.folder) for row in about["parts"]]
+        listed = about.parts
         self.parts = tuple(p for p in listed if set(p.groups) & set(self.groups) or (whole and p.name == MERGE))
         self._logits = next(p.inputs for p in listed if p.name == MERGE)
         self._check_values(listed)
+        if whole:
+            self._check_values(self.parts)
         self._sessions = {}
         for part in self.parts:
             file = _checked_file(self.folder, part)
@@ -86,7 +89,7 @@ class Branches:
                     f"{self.folder / KIND.manifest} is damaged: {file.name} gives other values than it says."
                 )
 
-    def _check_values(self, listed: list[OnnxPart]) -> None:
+    def _check_values(self, listed: Iterable[OnnxPart]) -> None:
         """Every value that a part reads is given by one in front of it; the merge reads one per group."""
         known = set(self.inputs)
         for part in listed:
@@ -94,10 +97,10 @@ class Branches:
             if lost is not None:
                 where = self.folder / KIND.manifest
                 raise ExportError(
-                    f"{where} is damaged: {part.name} reads {lost!r}, which no part in front of it gives."
+                    f"{where} is damaged: {part.name} reads {shown(lost)}, which no part in front of it gives."
                 )
             known |= set(part.outputs)
-        if len(self._logits) != len(self.classes) or not all(p.outputs for p in listed):
+        if len(self._logits) != len(self.classes):
             raise ExportError(
                 f"{self.folder / KIND.manifest} is damaged: its parts and its {len(self.classes)} groups differ."
             )
@@ -124,7 +127,7 @@ class Branches:
             session = self._sessions[part.name]
             read = tuple(values[name] for name in part.inputs)
             feed = sessions.feeds(session, read, {}, self.folder / part.file)
-            made = [torch.from_numpy(one) for one in session.run(None, feed)]
+            made = sessions.ran(session, feed, self.folder / part.file)
             values |= dict(zip(part.outputs, made, strict=True))
         return values
 
@@ -145,35 +148,24 @@ class Branches:
 # ---------------------------------------------------------------- reading
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    about = KIND.read_manifest(folder, inputs=list, arguments=list, classes=list, parts=list)
-    path = folder / KIND.manifest
-    right = {
-        "inputs": _all(about["inputs"], str),
-        "arguments": len(about["arguments"]) == len(about["inputs"])
-        and all(_all(one, str) and len(one) == 2 for one in about["arguments"]),
-        "classes": all(_all(own, int) for own in about["classes"]),
-    }
-    wrong = [key for key in ("inputs", "arguments", "classes", "parts") if not about[key] or not right.get(key, True)]
-    if wrong:
-        raise ExportError(f"{path} is damaged: see {', '.join(wrong)}.")
-    if sum(isinstance(row, dict) and row.get("name") == MERGE for row in about["parts"]) != 1:
-        raise ExportError(f"{path} is damaged: it names no one part that merges.")
-    return about
+class _Manifest(Struct):
+    inputs: Annotated[tuple[Text, ...], Meta(min_length=1)]
+    arguments: tuple[tuple[str, str], ...]
+    classes: Annotated[tuple[Annotated[tuple[Count, ...], Meta(min_length=1)], ...], Meta(min_length=1)]
+    parts: list[OnnxPart]
 
-
-def _all(found: Any, kind: type) -> bool:
-    return isinstance(found, list) and all(isinstance(one, kind) for one in found)
-
-
-def _part(row: Any, folder: Path) -> OnnxPart:
-    kinds = {"name": str, "file": str, "sha256": str, "bytes": int, "macs": int, "params": int}
-    listed = {"groups": int, "inputs": str, "outputs": str}
-    ok = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-    if not ok or not all(_all(row.get(key), kind) for key, kind in listed.items()):
-        raise ExportError(f"{folder / KIND.manifest} is damaged: a part lacks its file, groups, inputs or outputs.")
-    given: dict[str, Any] = {key: tuple(row[key]) if key in listed else row[key] for key in (*kinds, *listed)}
-    return OnnxPart(**given)
+    def __post_init__(self) -> None:
+        if len(self.arguments) != len(self.inputs):
+            raise ValueError(f"see arguments: {len(self.arguments)} of {len(self.inputs)} inputs")
+        if len({part.name for part in self.parts}) != len(self.parts):
+            raise ValueError("see parts: two have one name")
+        if [part.name for part in self.parts].count(MERGE) != 1 or self.parts[-1].name != MERGE:
+            raise ValueError("it names no one part that merges, at the end")
+        named = [one for own in self.classes for one in own]
+        if sorted(named) != list(range(len(named))):
+            raise ValueError("see classes: not every class is in one group")
+        if any(group >= len(self.classes) for part in self.parts for group in part.groups):
+            raise ValueError(f"see parts: there are {len(self.classes)} groups")
 
 
 def _checked_file(folder: Path, part: OnnxPart) -> Path:

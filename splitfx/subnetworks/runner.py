@@ -12,17 +12,20 @@ import math
 import os
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta, Struct
 
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
 from splitfx.report.table import number, seconds, size, table
 from splitfx.subnetworks.bundle import KIND
+from splitfx.text import shown
+from splitfx.typed import Count, Text, typed
 
 REMEMBERED = 50  # latest calls of a model that its time is judged by
 Sizes = tuple[tuple[int, ...], ...]
@@ -32,13 +35,28 @@ Sizes = tuple[tuple[int, ...], ...]
 class BundleModel:
     """One model of a manifest; ``accuracy`` in percent and ``seconds``, a median, as they were when it was written."""
 
-    name: str
-    file: str
-    macs: int
-    params: int
-    peak_bytes: int
-    seconds: float | None
-    accuracy: float | None
+    name: Text
+    file: Text
+    macs: Count
+    params: Count
+    peak_bytes: Count
+    seconds: Annotated[float, Meta(ge=0)] | None
+    accuracy: Annotated[float, Meta(ge=0, le=100)] | None
+
+
+class _Weights(Struct):
+    file: Text
+    bytes: Count
+
+
+class _Manifest(Struct):
+    models: Annotated[list[BundleModel], Meta(min_length=1)]
+    weights: _Weights
+
+    def __post_init__(self) -> None:
+        twice = next((name for name, count in Counter(one.name for one in self.models).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"two models are named {shown(twice)}")
 
 
 @dataclass(frozen=True)
@@ -57,11 +75,12 @@ class Bundle:
     def __init__(self, folder: str | os.PathLike[str], provider: str = "cpu", threads: int | None = None) -> None:
         self.folder = Path(folder)
         self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
-        about = KIND.read_manifest(self.folder, models=list, weights=dict)
-        self.models = _models(self.folder / KIND.manifest, about["models"])
+        path = self.folder / KIND.manifest
+        about = typed(KIND.read_manifest(self.folder), _Manifest, ExportError, str(path))
+        self.models = tuple(about.models)
         for one in self.models:
             KIND.held_file(self.folder, one.file, 1)
-        KIND.held_file(self.folder, about["weights"].get("file"), about["weights"].get("bytes"))
+        KIND.held_file(self.folder, about.weights.file, about.weights.bytes)
         self._sessions: dict[str, Any] = {}
         self._times: dict[tuple[str, Sizes], deque[float]] = {}
 
@@ -135,9 +154,8 @@ class Bundle:
         session = self._session(name)
         feed = sessions.feeds(session, inputs, {}, self.folder / f"{name}.onnx")
         started = time.perf_counter()
-        found = session.run(None, feed)
-        took = time.perf_counter() - started
-        return tuple(torch.from_numpy(one) for one in found), took
+        found = sessions.ran(session, feed, self.folder / f"{name}.onnx")
+        return found, time.perf_counter() - started
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
@@ -164,33 +182,6 @@ class Bundle:
             for one in self.models
         ]
         return table(("model", "MACs", "parameters", "peak", "accuracy", "latency", "latency here"), rows)
-
-
-def _models(manifest: Path, rows: list[Any]) -> tuple[BundleModel, ...]:
-    """The models that a manifest lists. Raises `ExportError` for a row that is no model, no rows, and a name twice."""
-    found: dict[str, BundleModel] = {}
-    for row in rows:
-        if not isinstance(row, dict):
-            raise ExportError(f"{manifest} is damaged: see models, a {type(row).__name__} among them.")
-        names = BundleModel.__dataclass_fields__
-        wrong = [key for key in names if key not in row or not _fits(key, row[key])]
-        if wrong:
-            raise ExportError(f"{manifest} is damaged: see models, {', '.join(wrong)}.")
-        if row["name"] in found:
-            raise ExportError(f"{manifest} is damaged: two models are named {row['name']!r}.")
-        found[row["name"]] = BundleModel(**{key: row[key] for key in names})
-    if not found:
-        raise ExportError(f"{manifest} is damaged: it lists no models.")
-    return tuple(found.values())
-
-
-def _fits(key: str, value: Any) -> bool:
-    """Whether a value of a manifest can be this field of a `BundleModel`."""
-    if key in ("name", "file"):
-        return isinstance(value, str) and value != ""
-    if value is None:
-        return key in ("seconds", "accuracy")
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63  # false for NaN
 
 
 def _sizes(inputs: tuple[torch.Tensor, ...]) -> Sizes:

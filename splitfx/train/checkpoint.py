@@ -14,15 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from msgspec import Struct
 from torch import fx, nn
 
 from splitfx.drafts import sweep
 from splitfx.errors import TrainingError
 from splitfx.files import written_whole
 from splitfx.graph import info, is_canonical
+from splitfx.text import one_line, shown
+from splitfx.train.history import Epoch, Score
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
+from splitfx.typed import Count, reason, require_ordinary
 
 FORMAT = 3
 NAME = "checkpoint.pt"
@@ -62,14 +67,18 @@ class About:
         if self.model != other["model"]:
             keys = self.model.keys() | other["model"].keys()
             key = min(k for k in keys if self.model.get(k) != other["model"].get(k))
-            shape = lambda found: f"{found}" if found is not None else "missing"  # noqa: E731
+            shape = lambda found: _said(found) if found is not None else "missing"  # noqa: E731
             return f"another model: {key} is {shape(other['model'].get(key))} there, {shape(self.model.get(key))} here"
         for kind in ("plan", "recipe", "data", "objective"):
             mine, theirs = getattr(self, kind), other[kind]
             for key in dict.fromkeys([*mine, *theirs]):
                 if mine.get(key) != theirs.get(key):
-                    return f"another {kind}: {key} is {theirs.get(key)} there, {mine.get(key)} here"
+                    return f"another {kind}: {key} is {_said(theirs.get(key))} there, {_said(mine.get(key))} here"
         return ""
+
+
+def _said(value: Any) -> str:
+    return one_line(str(value), 120)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -180,22 +189,111 @@ def _cause(error: Exception) -> str:
     return f"is the disk full? {str(error).splitlines()[0]}"
 
 
-def read(folder: Path, about: About) -> State | None:
+class Stored(Struct):
+    """A checkpoint as it was written; `fitting` looks at the tensors."""
+
+    about: About
+    epoch: Count
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    before: Score
+    epochs: list[Epoch]
+    best: dict[str, Any]
+    modules: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        require_ordinary([asdict(self.about), asdict(self.before), *map(asdict, self.epochs)])
+        numbers = [one.epoch for one in self.epochs]
+        if numbers != list(range(1, self.epoch + 1)):
+            raise ValueError(f"it is of epoch {self.epoch} and knows {len(numbers)}")
+        if type(self.best.get("epoch")) is not int or not 0 <= self.best["epoch"] <= self.epoch:
+            raise ValueError("its best epoch is none that it knows")
+
+
+def read(folder: Path, about: About) -> Stored | None:
     """The checkpoint in a folder, None where there is none yet. Raises `TrainingError` for one of another run."""
     path = folder / NAME
     if not path.exists():
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, number = found["about"], found["format"]
-        different = about.differs(theirs) if number == FORMAT else ""
+        number = found.pop("format")
+        known = {key: found.pop(key) for key in Stored.__struct_fields__ if key in found}
+        stored = msgspec.convert({**known, "modules": found}, Stored) if number == FORMAT else None
     except Exception as error:  # whatever a damaged file makes of torch's reader
-        raise TrainingError(f"{path} cannot be read: it is damaged, or no checkpoint of splitfx") from error
-    if number != FORMAT:
-        raise TrainingError(f"{path} has format {number}, this splitfx reads {FORMAT}")
+        why = f" ({reason(error)})" if isinstance(error, msgspec.ValidationError) else ""
+        raise TrainingError(f"{path} cannot be read: it is damaged, or no checkpoint of splitfx{why}") from error
+    if stored is None:
+        raise TrainingError(f"{path} has format {shown(number)}, this splitfx reads {FORMAT}")
+    different = about.differs(asdict(stored.about))
     if different:
         raise TrainingError(f"{path} is of {different}; choose another folder, or go on with what it was made for")
-    return found
+    return stored
+
+
+def require_fit(
+    folder: Path, stored: Stored, modules: Mapping[str, nn.Module], optimizer: Any, scaler: Any = None
+) -> None:
+    """Raise `TrainingError` where a checkpoint's tensors and settings are not those of what is trained."""
+    try:
+        for name, module in modules.items():
+            _require_state(name, stored.modules.get(name), module)
+            _require_state(f"the best {name}", stored.best.get(name), module)
+        _require_optimizer(stored.optimizer, optimizer)
+        if scaler is not None:
+            _require_scaler(stored.scaler, scaler.state_dict())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrainingError(
+            f"{folder / NAME} is damaged ({one_line(str(error), 300)}); begin in another folder"
+        ) from error
+
+
+def _require_state(what: str, given: Any, module: nn.Module) -> None:
+    own = module.state_dict()
+    if not isinstance(given, Mapping) or list(given) != list(own):
+        raise ValueError(f"{what} has other tensors")
+    wrong = next((key for key, one in own.items() if not _is_like(given[key], one)), None)
+    if wrong is not None:
+        raise ValueError(f"{what}: {wrong} is no tensor of {list(own[wrong].shape)} in {own[wrong].dtype}")
+
+
+def _is_like(given: Any, own: torch.Tensor) -> bool:
+    plain = isinstance(given, torch.Tensor) and given.layout is torch.strided and given.device.type == "cpu"
+    return plain and given.shape == own.shape and given.dtype == own.dtype
+
+
+_KEPT = {"SGD": ["momentum_buffer"], "AdamW": ["step", "exp_avg", "exp_avg_sq"]}  # by an optimiser, of each weight
+
+
+def _require_optimizer(given: dict[str, Any], optimizer: Any) -> None:
+    own = optimizer.state_dict()["param_groups"]
+    weights = [one for group in optimizer.param_groups for one in group["params"]]
+    groups = [dict(one) for one in given["param_groups"]]
+    rates = [group.pop("lr", None) for group in groups]
+    settings = [{key: one for key, one in group.items() if key != "lr"} for group in own]
+    require_ordinary(groups)
+    if groups != settings or not all(isinstance(rate, float | int) and 0 <= rate < 1e30 for rate in rates):
+        raise ValueError("the optimiser has other settings")
+    kind = next(name for name in _KEPT if name in {base.__name__ for base in _kinds(optimizer)})
+    for place, held in given["state"].items():
+        if type(place) is not int or not 0 <= place < len(weights) or (held and list(held) != _KEPT[kind]):
+            raise ValueError(f"the optimiser knows a weight {shown(place)}")
+        for name, one in held.items():
+            like = torch.zeros((), dtype=torch.float32) if name == "step" else weights[place].detach()
+            if one is not None and not (isinstance(one, torch.Tensor) and _is_like(one, like.cpu())):
+                raise ValueError(f"the optimiser's {name} of weight {place} is no tensor of {list(like.shape)}")
+        if kind == "AdamW" and None in held.values():
+            raise ValueError(f"the optimiser has no averages of weight {place}")
+
+
+def _require_scaler(given: dict[str, Any] | None, own: dict[str, Any]) -> None:
+    require_ordinary(given)
+    if given is None or list(given) != list(own) or not all(type(given[key]) is type(own[key]) for key in own):
+        raise ValueError("the scaler of mixed precision has other settings")
+
+
+def _kinds(optimizer: Any) -> tuple[type, ...]:
+    return type(getattr(optimizer, "optimizer", optimizer)).__mro__  # accelerate wraps it
 
 
 def write_text(path: Path, text: str) -> None:

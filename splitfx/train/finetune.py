@@ -322,18 +322,19 @@ class _Run:
 
     def resumed(self, folder: Path, about: checkpoint.About, optimizer: Any) -> list[Epoch]:
         """Take everything from the last checkpoint; the epochs that it holds, none where there is no checkpoint."""
-        state = checkpoint.read(folder, about)
-        if state is None:
+        stored = checkpoint.read(folder, about)
+        if stored is None:
             return []
+        checkpoint.require_fit(folder, stored, self.modules(), optimizer, self.accelerator.scaler)
         for name, module in self.modules().items():
-            module.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
+            module.load_state_dict(stored.modules[name])
+        optimizer.load_state_dict(stored.optimizer)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.best_epoch = state["best"]["epoch"]
-        self.best = {name: state["best"][name] for name in self.modules()}
-        self.first = Score(**state["before"])
-        return [Epoch.from_dict(one) for one in state["epochs"]]
+            self.accelerator.scaler.load_state_dict(stored.scaler)
+        self.best_epoch = stored.best["epoch"]
+        self.best = {name: stored.best[name] for name in self.modules()}
+        self.first = stored.before
+        return stored.epochs
 
 
 _NO_TEACHER = "trained without a teacher: give teacher=the unsplit model, and a few epochs reach more"

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from splitfx.report.table import table
 
@@ -34,10 +33,6 @@ class Epoch:
     @property
     def loss(self) -> float:
         return sum(self.losses.values())
-
-    @staticmethod
-    def from_dict(plain: dict[str, Any]) -> Epoch:
-        return Epoch(**{**plain, "val": Score(**plain["val"])})
 
 
 @dataclass(frozen=True)

@@ -154,15 +154,18 @@ def rewritten(folder: Path, change: Callable[[Any], Any]) -> None:
 
 
 ROWS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (lambda a: a.update(models=[]), "it lists no models"),
-    (lambda a: a.update(models=[[1]]), "see models, a list among them"),
-    (lambda a: [a["models"][0].pop(key) for key in ("params", "seconds")], "see models, params, seconds"),
-    (lambda a: a["models"][0].update(macs="many"), "see models, macs"),
-    (lambda a: a["models"][0].update(macs=None, peak_bytes=True), "see models, macs, peak_bytes"),
-    (lambda a: a["models"][0].update(seconds=[1], macs=10**400), "see models, macs, seconds"),
-    (lambda a: a["models"][1].update(accuracy="x"), "see models, accuracy"),
-    (lambda a: a["models"][1].update(accuracy=float("nan")), "see models, accuracy"),
-    (lambda a: a["models"][2].update(name=["a"]), "see models, name"),
+    (lambda a: a.update(models=[]), r"see models: expected `array` of length >= 1"),
+    (lambda a: a.update(models=[[1]]), r"see models\[0\]: expected `object`, got `array`"),
+    (
+        lambda a: [a["models"][0].pop(key) for key in ("params", "seconds")],
+        r"see models\[0\]: object missing required field `params`",
+    ),
+    (lambda a: a["models"][0].update(macs="many"), r"see models\[0\].macs: expected `int`, got `str`"),
+    (lambda a: a["models"][0].update(macs=None, peak_bytes=True), r"see models\[0\].macs: expected `int`, got `null`"),
+    (lambda a: a["models"][0].update(seconds=[1], macs=10**400), "a number of more than 64 bits"),
+    (lambda a: a["models"][1].update(accuracy="x"), r"see models\[1\].accuracy: expected `float | null`"),
+    (lambda a: a["models"][1].update(accuracy=float("nan")), "a number that is not finite"),
+    (lambda a: a["models"][2].update(name=["a"]), r"see models\[2\].name: expected `str`"),
     (lambda a: [row.update(name="q") for row in a["models"]], "two models are named 'q'"),
 )
 
@@ -176,7 +179,7 @@ def test_a_damaged_bundle(made: tuple[SubNetworksGraph, Path], tmp_path: Path) -
         (lambda f: (f / "manifest.json").write_text('{"format": 9, "kind": "export_bundle"}'), "has format 9"),
         (lambda f: rewritten(f, lambda a: a["models"][0].update(file="../base.onnx")), "is no file of this folder"),
         (lambda f: rewritten(f, lambda a: a["weights"].update(file="/etc/passwd")), "is no file of this folder"),
-        (lambda f: rewritten(f, lambda a: a.pop("models")), "is damaged: see models"),
+        (lambda f: rewritten(f, lambda a: a.pop("models")), "is damaged: object missing required field `models`"),
     )
     for i, (fault, why) in enumerate(faults):
         folder = Path(shutil.copytree(made[1], tmp_path / str(i)))

@@ -18,7 +18,7 @@ from splitfx.graph import module_of
 from splitfx.ops import op_name
 from splitfx.passes import Tile
 from splitfx.pipeline import run_pass
-from splitfx.rebuild import _goal
+from splitfx.rebuild_layers import _goal
 from splitfx.tiling import replan
 from splitfx.tiling.executor import Tiled
 from splitfx.tiling.instructions import Schedule
