@@ -96,6 +96,7 @@ def _onnx(path: Path, op: str, reads: list[str], gives: list[str]) -> None:
     from onnx import TensorProto, helper, save
 
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, None])  # noqa: E731
-    node = helper.make_node(op, reads, gives, **({"axis": 1} if op == "Concat" else {}))
+    options: dict[str, Any] = {"axis": 1} if op == "Concat" else {}
+    node = helper.make_node(op, reads, gives, **options)
     graph = helper.make_graph([node], "part", list(map(value, reads)), list(map(value, gives)))
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
