@@ -173,6 +173,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     where.add_argument("--branches", metavar="FOLDER", help="the stem and every branch of a carved SplitNet as files")
     one.add_argument("--opset", type=int, help="ONNX opset, 18 to 25 (default 20)")
     one.add_argument("--fixed-batch", action="store_true", help="keep the traced batch size")
+    one.add_argument("--no-verify", action="store_true", help="do not run the file beside the graph before it is kept")
     with_overwrite(one)
 
     one = command("check", "run an ONNX file under onnxruntime and compare it with the split")

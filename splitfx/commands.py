@@ -100,6 +100,7 @@ def export(given: Namespace, progress: Progress) -> int:
         opset=given.opset,
         dynamic_batch=False if given.fixed_batch else None,
         overwrite=given.overwrite,
+        verify=not given.no_verify,
     )
     parts = [target, *data_files(target)]
     total = sum(one.stat().st_size for one in parts)

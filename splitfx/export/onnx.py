@@ -4,7 +4,7 @@ Does: exports in eval mode from a private copy, with a dynamic batch dimension w
 readable input and output names, the user's layer paths on the nodes, weights in a second file when they
 pass 2 GB; tiled stages written out piece by piece, for the traced sizes (`tiles`); runs onnx.checker.
 Refuses: opsets that the exporter does not write, a dynamic batch that the graph does not have, a file
-already there.
+already there, a file that does not compute what the graph does (`agreement`).
 Promises: the split is not changed; the file holds no stack traces and no paths of this machine; a failed
 export leaves nothing behind.
 """
@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, MissingExtraError
-from splitfx.export import tiles
+from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
 
@@ -52,6 +52,7 @@ def export_onnx(
     example_inputs: Any = None,
     external_data: bool = False,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> Path:
     """Write `split` to `path` as an ONNX model in eval mode, and return the path.
 
@@ -64,18 +65,27 @@ def export_onnx(
         traced yet.
     external_data: put the weights into a file `<path>.<digest>.data` beside it; done anyway when they pass 2 GB.
     overwrite: replace an existing file.
+    verify: run the file under onnxruntime on the CPU beside the graph, on random inputs of the traced sizes and, where
+        its batch is free, of another one, before it takes its name; outputs may differ by 1e-9 (float64), 1e-4
+        (float32), 2e-2 (float16) of their largest value, integers and booleans not at all.
 
     Raises `ExportError` for a wrong opset, an existing or unwritable path, a batch that cannot be dynamic,
-    an operation without an ONNX form and a file that onnx.checker refuses; `MissingExtraError` without onnx
-    or onnxscript.
+    an operation without an ONNX form, a file that onnx.checker or onnxruntime refuses and one that computes something
+    else, with the output and, where it can be told, the layer; `MissingExtraError` without onnx, onnxscript or, to
+    verify, onnxruntime.
     """
     target = Path(path)
     opset = _checked_opset(opset)
     check_target(target, overwrite=overwrite, error=ExportError)
-    _need_packages()
+    _need_packages(verify)
     gm = _traced(split, example_inputs)
-    model, fixed = made(gm, opset, dynamic_batch)
-    _write(model, target, external_data, overwrite)
+    program, exported, fixed = _program(gm, opset, dynamic_batch)
+
+    def check(draft: Path) -> None:
+        if verify:
+            agreement.require_agreement(draft, gm, (exported, program.exported_program), LAYER)
+
+    _write(program.model, target, external_data, overwrite, check)
     if fixed and dynamic_batch is None:
         warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
     return target
@@ -84,11 +94,19 @@ def export_onnx(
 def made(gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True) -> tuple[Any, str]:
     """The ONNX model of a graph in memory, and why its batch is fixed ("" when it is free). Without ``fuse`` no weight
     is computed anew: batch norms stay nodes of their own."""
+    program, _, fixed = _program(gm, opset, dynamic_batch, fuse)
+    return program.model, fixed
+
+
+def _program(
+    gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True
+) -> tuple[Any, torch.export.ExportedProgram, str]:
+    """torch's ONNX program, the exported program behind it, and why the batch is fixed."""
     with _quiet():
         exported, fixed, tiled = _export(gm, dynamic_batch)
-        program = _convert(exported, opset, _output_names(exported), fuse)
+        program = _convert(rewrites.rewritten(exported), opset, _output_names(exported), fuse)
     _finish(program, gm, exported, fixed, tiled)
-    return program.model, fixed
+    return program, exported, fixed
 
 
 def _checked_opset(opset: int | None) -> int:
@@ -99,7 +117,9 @@ def _checked_opset(opset: int | None) -> int:
     return opset
 
 
-def _need_packages() -> None:
+def _need_packages(verify: bool) -> None:
+    if verify:
+        sessions.runtime()
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -314,12 +334,16 @@ def _name_batch(model: Any, names: dict[str, str]) -> None:
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = ir.SymbolicDim(symbol.sub(lambda m: names[m[1]], str(size.value)))
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, symbol, names) for size in value.shape])
 
 
-def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> None:
+def _renamed(size: Any, symbol: re.Pattern[str], names: dict[str, str]) -> Any:
+    known = getattr(size, "value", size)  # a number, or the expression of a free size
+    return symbol.sub(lambda m: names[m[1]], known) if isinstance(known, str) else known
+
+
+def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check: Callable[[Path], None]) -> None:
     """Save, check, then move into place."""
     import onnx
     import onnx_ir as ir
@@ -335,6 +359,7 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool) -> No
             onnx.checker.check_model(str(draft))
         except onnx.checker.ValidationError as error:
             raise ExportError(f"onnx.checker refuses the exported model: {_first_line(error)}") from error
+        check(draft)
 
 
 @contextlib.contextmanager

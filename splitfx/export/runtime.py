@@ -29,11 +29,9 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError
-from splitfx.export import sessions
+from splitfx.export import agreement, sessions
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 
-# Largest error allowed, relative to the output's largest absolute value; other dtypes must be equal.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 WARM_UP = 3
 Progress = Callable[[str], None]
 
@@ -169,32 +167,10 @@ def _compare(session: Any, feed: dict[str, Any], bench: _Bench) -> tuple[tuple[O
         raise ExportError(f"onnxruntime cannot run {bench.path.name}: {sessions._sentence(error)}") from error
     if len(actual) != len(bench.expected):
         return (), f"mismatch: the file has {len(actual)} outputs, the module {len(bench.expected)}"
-    errors, wrong = [], []
-    for name, got, want in zip(names, actual, bench.expected, strict=True):
-        if got.shape != want.shape or got.dtype != want.dtype:
-            wrong.append(f"{name} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
-            continue
-        one = difference(name, got, want)
-        errors.append(one)
-        allowed = TOLERANCE.get(want.dtype, 0.0) if bench.tolerance is None else bench.tolerance
-        if not one.max_rel <= allowed:
-            wrong.append(f"{name} is off by {one.max_rel:.1e} of its largest value (allowed {allowed:.0e})")
-    return tuple(errors), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
-
-
-def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> OutputError:
-    """Infinite where one side has an inf or nan that the other has not."""
-    a, b = got.double(), want.double()
-    finite = torch.isfinite(b)
-    same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a[torch.isinf(b)], b[torch.isinf(b)])
-    if not same or not bool(torch.isfinite(a[finite]).all()):
-        return OutputError(name, tuple(want.shape), math.inf, math.inf)
-    if not bool(finite.any()):
-        return OutputError(name, tuple(want.shape), 0.0, 0.0)
-    largest = float((a[finite] - b[finite]).abs().max())
-    scale = float(b[finite].abs().max())
-    relative = 0.0 if largest == 0 else math.inf if scale == 0 else largest / scale
-    return OutputError(name, tuple(want.shape), largest, relative)
+    each = zip(names, actual, bench.expected, strict=True)
+    found = [agreement.fault(name, got, want, bench.tolerance) for name, got, want in each]
+    wrong = [words for _, words in found if words]
+    return tuple(one for one, _ in found), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
 
 
 def _runner(session: Any, feed: dict[str, Any], provider: str) -> Callable[[], Any]:

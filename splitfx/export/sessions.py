@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,28 +187,47 @@ def feeds(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: 
     """Input name -> numpy array: keyword tensors by name, the others in order. Raises `ExportError` naming
     the input.
     """
+    return fed(session, *flat(args, kwargs), path)
+
+
+def flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """The tensors of a call as arrays, in order, and the keyword of each that is a keyword argument itself, else ""."""
     import torch
     from torch.utils import _pytree as pytree
 
-    wanted = {one.name: one for one in session.get_inputs()}
-    named = {key: one for key, one in kwargs.items() if key in wanted and isinstance(one, torch.Tensor)}
-    others = pytree.tree_leaves((args, {key: one for key, one in kwargs.items() if key not in named}))
-    tensors = [one for one in others if isinstance(one, torch.Tensor)]
-    free = [name for name in wanted if name not in named]
-    if len(free) != len(tensors):
-        names, given = ", ".join(wanted) or "none", len(tensors) + len(named)
-        raise ExportError(f"{path.name} takes {len(wanted)} inputs ({names}); {given} were given.")
-    named.update(zip(free, tensors, strict=True))
-    return {name: _fitting(wanted[name], named[name], path) for name in wanted}
+    given = [("", one) for one in pytree.tree_leaves(args)]
+    for key, value in kwargs.items():
+        given += [(key if value is one else "", one) for one in pytree.tree_leaves(value)]
+    tensors = [(key, one) for key, one in given if isinstance(one, torch.Tensor)]
+    return [key for key, _ in tensors], [_array(one) for _, one in tensors]
 
 
-def _fitting(wanted: Any, tensor: Any, path: Path) -> Any:
+def _array(tensor: Any) -> Any:
     try:
-        array = tensor.detach().cpu().numpy()
+        return tensor.detach().cpu().numpy()
     except TypeError:
-        raise ExportError(
-            f"input '{wanted.name}': {tensor.dtype} has no numpy form to feed onnxruntime with."
-        ) from None
+        raise ExportError(f"an input of {tensor.dtype} has no numpy form to feed onnxruntime with.") from None
+
+
+def matched(session: Any, keywords: Sequence[str], path: Path) -> list[str]:
+    """The file's name for each tensor of a call (see `flat`). Raises `ExportError` where their number is another."""
+    wanted = [one.name for one in session.get_inputs()]
+    free = [name for name in wanted if name not in keywords]
+    others = [key for key in keywords if key not in wanted]
+    if len(free) != len(others):
+        names, given = ", ".join(wanted) or "none", len(keywords)
+        raise ExportError(f"{path.name} takes {len(wanted)} inputs ({names}); {given} were given.")
+    rest = iter(free)
+    return [key if key in wanted else next(rest) for key in keywords]
+
+
+def fed(session: Any, keywords: Sequence[str], arrays: Sequence[Any], path: Path) -> dict[str, Any]:
+    wanted = {one.name: one for one in session.get_inputs()}
+    names = matched(session, keywords, path)
+    return {name: _fitting(wanted[name], array, path) for name, array in zip(names, arrays, strict=True)}
+
+
+def _fitting(wanted: Any, array: Any, path: Path) -> Any:
     kind = _TYPES.get(wanted.type, wanted.type)
     sizes = wanted.shape
     same = len(sizes) == array.ndim and all(

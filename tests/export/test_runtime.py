@@ -12,8 +12,9 @@ from torch import nn
 
 from splitfx.errors import ExportError
 from splitfx.export import sessions
+from splitfx.export.agreement import difference
 from splitfx.export.onnx import export_onnx
-from splitfx.export.runtime import check_onnx, difference
+from splitfx.export.runtime import check_onnx
 from splitfx.tracing import trace
 
 pytest.importorskip("onnxruntime")

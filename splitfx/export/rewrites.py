@@ -1,0 +1,121 @@
+"""Operations that torch's exporter translates wrongly, or not at all, written as ones that it translates rightly.
+
+Does: rewrites these operations of an exported program, plain or in a tiled stage, before it becomes ONNX.
+Refuses nothing: what is still wrong behind it is seen by `agreement`.
+Promises: the program computes what it did; one without such an operation is not touched.
+
+- Average pools with a divisor of their own: the exporter drops the divisor.
+- Adaptive max pools: only those whose cells are of one size have a form.
+- Resizes with antialiasing: onnxruntime's weights are others with `align_corners`, or when a scale is given. Each is a
+  product with a constant matrix per axis, which torch itself is asked for.
+- The random leaky ReLU, which has no form: in eval mode its slope is the middle one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+
+def rewritten(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with the operations of `TABLE` replaced, where it has one."""
+    found = {node.target for node in exported.graph.nodes} & TABLE.keys()
+    return exported.run_decompositions({target: TABLE[target] for target in found}) if found else exported
+
+
+def _average_pool(pool: Any, axes: int) -> Callable[..., Any]:
+    def call(
+        x: torch.Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        if divisor_override is None:
+            return NotImplemented
+        kernel, padding = _each(kernel_size, axes), _each(padding, axes)
+        stride = _each(stride or kernel, axes)
+        sides: list[int] = []
+        for size, k, s, p in zip(x.shape[-axes:], kernel, stride, padding, strict=True):
+            sides = [p, max(p, (_windows(size, k, s, p, ceil_mode) - 1) * s + k - size - p), *sides]
+        mean = pool(aten.constant_pad_nd(x, sides), kernel, stride)
+        return mean * (math.prod(kernel) / divisor_override)
+
+    return call
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """How many windows torch places: the last one has to start on the map or on the padding before it."""
+    span = size + 2 * padding - kernel
+    count = -(-span // stride) + 1 if ceil_mode else span // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
+
+
+def _adaptive_max_pool(axes: int) -> Callable[..., Any]:
+    """Axis after axis, with the place of each maximum."""
+
+    def call(x: torch.Tensor, output_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes = x.shape[-axes:]
+        place = torch.zeros_like(x, dtype=torch.int64)
+        for axis, count in enumerate(_each(output_size, axes)):
+            dim, size = axis - axes, sizes[axis]
+            values, places = [], []
+            for i in range(count):
+                low, high = i * size // count, -(-(i + 1) * size // count)
+                best, where = x.narrow(dim, low, high - low).max(dim, keepdim=True)
+                values.append(best)
+                places.append(place.narrow(dim, low, high - low).gather(dim, where) * size + where + low)
+            x, place = torch.cat(values, dim), torch.cat(places, dim)
+        return x, place  # the axes were met in order: row-major
+
+    return call
+
+
+def _smooth_resize(resize: Any) -> Callable[..., Any]:
+    def call(
+        x: torch.Tensor,
+        output_size: Sequence[int],
+        align_corners: bool,
+        scales_h: float | None = None,
+        scales_w: float | None = None,
+    ) -> torch.Tensor:
+        for dim, out, scale in ((-2, output_size[0], scales_h), (-1, output_size[1], scales_w)):
+            size = int(x.shape[dim])
+            with _disable_current_modes():
+                eye = torch.eye(size, dtype=torch.float64)[None, None]
+                weights = resize(eye, [int(out), size], align_corners, scale, None)[0, 0].tolist()
+            matrix = torch.tensor(weights, dtype=x.dtype, device=x.device)
+            x = matrix @ x if dim == -2 else x @ matrix.t()
+        return x
+
+    return call
+
+
+def _middle_slope(
+    x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None
+) -> Any:
+    return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.avg_pool2d.default: _average_pool(aten.avg_pool2d.default, 2),
+    aten.avg_pool3d.default: _average_pool(aten.avg_pool3d.default, 3),
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    aten.rrelu.default: _middle_slope,
+    aten._upsample_bilinear2d_aa.default: _smooth_resize(aten._upsample_bilinear2d_aa.default),
+    aten._upsample_bicubic2d_aa.default: _smooth_resize(aten._upsample_bicubic2d_aa.default),
+}
