@@ -102,7 +102,8 @@ def written(name: str, x: torch.Tensor, folder: Path) -> dict[str, Path]:
 
 
 def peak(path: Path, folder: Path, threads: int, default: bool) -> int:
-    request = {"provider": sessions.CPU, "model": str(path), "inputs": str(folder / "inputs.npz"), "threads": threads}
+    stored = str(folder / "inputs.npz")
+    request = {"provider": sessions.CPU, "model": str(path), "inputs": stored, "keywords": ["x"], "threads": threads}
     found = sessions.probe({**request, "default_options": default})
     if "peak_bytes" not in found:
         raise ExportError(f"no peak memory: {found.get('peak_why') or found.get('why')}.")

@@ -182,6 +182,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     one.add_argument("--provider", action="append", metavar="NAME", help="cpu, cuda, ...; once per provider")
     one.add_argument("--require", action="append", default=[], metavar="NAME", help="fail where it does not start")
     one.add_argument("--runs", type=_count, default=20, help="timed runs per provider (default 20)")
+    one.add_argument("--seconds", type=float, default=600, help="the most for one provider (default 600)")
 
     one = command("compare", "set a model and its split side by side")
     with_model(one, folder=False)

@@ -133,7 +133,13 @@ def check(given: Namespace, progress: Progress) -> int:
 
     split = _saved(given.split, progress)
     found = check_onnx(
-        given.onnx, split, providers=given.provider, require=given.require, runs=given.runs, progress=progress
+        given.onnx,
+        split,
+        providers=given.provider,
+        require=given.require,
+        runs=given.runs,
+        seconds=given.seconds,
+        progress=progress,
     )
     _print(given, found.to_json(), str(found))
     return 0 if found.ok else 1

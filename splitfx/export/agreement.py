@@ -241,7 +241,7 @@ def _values(program: torch.export.ExportedProgram, call: Call) -> dict[fx.Node, 
     class Seeing(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if isinstance(value, torch.Tensor) and n.op == "call_function":
+            if isinstance(value, torch.Tensor) and n.op == "call_function" and n.users:
                 seen[n] = value.detach().cpu()
             return value
 

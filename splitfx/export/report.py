@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from splitfx.text import cut, printable
+
 HEAD = (
     "provider",
     "verdict",
@@ -111,7 +113,7 @@ class RuntimeReport:
         ]
         for row in self.rows:
             lines += _remarks(row)
-        return "\n".join(line if len(line) <= 100 else line[:97] + "..." for line in lines)
+        return "\n".join(line and cut(printable(line.replace("\n", " ")), 100) for line in lines)
 
     def _table(self) -> list[str]:
         cells = [HEAD, *(row.cells() for row in self.rows)]

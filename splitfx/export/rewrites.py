@@ -5,7 +5,7 @@ Refuses nothing: what is still wrong behind it is seen by `agreement`.
 Promises: the program computes what it did; one without such an operation is not touched.
 
 - Average pools with a divisor of their own: the exporter drops the divisor.
-- Adaptive max pools: only those whose cells are of one size have a form.
+- Adaptive pools that do not divide, maxima and those over three axes: only those with cells of one size have a form.
 - Resizes with antialiasing: onnxruntime's weights are others with `align_corners`, or when a scale is given. Each is a
   product with a constant matrix per axis, which torch itself is asked for.
 - The random leaky ReLU, which has no form: in eval mode its slope is the middle one.
@@ -68,8 +68,7 @@ def _adaptive_max_pool(axes: int) -> Callable[..., Any]:
         for axis, count in enumerate(_each(output_size, axes)):
             dim, size = axis - axes, sizes[axis]
             values, places = [], []
-            for i in range(count):
-                low, high = i * size // count, -(-(i + 1) * size // count)
+            for low, high in _cells(size, count):
                 best, where = x.narrow(dim, low, high - low).max(dim, keepdim=True)
                 values.append(best)
                 places.append(place.narrow(dim, low, high - low).gather(dim, where) * size + where + low)
@@ -77,6 +76,23 @@ def _adaptive_max_pool(axes: int) -> Callable[..., Any]:
         return x, place  # the axes were met in order: row-major
 
     return call
+
+
+def _adaptive_mean(axes: int) -> Callable[..., Any]:
+    def call(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
+        for dim, count in zip(range(-axes, 0), _each(output_size, axes), strict=True):
+            parts = (
+                x.narrow(dim, low, high - low).mean(dim, keepdim=True) for low, high in _cells(x.shape[dim], count)
+            )
+            x = torch.cat(list(parts), dim)
+        return x
+
+    return call
+
+
+def _cells(size: int, count: int) -> list[tuple[int, int]]:
+    """Where the cells of an adaptive pool begin and end."""
+    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
 
 def _smooth_resize(resize: Any) -> Callable[..., Any]:
@@ -99,6 +115,20 @@ def _smooth_resize(resize: Any) -> Callable[..., Any]:
     return call
 
 
+def _smooth_resize_by(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The overload that takes a size or factors."""
+
+    def call(
+        x: torch.Tensor, output_size: Sequence[int] | None, align_corners: bool, factors: Sequence[float] | None
+    ) -> torch.Tensor:
+        if output_size is not None or factors is None:
+            return rule(x, output_size, align_corners)
+        sizes = [int(size * by) for size, by in zip(x.shape[2:], factors, strict=True)]
+        return rule(x, sizes, align_corners, *factors)
+
+    return call
+
+
 def _middle_slope(
     x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None
 ) -> Any:
@@ -110,12 +140,19 @@ def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return values * axes if len(values) == 1 else values
 
 
+_bilinear = _smooth_resize(aten._upsample_bilinear2d_aa.default)
+_bicubic = _smooth_resize(aten._upsample_bicubic2d_aa.default)
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.avg_pool2d.default: _average_pool(aten.avg_pool2d.default, 2),
     aten.avg_pool3d.default: _average_pool(aten.avg_pool3d.default, 3),
+    aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
     aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    aten.adaptive_avg_pool3d.default: _adaptive_mean(3),
+    aten._adaptive_avg_pool3d.default: _adaptive_mean(3),
+    aten._upsample_bilinear2d_aa.default: _bilinear,
+    aten._upsample_bilinear2d_aa.vec: _smooth_resize_by(_bilinear),
+    aten._upsample_bicubic2d_aa.default: _bicubic,
+    aten._upsample_bicubic2d_aa.vec: _smooth_resize_by(_bicubic),
     aten.rrelu.default: _middle_slope,
-    aten._upsample_bilinear2d_aa.default: _smooth_resize(aten._upsample_bilinear2d_aa.default),
-    aten._upsample_bicubic2d_aa.default: _smooth_resize(aten._upsample_bicubic2d_aa.default),
 }

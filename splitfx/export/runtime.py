@@ -1,9 +1,9 @@
 """Check an ONNX file against the module it came from, on every provider asked for.
 
-Does: parity per output, latency beside torch's, peak memory of a run in a fresh process, nodes that fell
-back.
-Refuses: missing or unreadable files, inputs that do not fit, a required provider that does not start
-(`ExportError`).
+Does: parity per output, latency beside torch's, peak memory of a run, nodes that fell back. The file, which may come
+from anywhere, is only ever run in a process of its own (`probe`), for a limited time.
+Refuses: missing or unreadable files, files that do not end in time, inputs that do not fit, a required provider that
+does not start (`ExportError`).
 Promises: a provider never stands in for another: one that does not start is "unavailable: why", and `ok` is
 False. The module's weights and train/eval flags are as before.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import statistics
@@ -33,6 +32,7 @@ from splitfx.export import agreement, sessions
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 
 WARM_UP = 3
+SECONDS = 600.0
 Progress = Callable[[str], None]
 
 
@@ -45,6 +45,7 @@ def check_onnx(
     require: str | Sequence[str] = (),
     runs: int = 20,
     tolerance: float | None = None,
+    seconds: float = SECONDS,
     progress: Progress | None = None,
 ) -> RuntimeReport:
     """Run the file on each provider and compare it with `model` in eval mode.
@@ -57,16 +58,19 @@ def check_onnx(
     runs: timed runs per provider, after 3 to warm up.
     tolerance: largest error relative to an output's largest absolute value; None means 1e-9 for float64,
         1e-4 for float32, 2e-2 for float16; integers and booleans must be equal.
+    seconds: the most that loading the file and all its runs may take on one provider.
     progress: called with one line before each step.
 
-    Raises `ExportError` for a missing, truncated or foreign file, inputs that do not fit and unknown
-    providers.
+    Raises `ExportError` for a missing, truncated or foreign file, one that takes longer or ends the process that runs
+    it, inputs that do not fit and unknown providers.
     """
     target, say = Path(path), progress or (lambda line: None)
     if not target.is_file():
         raise ExportError(f"there is no file {target}; write it with export_onnx.")
     if runs < 1:
         raise ExportError(f"runs must be at least 1; got {runs}.")
+    if not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise ExportError(f"seconds must be a number above 0; got {seconds!r}.")
     required = [sessions.full_name(one) for one in ([require] if isinstance(require, str) else require)]
     named = [sessions.full_name(one) for one in ([providers] if isinstance(providers, str) else providers or ())]
     for provider in required:
@@ -80,7 +84,7 @@ def check_onnx(
     expected = _outputs(model, args, kwargs)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="splitfx-check-") as folder:
-        bench = _Bench(target, expected, threads, runs, tolerance, Path(folder), say)
+        bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder), say)
         rows = [_row(bench, provider, model, (args, kwargs)) for provider in chosen]
     fed = tuple(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors)
     return RuntimeReport(str(target), fed, threads, runs, tuple(rows), tolerance)
@@ -132,6 +136,7 @@ class _Bench:
     threads: int
     runs: int
     tolerance: float | None
+    seconds: float
     folder: Path
     say: Progress
 
@@ -141,30 +146,64 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
     bench.say(f"{name}: starting")
     if why := sessions.why_not(provider):
         return ProviderRow(name, f"unavailable: {why}")
-    session = sessions.open_session(bench.path, provider, sessions.session_options(bench.threads))
-    feed = sessions.feeds(session, *call, bench.path)
-    bench.say(f"{name}: comparing outputs")
-    found, verdict = _compare(session, feed, bench)
-    bench.say(f"{name}: timing")
-    median, p90 = _timed(_runner(session, feed, provider), bench.runs)
-    torch_median, torch_p90 = _torch_times(model, call, provider, bench.runs)
-    tiles = sessions.tiles(session)
-    row = ProviderRow(name, verdict, found, median, p90, torch_median, torch_p90, tiles=tiles)
-    del session
-    bench.say(f"{name}: peak memory, in a fresh process")
-    row = _with_memory(row, bench, provider, feed)
-    if provider == sessions.CPU:
+    keywords, arrays = sessions.flat(*call)
+    request = {
+        "provider": provider,
+        "provider_options": sessions.provider_options(provider),
+        "threads": bench.threads,
+        "model": str(bench.path.absolute()),
+        "inputs": str(_stored(bench.folder / "inputs.npz", arrays)),
+        "keywords": keywords,
+    }
+    bench.say(f"{name}: loading, comparing and timing, in a fresh process")
+    outputs = bench.folder / "outputs.npz"
+    found = _asked(bench, {**request, "outputs": str(outputs), "runs": bench.runs})
+    bench.say(f"{name}: timing torch")
+    torch_times = _torch_times(model, call, provider, bench.runs)
+    errors, verdict = _compared(bench, found["names"], outputs)
+    row = ProviderRow(
+        name,
+        verdict,
+        errors,
+        *_middle(found["times"]),
+        *(_middle(torch_times) if torch_times else (None, None)),
+        found.get("peak_bytes"),
+        found.get("load_bytes"),
+        found.get("peak_why", ""),
+        fallback=tuple(found.get("fallback", ())),
+        tiles=tuple(found["tiles"]),
+    )
+    if not row.tiles or "peak_bytes" not in found:
         return row
-    bench.say(f"{name}: looking for nodes that fell back")
-    return replace(row, fallback=_fallback(bench, provider, feed))
+    bench.say(f"{name}: peak memory with onnxruntime's default options")
+    return replace(row, default_peak_bytes=_asked(bench, {**request, "default_options": True}).get("peak_bytes"))
 
 
-def _compare(session: Any, feed: dict[str, Any], bench: _Bench) -> tuple[tuple[OutputError, ...], str]:
-    names = [one.name for one in session.get_outputs()]
-    try:
-        actual = [torch.as_tensor(one) for one in session.run(None, feed)]
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise ExportError(f"onnxruntime cannot run {bench.path.name}: {sessions._sentence(error)}") from error
+def _stored(path: Path, arrays: Sequence[Any]) -> Path:
+    import numpy
+
+    numpy.savez(path, allow_pickle=False, **{str(i): one for i, one in enumerate(arrays)})
+    return path
+
+
+def _asked(bench: _Bench, request: dict[str, Any]) -> dict[str, Any]:
+    """What the fresh process found. Raises `ExportError` where it found nothing."""
+    found = sessions.probe(request, bench.seconds)
+    if found.get("late"):
+        raise ExportError(
+            f"{bench.path.name} is not done within {bench.seconds:g} s on {sessions.short_name(request['provider'])}, "
+            f"at: {found['late']}; pass more seconds, or check fewer runs."
+        )
+    if "why" in found:
+        raise ExportError(found["why"] if bench.path.name in found["why"] else f"{bench.path.name}: {found['why']}")
+    return found
+
+
+def _compared(bench: _Bench, names: list[str], outputs: Path) -> tuple[tuple[OutputError, ...], str]:
+    import numpy
+
+    with numpy.load(outputs, allow_pickle=False) as stored:
+        actual = [torch.as_tensor(stored[name]) for name in stored.files]
     if len(actual) != len(bench.expected):
         return (), f"mismatch: the file has {len(actual)} outputs, the module {len(bench.expected)}"
     each = zip(names, actual, bench.expected, strict=True)
@@ -173,26 +212,14 @@ def _compare(session: Any, feed: dict[str, Any], bench: _Bench) -> tuple[tuple[O
     return tuple(one for one, _ in found), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
 
 
-def _runner(session: Any, feed: dict[str, Any], provider: str) -> Callable[[], Any]:
-    """One run; on a GPU the inputs already lie there and the outputs stay, as they do for torch."""
-    if provider != sessions.CUDA:
-        return lambda: session.run(None, feed)
-    value = sessions.runtime().OrtValue
-    binding = session.io_binding()
-    for name, array in feed.items():
-        binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(array, "cuda", 0))
-    for one in session.get_outputs():
-        binding.bind_output(one.name, "cuda", 0)
-
-    def run() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    return run
+def _middle(times: Sequence[float]) -> tuple[float, float]:
+    """Median and 90th percentile."""
+    ordered = sorted(times)
+    return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
 
 
-def _timed(run: Callable[[], Any], runs: int) -> tuple[float, float]:
-    """Median and 90th percentile in milliseconds."""
+def _timed(run: Callable[[], Any], runs: int) -> list[float]:
+    """Milliseconds of each run, after some to warm up."""
     for _ in range(WARM_UP):
         run()
     times = []
@@ -200,15 +227,14 @@ def _timed(run: Callable[[], Any], runs: int) -> tuple[float, float]:
         begin = time.perf_counter()
         run()
         times.append((time.perf_counter() - begin) * 1e3)
-    ordered = sorted(times)
-    return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
+    return times
 
 
-def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int) -> tuple[float | None, ...]:
-    """Eager latency on the provider's device; (None, None) where torch has no such device."""
+def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int) -> list[float]:
+    """Eager latency on the provider's device; nothing where torch has no such device."""
     wanted = {sessions.CPU: "cpu", sessions.CUDA: "cuda"}.get(provider)
     if wanted is None or (wanted == "cuda" and not torch.cuda.is_available()):
-        return None, None
+        return []
     tensors = (*model.parameters(), *model.buffers(), *pytree.tree_leaves(call))
     here = {one.device.type for one in tensors if isinstance(one, torch.Tensor)}
     if here - {wanted}:
@@ -226,47 +252,4 @@ def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs
     except RuntimeError:
         if not here - {wanted}:
             raise
-        return (
-            None,
-            None,
-        )  # the graph makes tensors on the device it was traced on, so its copy cannot run here
-
-
-def _with_memory(row: ProviderRow, bench: _Bench, provider: str, feed: dict[str, Any]) -> ProviderRow:
-    if provider not in (sessions.CPU, sessions.CUDA):
-        return replace(row, peak_why=f"not measured for {row.provider}")
-    import numpy
-
-    stored = bench.folder / "inputs.npz"
-    numpy.savez(stored, allow_pickle=False, **feed)
-    request = {
-        "provider": provider,
-        "provider_options": sessions.provider_options(provider),
-        "threads": bench.threads,
-        "model": str(bench.path),
-        "inputs": str(stored),
-    }
-    found = sessions.probe(request)
-    why = found.get("peak_why") or found.get("why", "")
-    row = replace(row, peak_bytes=found.get("peak_bytes"), load_bytes=found.get("load_bytes"), peak_why=why)
-    if not row.tiles:
-        return row
-    bench.say(f"{row.provider}: peak memory with onnxruntime's default options")
-    return replace(row, default_peak_bytes=sessions.probe({**request, "default_options": True}).get("peak_bytes"))
-
-
-def _fallback(bench: _Bench, provider: str, feed: dict[str, Any]) -> tuple[str, ...]:
-    """Nodes that onnxruntime's own profile shows on another provider."""
-    options = sessions.session_options(bench.threads)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(bench.folder / "profile")
-    session = sessions.open_session(bench.path, provider, options)
-    session.run(None, feed)
-    events = json.loads(Path(session.end_profiling()).read_text())
-    found = {}
-    for event in events:
-        where = event.get("args", {}).get("provider", provider)
-        if event.get("cat") == "Node" and where and where != provider:
-            node = event["name"].removesuffix("_kernel_time")
-            found[node] = f"{node} ({event['args'].get('op_name', '?')} on {sessions.short_name(where)})"
-    return tuple(found.values())
+        return []  # the graph makes tensors on the device it was traced on, so its copy cannot run here

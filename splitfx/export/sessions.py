@@ -109,24 +109,32 @@ def provider_options(provider: str) -> dict[str, str]:
     return dict(CUDA_OPTIONS) if provider == CUDA else {}
 
 
-def probe(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `splitfx.export.probe` in a fresh process; its answer, or {"why": what went wrong}."""
+def probe(request: Mapping[str, Any], seconds: float = PROBE_SECONDS) -> dict[str, Any]:
+    """Run `splitfx.export.probe` in a fresh process; its answer, or {"why": what went wrong}, with "late": what it was
+    at, when its time was up."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "splitfx.export.probe", json.dumps(request)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"why": f"no answer from a fresh process within {PROBE_SECONDS} s"}
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        stages = (error.stdout or b"").decode(errors="replace").splitlines()
+        return {
+            "why": f"no answer from a fresh process within {seconds:g} s",
+            "late": stages[-1] if stages else "start",
+        }
     except OSError as error:
         return {"why": f"no fresh process could be started: {error.strerror or error}"}
+    log = done.stderr.decode(errors="replace")
+    if done.returncode < 0:
+        return {"why": f"onnxruntime's process was ended by signal {-done.returncode}, by a crash or for its memory"}
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
+        lines = log.strip().splitlines()
         return {"why": lines[-1] if lines else f"a fresh process ended with code {done.returncode}"}
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    answer = json.loads(done.stdout.decode().strip().splitlines()[-1])
     if answer.get("started") is False:
-        answer["why"] = start_failure(done.stderr)
+        answer["why"] = start_failure(log)
     return answer
 
 
@@ -158,6 +166,14 @@ def open_session(path: Path, provider: str, options: Any) -> Any:
     if session.get_providers()[0] != provider:
         raise ExportError(f"onnxruntime fell back from {short_name(provider)} to {session.get_providers()[0]}.")
     return session
+
+
+def ran(session: Any, feed: Mapping[str, Any], path: Path) -> list[Any]:
+    """The outputs of one run. Raises `ExportError`."""
+    try:
+        return session.run(None, feed)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise ExportError(f"onnxruntime cannot run {path.name}: {_sentence(error)}") from error
 
 
 def tiles(session: Any) -> tuple[str, ...]:

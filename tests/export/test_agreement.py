@@ -111,11 +111,13 @@ def test_every_operation_and_option(family: list[nn.Module], tmp_path: Path) -> 
 
 
 def test_one_axis_and_three(tmp_path: Path) -> None:
-    line = [nn.AvgPool1d(4, 3, 2, ceil_mode=a, count_include_pad=b) for a, b in itertools.product(FLAGS, FLAGS)]
+    line: list[nn.Module] = [
+        nn.AvgPool1d(4, 3, 2, ceil_mode=a, count_include_pad=b) for a, b in itertools.product(FLAGS, FLAGS)
+    ]
     line += [nn.AdaptiveMaxPool1d(5), nn.AdaptiveAvgPool1d(7), resized("nearest-exact", scale_factor=1.7)]
     line += [resized("linear", scale_factor=0.45, align_corners=c) for c in FLAGS]
     ported(Each(line), torch.randn(2, 6, 23), tmp_path / "line.onnx")
-    solid = [nn.AvgPool3d(3, 2, 1, a, b, c) for a, b, c in itertools.product(FLAGS, FLAGS, (None, 3))]
+    solid: list[nn.Module] = [nn.AvgPool3d(3, 2, 1, a, b, c) for a, b, c in itertools.product(FLAGS, FLAGS, (None, 3))]
     solid += [nn.AdaptiveMaxPool3d((2, 3, 4)), nn.AdaptiveAvgPool3d((2, 3, 4)), nn.MaxPool3d(3, 2, 1, ceil_mode=True)]
     ported(Each(solid), torch.randn(1, 4, 5, 7, 6), tmp_path / "solid.onnx")
 

@@ -18,7 +18,7 @@ from splitfx.export.runtime import check_onnx
 from splitfx.tracing import trace
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 CUDA_WORKS = not sessions.why_not(sessions.CUDA)
 without_cuda = pytest.mark.skipif(CUDA_WORKS, reason="CUDA works here")
 
@@ -156,3 +156,64 @@ def test_session_options() -> None:
 def test_start_failure_names_the_missing_library() -> None:
     log = "[E:onnxruntime] Failed with error: libcurand.so.10: cannot open shared object file: No such"
     assert sessions.start_failure(log) == "the library libcurand.so.10 is missing"
+
+
+# ---------------------------------------------------------------- files from elsewhere
+
+
+def endless(path: Path) -> Path:
+    """A file that loops about for ever: y = x, added to itself 10**15 times."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["v", "v"], ["w"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", kinds.INT64, []),
+            helper.make_tensor_value_info("go", kinds.BOOL, []),
+            helper.make_tensor_value_info("v", kinds.FLOAT, [4]),
+        ],
+        [helper.make_tensor_value_info("on", kinds.BOOL, []), helper.make_tensor_value_info("w", kinds.FLOAT, [4])],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["count", "", "x"], ["y"], body=body)],
+        "main",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", kinds.FLOAT, [4])],
+        [helper.make_tensor("count", kinds.INT64, [], [10**15])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, str(path))
+    return path
+
+
+def test_a_file_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    path = endless(tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"m.onnx is not done within 8 s on cpu, at: .+; pass more seconds"):
+        check_onnx(path, nn.Identity(), torch.randn(4), providers=["cpu"], seconds=8)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, "3"])
+def test_wrong_seconds(exported, seconds: object) -> None:
+    with pytest.raises(ExportError, match="seconds must be a number above 0"):
+        check_onnx(*exported, seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_a_process_that_ends_is_one_line(exported, monkeypatch) -> None:
+    monkeypatch.setattr(sessions.sys, "executable", "/bin/false")
+    with pytest.raises(ExportError, match="m.onnx: a fresh process ended with code 1"):
+        check_onnx(*exported, providers=["cpu"])
+
+
+def test_no_escape_of_a_file_reaches_the_terminal(tmp_path: Path) -> None:
+    graph = trace(nn.Linear(4, 4), torch.randn(1, 4))
+    model = onnx.load(export_onnx(graph, tmp_path / "m.onnx"))
+    evil = "\x1b]0;owned\x07\ny"
+    model.graph.output[0].name = model.graph.node[-1].output[0] = evil
+    for entry in model.metadata_props:
+        entry.value = json.dumps({"tiles": [evil]})
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    report = check_onnx(tmp_path / "m.onnx", nn.Linear(4, 4), torch.randn(1, 4), providers=["cpu"], runs=1)
+    assert not report.ok
+    assert "owned" in str(report)
+    assert "\x1b" not in str(report)
+    assert "\x07" not in str(report)
