@@ -58,7 +58,7 @@ def export_bundle(
         raise ExportError("a bundle is of a model with sub-models: the result of a plan with the pass 'subnetworks'")
     target = KIND.check_target(folder, overwrite=overwrite)
     opset = writing._checked_opset(opset)
-    writing._need_packages()
+    writing._need_packages(verify=True)
     with KIND.written_whole(target, overwrite=overwrite) as draft:
         models = [split.base(), *(split.detach(i) for i in range(len(entries(split))))]
         weights = _write_models(split, models, draft, opset, dynamic_batch, progress)

@@ -135,11 +135,10 @@ class Between(nn.Module):
         return tuple(one(x) for one in (*self.each, self.last))
 
 
-@pytest.mark.parametrize("family", [POOLS[::2], ADAPTIVE + RESIZES[::3] + PADS + CONVS], ids=["pools", "rest"])
 @pytest.mark.filterwarnings("ignore")
-def test_tiled(family: list[nn.Module], tmp_path: Path) -> None:
+def test_tiled_pools(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Between(family).eval(), torch.randn(1, 3, 37, 29)
+    model, x = Between(POOLS[::2]).eval(), torch.randn(1, 3, 37, 29)
     model(x)
     export_onnx(splitfx.transform(model, Tile(rows=9), x), tmp_path / "m.onnx")
 
