@@ -108,7 +108,10 @@ class Calls:
         target: Any = module if module is not None else out_of_place(node.target)
         over, copies = overwriting(node), op_name(node) in _VIEWS
         converts = op_name(node) == "to"  # which copies by itself, but for a type that the operand has already
-        second = kernel.places.get(node.args[1], -1) if len(node.args) > 1 and isinstance(node.args[1], fx.Node) else -1
+        # Of a sum or a product of two, either may be overwritten.
+        second = (
+            kernel.places.get(node.args[1], -1) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else -1
+        )
 
         def call(run: Run, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
             given = [a(pieces, wholes) for a in arguments]

@@ -272,7 +272,8 @@ class Scheduler:
     def _patched(self, kernel: Kernel, rows: Interval) -> int:
         """The operand that a sum or product of two maps may overwrite where the other lies in several chunks; else -1.
         Joining those first would take the room of a whole piece."""
-        if len(kernel.reads) != 2 or not kernel.overwrites or kernel.node.kwargs:
+        node = kernel.node  # addcdiv(x, x, y) reads two maps, but has three operands
+        if len(kernel.reads) != 2 or len(node.args) != 2 or not kernel.overwrites or node.kwargs:
             return -1
         for place in kernel.overwrites:
             base, other = kernel.reads[place][0], kernel.reads[1 - place][0]

@@ -157,6 +157,8 @@ RULES: dict[str, Make] = {
     "softmax over channels": lambda: nn.Softmax2d(),
     "numbers": call(lambda x: (x * 2 + 1).clamp(-1, 3) / 3 - x.pow(2)),
     "rsub, swapped": call(lambda x: 1 - x + (2 / (x.abs() + 1))),
+    "three operands, two maps": call(lambda x: torch.addcdiv(x, x, x.square() + 1)),
+    "two maps and a number": call(lambda x, c: torch.lerp(c(x), x, 0.3), lambda: nn.Conv2d(C, C, 3, padding=1)),
     "where": call(lambda x: torch.where(x > 0, x, x.exp())),
     "in place": call(lambda x: x.relu().add_(1).mul_(x).sigmoid_()),
     "in place, both": call(lambda x, a, b: a(x).add_(b(x)), conv(padding=1), conv(kernel_size=1)),
