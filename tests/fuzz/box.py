@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tests.fuzz import home, marker
 
 LINE = 600  # characters of a refusal
 MEMORY = 2**30  # bytes that one draw may add to the process's peak
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of writing
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {  # audit event -> which of its arguments are paths that change
     "os.rename": (0, 1),
@@ -152,4 +154,9 @@ def refusal_fault(message: str) -> str:
         return "a refusal that is not one line"
     if len(message) > LINE:
         return f"a refusal of {len(message)} characters"
-    return "" if message.isprintable() else "a refusal with control characters"
+    return "a refusal with control characters" if any(map(obeyed, message)) else ""
+
+
+def obeyed(character: str) -> bool:
+    """A terminal or an editor would act on it instead of showing it. An unassigned character is only shown badly."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in DIRECTIONS
