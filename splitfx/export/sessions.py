@@ -189,16 +189,6 @@ class _Metadata(msgspec.Struct):
     tiles: Annotated[list[Annotated[str, msgspec.Meta(max_length=4096)]], msgspec.Meta(max_length=10_000)] = []
 
 
-def ran(session: Any, feed: Mapping[str, Any], path: Path) -> tuple[Any, ...]:
-    """The outputs of a session as tensors. Raises `ExportError` for a file that does not run on such inputs."""
-    import torch
-
-    try:
-        return tuple(torch.from_numpy(one) for one in session.run(None, feed))
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise ExportError(f"{path} does not run under onnxruntime: {_sentence(error)}") from error
-
-
 def feeds(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Input name -> numpy array: keyword tensors by name, the others in order. Raises `ExportError` naming
     the input.

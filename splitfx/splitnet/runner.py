@@ -127,7 +127,7 @@ class Branches:
             session = self._sessions[part.name]
             read = tuple(values[name] for name in part.inputs)
             feed = sessions.feeds(session, read, {}, self.folder / part.file)
-            made = sessions.ran(session, feed, self.folder / part.file)
+            made = map(torch.from_numpy, sessions.ran(session, feed, self.folder / part.file))
             values |= dict(zip(part.outputs, made, strict=True))
         return values
 

@@ -155,7 +155,7 @@ class Bundle:
         feed = sessions.feeds(session, inputs, {}, self.folder / f"{name}.onnx")
         started = time.perf_counter()
         found = sessions.ran(session, feed, self.folder / f"{name}.onnx")
-        return found, time.perf_counter() - started
+        return tuple(map(torch.from_numpy, found)), time.perf_counter() - started
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
