@@ -44,7 +44,8 @@ def transform(
         raise PlanError(f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)")
     if not is_canonical(model) or example_inputs is not None:
         progress("tracing")
-        model = trace(model, inputs_for(model, plan) if example_inputs is None else example_inputs)
+        inputs = inputs_for(model, plan) if example_inputs is None else example_inputs
+        model = trace(model, inputs, verify=verify)
     assert isinstance(model, fx.GraphModule)
     return run_plan(model, plan, verify, progress)
 

@@ -7,6 +7,7 @@ so that such differences are reported or refused and never lost in silence.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import warnings
@@ -34,6 +35,7 @@ _READS = {
     "is_floating_point",
     "is_contiguous",
 }
+_TABLES = frozenset(vars(nn.Module()))  # of torch's own, in every module
 _NORMS = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -84,13 +86,16 @@ def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()
 
 @contextmanager
 def _swapped(model: nn.Module, fake: Callable[[Any], Any]) -> Iterator[None]:
-    """Within, every tensor that a module holds is its fake; afterwards all attributes are what they were."""
+    """Within, every tensor that a module holds is its fake, in lists and dicts too; afterwards all attributes, and
+    what these contain, are what they were."""
     kept = []
     for module in model.modules():
         own = vars(module)
         for held in (own, own["_parameters"], own["_buffers"]):
             kept.append((held, dict(held)))
             held.update({k: fake(v) for k, v in held.items() if isinstance(v, torch.Tensor)})
+        nested = {k: v for k, v in own.items() if type(v) in (list, dict, set) and k not in _TABLES}
+        own.update({k: pytree.tree_map(fake, copy.copy(v)) for k, v in nested.items()})
     try:
         yield
     finally:

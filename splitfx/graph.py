@@ -7,7 +7,7 @@ place, ``graph.meta["splitfx"]`` (a `TraceInfo`), so that a graph can be copied,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorSpec:
-        integers = not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
+        fractions = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+        integers = not fractions and tensor.dtype != torch.bool
         readable = integers and tensor.numel() > 0 and tensor.device.type != "meta"
         high = int(tensor.max()) + 1 if readable else None
         return TensorSpec(tuple(int(s) for s in tensor.shape), tensor.dtype, str(tensor.device), high)
@@ -232,12 +233,13 @@ def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) ->
         setattr(root, name, value)
 
 
-def anew(module: nn.Module) -> nn.Module:
-    """The module tree once more over the same tensors; nothing else that can be changed is shared, hooks included."""
+def anew(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
+    """The module tree once more over the same tensors, or over ``tensor(t)`` of each; nothing else that can be changed
+    is shared, hooks included."""
     memo: dict[int, Any] = {}
     for one in module.modules():
         leaves = pytree.tree_leaves([v for k, v in vars(one).items() if k != "_modules"])
-        memo.update({id(t): t for t in leaves if isinstance(t, torch.Tensor)})
+        memo.update({id(t): tensor(t) for t in leaves if isinstance(t, torch.Tensor) and id(t) not in memo})
     return copy.deepcopy(module, memo)
 
 

@@ -140,7 +140,7 @@ def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
     if not isinstance(model, fx.GraphModule) or not is_canonical(model):
         if example_inputs is None:
             raise UnsupportedError(f"{type(model).__name__} is no traced graph: give profile its example_inputs")
-        return _profile(trace(model, example_inputs), None)
+        return _profile(trace(model, example_inputs, verify=False), None)
     return _profile(model, example_inputs)
 
 

@@ -418,7 +418,8 @@ def _is_assertion(target: Any) -> bool:
 @cache
 def foreign_folders() -> tuple[str, ...]:
     """Folders whose source lines are not the user's: torch's and splitfx's own."""
-    return tuple(str(Path(f).resolve().parent) + "/" for f in (torch.__file__, __file__))
+    found = (Path(f) for f in (torch.__file__, __file__))
+    return tuple(f"{folder}/" for f in found for folder in (f.parent, f.resolve().parent))  # a venv may be a link
 
 
 def source_line(stack_trace: str) -> str:

@@ -37,6 +37,24 @@ _TRACING = (
 _FOREIGN = ("pytree", "type of output", "unsupported input", "input type")
 
 
+def check_model(model: Any) -> None:
+    """`TraceError` for what is no model, for TorchScript, and for layers that have no weights yet."""
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            made = "torch.jit.trace" if isinstance(module, torch.jit.TracedModule) else "torch.jit.script"
+            raise TraceError(
+                f"{path or 'the model'} ({module.original_name}) is TorchScript, made by {made}: give the nn.Module "
+                "that it was made from"
+            )
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise TraceError(
+                f"{path or 'the model'} ({type(module).__name__}) has no weights before its first call: call the model "
+                "once on such inputs before it is traced"
+            )
+
+
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """`TraceError` when forward does not take these inputs, or none of them fits the parameters' device or
     type.

@@ -3,7 +3,9 @@
 Front ends are tried in order: ``torch.export`` on the model, then ``torch.fx.symbolic_trace`` followed by
 ``torch.export`` of what it found. Both end in one canonical graph (`splitfx.canonical`), so no later code
 knows which one worked. The model is never changed: a private copy of its module tree, which shares the
-parameters, is put in eval mode and traced. What cannot be traced is a `TraceError` (`splitfx.trace_errors`).
+parameters, is put in eval mode and traced. What it makes in its first call is made before (`splitfx.first_call`),
+and the graph is held to what that call returned (`splitfx.trace_oracle`). What cannot be traced is a `TraceError`
+(`splitfx.trace_errors`).
 
 Promises: where the trace is not the whole truth (a part of the model that acts differently in train mode, a
 size that is fixed, a Python value that is baked in), `TraceInfo.notes` says so.
@@ -26,9 +28,11 @@ from torch.utils import _pytree as pytree
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError
-from splitfx.graph import Staged, TraceInfo, anew
+from splitfx.first_call import FirstCall, first_call, own_copy, undisturbed, unfused
+from splitfx.graph import Staged, TraceInfo, anew, info
 from splitfx.notes import Note
-from splitfx.trace_errors import check_inputs, failure, reason
+from splitfx.trace_errors import check_inputs, check_model, failure, reason
+from splitfx.trace_oracle import require_same
 
 DYNAMIC = ("batch", "all", "none")
 _FEWER = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
@@ -36,7 +40,7 @@ _FEWER = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": (
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch") -> fx.GraphModule:
+def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch", verify: bool = True) -> fx.GraphModule:
     """Trace ``model`` to its canonical graph.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, a dict of keyword inputs, or
@@ -44,31 +48,59 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch") -> f
     sizes may differ later: ``"batch"`` (dim 0 of every tensor, where the model allows it), ``"all"`` or
     ``"none"``; what the model allowed is in ``TraceInfo.dynamic``.
 
-    The result is a ``torch.fx.GraphModule`` that holds the model's own Parameter objects under their own
-    names, and follows ``train()`` and ``eval()`` as the model does. Raises `TraceError`.
+    The result is a ``torch.fx.GraphModule`` that holds the model's own parameters and buffers under their own
+    names, so that to train the one is to train the other, and follows ``train()`` and ``eval()`` as the model does.
+    Tracing itself changes nothing of the model's. Model and graph run once on the example inputs, in eval mode, and
+    must agree, unless ``verify`` is off. Raises `TraceError`.
     """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    check_model(model)
     if dynamic not in DYNAMIC:
         raise TraceError(f"dynamic is one of {', '.join(DYNAMIC)}, not {dynamic!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the user's module there
-    inputs = split_inputs(example_inputs)
+    inputs = pytree.tree_map(_detached, split_inputs(example_inputs))
     check_inputs(model, *inputs)
     register_dataclasses(inputs)
+    with _no_collection(), undisturbed(model), quiet():
+        if verify:
+            return _verified(model, inputs, dynamic)
+        return _traced(model, inputs, dynamic, None)
+
+
+def _verified(model: nn.Module, inputs: Inputs, dynamic: str) -> fx.GraphModule:
+    own = own_copy(model)
+    try:
+        seen = first_call(own, inputs)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(failure(model, inputs, [("the first call", own, error)])) from error
+    graph = _traced(model, inputs, dynamic, seen)
+    notes = (*seen.notes(), *require_same(graph, model, inputs, seen))
+    info(graph).notes = (*info(graph).notes, *notes)
+    return graph
+
+
+def _traced(model: nn.Module, inputs: Inputs, dynamic: str, seen: FirstCall | None) -> fx.GraphModule:
+    """By the first front end that can."""
+    ready = seen.install(private_copy(model)) if seen is not None and seen.made else model
     problems: list[tuple[str, nn.Module | None, Exception]] = []
-    with _no_collection():
-        for front_end, prepare in (
-            ("torch.export", private_copy),
-            ("torch.fx.symbolic_trace", symbolic_copy),
-        ):
-            private = None
-            try:
-                private = prepare(model)
-                with whole_stages(private):
-                    return _Attempt(model, private, inputs, front_end).graph(dynamic)
-            except Exception as error:
-                problems.append((front_end, private, error))
+    for front_end, prepare in (("torch.export", private_copy), ("torch.fx.symbolic_trace", symbolic_copy)):
+        private = None
+        try:
+            private = prepare(ready)
+            with whole_stages(private):
+                return _Attempt(model, private, inputs, front_end).graph(dynamic)
+        except Exception as error:
+            problems.append((front_end, private, error))
     raise TraceError(failure(model, inputs, problems)) from problems[0][2]
+
+
+def _detached(value: Any) -> Any:
+    """A tensor without the caller's history, and outside the caller's inference mode."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with torch.inference_mode(False):
+        return value.clone() if value.is_inference() else value.detach()
 
 
 @contextmanager
@@ -228,7 +260,7 @@ def export_once(private: nn.Module, inputs: Inputs, how: str, leaves: set[str]) 
         opaque_leaves(private, leaves),
         registered_outputs(private),
         torch.enable_grad(),
-        no_fast_path(),
+        unfused(),
         quiet(),
     ):
         return torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -269,16 +301,6 @@ def free_sizes(leaf: Any, how: str) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return None
     return dict.fromkeys(range(leaf.dim()) if how == "all" else range(min(leaf.dim(), 1)), Dim.AUTO)
-
-
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 # ---------------------------------------------------------------- dataclasses

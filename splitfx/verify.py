@@ -42,6 +42,7 @@ class Exact(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=True)
         self.graph_module = graph
         self.scratch = torch.empty(0)
+        self.buffers: dict[str, torch.Tensor] = {}  # copies, which the graph may write to
 
     def lent(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of a weight in float64; large ones take turns in one piece of memory, which is cheaper than new."""
@@ -63,7 +64,12 @@ class Exact(fx.Interpreter):
         return super().call_function(target, *_wide((args, kwargs)))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _double(attribute(self.graph_module, str(target)))
+        value = attribute(self.graph_module, str(target))
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+            return _double(value)
+        if str(target) not in self.buffers:
+            self.buffers[str(target)] = _double(value.clone())
+        return self.buffers[str(target)]
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.graph_module.get_submodule(str(target))
