@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import TraceError
@@ -43,12 +44,12 @@ def check_model(model: Any) -> None:
         raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            made = "torch.jit.trace" if isinstance(module, torch.jit.TracedModule) else "torch.jit.script"
+            made = "torch.jit.trace" if "Traced" in type(module).__name__ else "torch.jit.script"
             raise TraceError(
                 f"{path or 'the model'} ({module.original_name}) is TorchScript, made by {made}: give the nn.Module "
                 "that it was made from"
             )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, module.parameters(recurse=False))):
             raise TraceError(
                 f"{path or 'the model'} ({type(module).__name__}) has no weights before its first call: call the model "
                 "once on such inputs before it is traced"

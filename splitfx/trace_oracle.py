@@ -132,7 +132,7 @@ def _form(value: Any) -> str:
 
 def _same_form(ours: Any, theirs: Any) -> bool:
     bare = lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v  # noqa: E731
-    return not _unlike(*pytree.tree_map(bare, (ours, theirs)), 0.0, "output")
+    return not _unlike(pytree.tree_map(bare, ours), pytree.tree_map(bare, theirs), 0.0, "output")
 
 
 def _draws(graph: fx.GraphModule) -> bool:
@@ -171,7 +171,7 @@ class _Listening(fx.Interpreter):
         self.last: fx.Node | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        wanted = sum(n.op == "placeholder" for n in self.graph.nodes)
+        wanted = len(self.graph.find_nodes(op="placeholder"))  # type: ignore[operator, union-attr]
         return self.run(*pytree.tree_leaves((args, kwargs))[:wanted], enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:

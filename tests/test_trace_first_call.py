@@ -56,7 +56,7 @@ def test_what_the_first_call_makes(kind: str) -> None:
     assert (model.times, model.ready, model.tables) == (0, False, {})
     assert model.table is None or float(model.table.abs().sum()) == 0
     assert "made in the first call" in notes(graph)
-    oracle.assert_equal_outputs(graph, model, image(3))
+    oracle.assert_equal_outputs(graph, model, image(3, 3, 16, 16))
     assert info(graph).dynamic == "batch"
 
 
@@ -100,7 +100,7 @@ def test_torchscript_is_named() -> None:
     with pytest.raises(TraceError, match=r"0 \(Conv2d\) is TorchScript, made by torch.jit.script"):
         trace(nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 1))), image())
     with pytest.raises(TraceError, match=r"the model \(Conv2d\) is TorchScript, made by torch.jit.trace"):
-        trace(torch.jit.trace(nn.Conv2d(3, 4, 1), image()), image())
+        trace(torch.jit.trace(nn.Conv2d(3, 4, 1), image()), image())  # type: ignore[arg-type]
 
 
 def test_old_weight_norm() -> None:
