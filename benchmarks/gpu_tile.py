@@ -84,7 +84,7 @@ def rows(name: str, how: str, pixels: int, device: str, runs: int) -> Iterator[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tiled schedules on a GPU.")
     parser.add_argument("--dry-run", action="store_true", help="small, on the CPU; writes nothing")
     parser.add_argument("--seconds", type=float, default=330, help="no further network starts after these")
     options = parser.parse_args()

@@ -212,7 +212,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _rebuilt(place: Path, about: _About, stored: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     plain = read_json(place / PROGRAM, ExportError, f"{place} is not complete")
-    kinds: dict[str, str] = about.kinds
+    kinds: Mapping[str, str] = about.kinds
     constants = _tensors(place / CONSTANTS) if "constant" in kinds.values() else {}
     held: dict[str, torch.Tensor] = {}
     values = {}

@@ -57,7 +57,7 @@ def padded(*sides: int, mode: str = "constant", value: float | None = None) -> n
 
 WINDOWS: list[tuple[Any, Any, Any]] = [(3, 1, 1), ((2, 3), (2, 1), (1, 0)), (2, 2, 0), ((3, 4), (2, 3), (1, 2))]
 FLAGS = (False, True)
-POOLS = [
+POOLS: list[nn.Module] = [
     nn.AvgPool2d(*w, ceil_mode=ceil, count_include_pad=counts, divisor_override=divisor)
     for w, ceil, counts, divisor in itertools.product(WINDOWS, FLAGS, FLAGS, (None, 5))
 ] + [nn.MaxPool2d(*w, ceil_mode=ceil) for w, ceil in itertools.product(WINDOWS, FLAGS)]
