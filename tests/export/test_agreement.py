@@ -4,7 +4,7 @@ and a wrong translation leaves no file."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Fn(nn.Module):
 class Each(nn.Module):
     """Every module on the input, each an output of its own."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.each = nn.ModuleList(modules)
 
@@ -57,7 +57,7 @@ def padded(*sides: int, mode: str = "constant", value: float | None = None) -> n
 
 WINDOWS: list[tuple[Any, Any, Any]] = [(3, 1, 1), ((2, 3), (2, 1), (1, 0)), (2, 2, 0), ((3, 4), (2, 3), (1, 2))]
 FLAGS = (False, True)
-POOLS: list[nn.Module] = [
+POOLS = [
     nn.AvgPool2d(*w, ceil_mode=ceil, count_include_pad=counts, divisor_override=divisor)
     for w, ceil, counts, divisor in itertools.product(WINDOWS, FLAGS, FLAGS, (None, 5))
 ] + [nn.MaxPool2d(*w, ceil_mode=ceil) for w, ceil in itertools.product(WINDOWS, FLAGS)]
@@ -125,7 +125,7 @@ def test_one_axis_and_three(tmp_path: Path) -> None:
 class Between(nn.Module):
     """Every module between two convolutions, each an output of its own."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.LazyConv2d(4, 3, padding=1)
         self.each = nn.ModuleList(nn.Sequential(one, nn.LazyConv2d(4, 3, padding=1)) for one in modules)
