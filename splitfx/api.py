@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import limits
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.exclusive import fresh
 from splitfx.graph import info, is_canonical
 from splitfx.pipeline import Step, run_plan
 from splitfx.plan import Plan
@@ -23,6 +24,7 @@ from splitfx.text import shown
 from splitfx.tracing import split_inputs, trace
 
 
+@fresh()
 def transform(
     model: nn.Module,
     plan: Plan | Pass,

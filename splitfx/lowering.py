@@ -19,6 +19,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
 from splitfx.division import Division, Divisions
+from splitfx.exclusive import exclusive
 from splitfx.graph import layer, module_of
 from splitfx.narrow import is_channels_last
 from splitfx.ops import op_name
@@ -82,16 +83,17 @@ def lowering_seconds(module: nn.Module, division: Division, sizes: tuple[int, ..
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     options = tuple(getattr(module, name) for name in ("stride", "padding", "dilation"))
     blocks = tuple((len(o), len(i)) for i, o in zip(division.ins, division.outs, strict=True))
-    return _seconds(
-        blocks,
-        tuple(weight.shape[2:]),
-        (sizes[0], *sizes[2:]),
-        options,
-        is_channels_last(weight),
-        weight.dtype,
-        str(weight.device),
-        torch.get_num_threads(),
-    )
+    with exclusive():  # two that measure at once slow each other down
+        return _seconds(
+            blocks,
+            tuple(weight.shape[2:]),
+            (sizes[0], *sizes[2:]),
+            options,
+            is_channels_last(weight),
+            weight.dtype,
+            str(weight.device),
+            torch.get_num_threads(),
+        )
 
 
 @cache

@@ -25,6 +25,7 @@ from torch import fx, nn
 from splitfx import graph as graphs
 from splitfx import program, rebuild
 from splitfx.errors import ExportError, PlanError
+from splitfx.exclusive import fresh
 from splitfx.files import FolderKind, read_json
 from splitfx.plan import Plan
 from splitfx.protocol import Note
@@ -55,6 +56,7 @@ def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bo
     return Path(os.path.abspath(folder))
 
 
+@fresh()
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
     """Read a folder that `save` wrote.
 

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError
+from splitfx.exclusive import exclusive
 from splitfx.first_call import FirstCall, first_call, own_copy, undisturbed, unfused
 from splitfx.graph import Staged, TraceInfo, anew, info
 from splitfx.notes import Note
@@ -40,6 +41,7 @@ _FEWER = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": (
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@exclusive()
 def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch", verify: bool = True) -> fx.GraphModule:
     """Trace ``model`` to its canonical graph.
 

@@ -8,6 +8,7 @@ reduced image size where the graph allows it, else at the traced one.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ from torch.utils import _pytree as pytree
 from splitfx.canonical import is_opaque
 from splitfx.division import Masked
 from splitfx.errors import VerificationError
-from splitfx.graph import TensorSpec, attribute, copy_graph, info, layer
+from splitfx.exclusive import exclusive, twin
+from splitfx.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
 
 TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
 ROUNDING = {
@@ -84,15 +86,13 @@ class Exact(fx.Interpreter):
             masked.clear(held["weight"])
         if len(args) == 1 and not kwargs and _depthwise(module):
             return _each_channel(module, args[0], held["weight"], held.get("bias"))  # type: ignore[arg-type]
-        modes = {m: m.training for m in module.modules()}
-        try:
-            module.eval()
-            in_strips = getattr(module, "in_strips", nullcontext)
-            with in_strips(STRIPS):
-                return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
+        known = {id(t): held[name] for name, t in tensors if t is not None}
+        if isinstance(module, Staged):
+            private = copy.deepcopy(module, known).eval()
+            _widen(private.stage)
+            with getattr(private, "in_strips", nullcontext)(STRIPS):
+                return private(*args, **kwargs)
+        return twin(module, lambda tensor: known[id(tensor)])(*args, **kwargs)
 
 
 def _depthwise(module: nn.Module) -> bool:
@@ -131,11 +131,18 @@ def _wide(arguments: Any) -> Any:
     return map_aggregate(arguments, lambda v: torch.float64 if floats(v) else v)
 
 
+def _widen(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = _wide((node.args, node.kwargs))
+    graph.recompile()
+
+
 def _double(value: Any) -> Any:
     floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
     return value.detach().double() if floats else value
 
 
+@exclusive()
 def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The output tensors of a graph in float64, on flat inputs."""
     with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(graph)):
@@ -231,9 +238,7 @@ def require_equal(
 def in_double(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy whose parameters, buffers, float inputs and casts are float64."""
     copied = copy_graph(graph).double()
-    for node in copied.graph.nodes:
-        node.args, node.kwargs = _wide((node.args, node.kwargs))
-    copied.recompile()
+    _widen(copied)
     known = info(copied)
     known.inputs = tuple(
         replace(s, dtype=torch.float64) if isinstance(s, TensorSpec) and s.dtype.is_floating_point else s

@@ -6,10 +6,11 @@ changes any of it, `facts` starts afresh, so no stale fact survives on a node.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
+
+from splitfx.exclusive import exclusive, once
 
 if TYPE_CHECKING:
     from splitfx.analysis.axes import Axes
@@ -30,39 +31,39 @@ class Facts:
     def __reduce__(self) -> tuple[Any, ...]:
         return _forgotten, ()
 
-    @cached_property
+    @once
     def shapes(self) -> dict[fx.Node, Any]:
         """Every node's value as a fake tensor (or pytree, or number), in the traced sizes."""
         from splitfx.analysis.shapes import shapes
 
         return shapes(self.graph)
 
-    @cached_property
+    @once
     def cost(self) -> Cost:
         from splitfx.analysis.cost import cost
 
         return cost(self.graph, self.shapes)
 
-    @cached_property
+    @once
     def memory(self) -> Memory:
         from splitfx.analysis.memory import memory
 
         return memory(self.graph, self.shapes)
 
-    @cached_property
+    @once
     def cuts(self) -> list[fx.Node]:
         """Nodes whose one tensor carries everything from input to output, in order."""
         from splitfx.analysis.cuts import cuts
 
         return cuts(self.graph)
 
-    @cached_property
+    @once
     def axes(self) -> Axes:
         from splitfx.analysis.axes import axes
 
         return axes(self.graph, self.shapes)
 
-    @cached_property
+    @once
     def regions(self) -> Regions:
         from splitfx.analysis.regions import Regions
 
@@ -92,10 +93,11 @@ _KEPT = "_splitfx_facts"  # in the graph's own __dict__, so that facts die with 
 
 def facts(graph: fx.GraphModule) -> Facts:
     """The facts of a graph as it is now."""
-    known, now = vars(graph).get(_KEPT), version(graph)
-    if known is None or known.version != now:
-        known = vars(graph)[_KEPT] = Facts(graph, now)
-    return known
+    with exclusive():  # two callers are given the same
+        known, now = vars(graph).get(_KEPT), version(graph)
+        if known is None or known.version != now:
+            known = vars(graph)[_KEPT] = Facts(graph, now)
+        return known
 
 
 def version(graph: fx.GraphModule) -> int:

@@ -12,17 +12,17 @@ apart, see `cost`) and buffers inside kernels (convolution workspaces). The anal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage, has_storage, key
-from splitfx.graph import anew, layer, module_of
+from splitfx.exclusive import exclusive, twin
+from splitfx.graph import layer, module_of
 from splitfx.ops import op_name
 
 # In eval mode these return their operand itself.
@@ -150,13 +150,11 @@ class _Temporaries:
             return 0
         module, mode = module_of(node), getattr(given[0], "fake_mode", None)
         assert mode is not None, f"{node.name} has no fake operands"
-        with torch.no_grad(), mode:
-            state = list(_fake_state(module, mode))
-            with LiveStorage(state=[*given, *(t for _, t in state)]) as watch:
-                if module is None:
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
-                else:
-                    result = torch.func.functional_call(_evaluated(module), dict(state), args, kwargs)
+        with exclusive(), torch.no_grad(), mode:
+            call: Any = node.target if module is None else twin(module, _fake)
+            state = () if module is None else (*call.parameters(), *call.buffers())
+            with LiveStorage(state=[*given, *state]) as watch:
+                result = call(*args, **kwargs)
                 remaining, peak = watch.now, watch.peak
             del result
         return max(0, peak - remaining)
@@ -175,18 +173,8 @@ def is_composite(node: fx.Node) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
-def _fake_state(module: nn.Module | None, mode: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if module is None:
-        return
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield (
-            name,
-            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device),
-        )
-
-
-def _evaluated(module: nn.Module) -> nn.Module:
-    return anew(module).eval() if module.training else module
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -15,18 +15,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from splitfx.errors import UnsupportedError
+from splitfx.exclusive import Autocast, casting, exclusive, twin
 from splitfx.graph import TensorSpec, attribute, info, layer, module_of
 from splitfx.ops import op_name
 
 
-def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict[fx.Node, Any]:
-    """Every node's fake value; ``inputs`` (specs, one per placeholder) replaces the traced sizes.
+def shapes(
+    graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()
+) -> dict[fx.Node, Any]:
+    """Every node's fake value; ``inputs`` (specs, one per placeholder) replaces the traced sizes. ``cast``: the types
+    are those under this autocast.
 
     Raises `UnsupportedError` with the layer's path when the sizes do not fit the model.
     """
+    with exclusive(), casting(cast):
+        return _found(graph, info(graph).inputs if inputs is None else inputs)
+
+
+def _found(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     known: dict[Any, torch.Tensor] = {}
-    given = iter(info(graph).inputs if inputs is None else inputs)
+    given = iter(inputs)
     found: dict[fx.Node, Any] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,8 +69,7 @@ def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None) -> dict
             return torch.empty_like(args[0])  # type: ignore[arg-type]  # as large as what it reads; the kernel's own rule is slow to ask
         if op_name(node) == "tiled":
             module = module.get_submodule("stage")  # the same values, without running every piece
-        held = {name: weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-        return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
+        return twin(module, weight)(*args, **kwargs)
 
     with mode, torch.no_grad():
         for node in graph.graph.nodes:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, MissingExtraError
+from splitfx.exclusive import exclusive
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
@@ -91,6 +92,7 @@ def export_onnx(
     return target
 
 
+@exclusive()
 def made(gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True) -> tuple[Any, str]:
     """The ONNX model of a graph in memory, and why its batch is fixed ("" when it is free). Without ``fuse`` no weight
     is computed anew: batch norms stay nodes of their own."""

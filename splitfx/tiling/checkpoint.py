@@ -13,6 +13,8 @@ Promises: the gradients of the untiled stage, up to the order in which numbers a
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.analysis.shapes import shapes
+from splitfx.exclusive import Autocast, autocasts, exclusive, twin
 from splitfx.graph import TensorSpec, attribute, output_node, set_path
 from splitfx.tiling.executor import Execution, Program, Tiled
 from splitfx.tiling.extract import stage_graph
@@ -40,8 +43,8 @@ def checkpointed(tiled: Tiled, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     chain = _chain(tiled, inputs)
     values = dict(zip(chain.inputs, inputs, strict=True))
     for segment in chain.segments:
-        segment.refresh(tiled.stage)
-        values |= zip(segment.exits, segment([values[n] for n in segment.sources]), strict=True)
+        results = segment(tiled.stage, [values[n] for n in segment.sources])
+        values |= zip(segment.exits, results, strict=True)
     return [values[n] for n in chain.outputs]
 
 
@@ -62,20 +65,24 @@ class _Chain:
 
 # Beside the modules and not on them: what is here is made anew for a copy.
 _KNOWN: weakref.WeakKeyDictionary[Tiled, dict[Any, _Chain]] = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_KNOWN.clear)  # a segment may have been locked by a thread of the parent
 
 
 def _chain(tiled: Tiled, inputs: Sequence[torch.Tensor]) -> _Chain:
-    key = tuple((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs)
-    known = _KNOWN.setdefault(tiled, {})
-    if key not in known:
-        if len(known) > 8:
-            known.pop(next(iter(known)))
-        known[key] = _made(tiled.stage, tuple(TensorSpec(s, d, str(v)) for s, d, v in key))
-    return known[key]
+    sizes = tuple((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs)
+    cast = autocasts()
+    with exclusive():
+        known = _KNOWN.setdefault(tiled, {})
+        if (cast, sizes) not in known:
+            if len(known) > 8:
+                known.pop(next(iter(known)))
+            specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in sizes)
+            known[cast, sizes] = _made(tiled.stage, specs, cast)
+        return known[cast, sizes]
 
 
-def _made(graph: fx.GraphModule, specs: tuple[TensorSpec, ...]) -> _Chain:
-    values = shapes(graph, specs)
+def _made(graph: fx.GraphModule, specs: tuple[TensorSpec, ...], cast: Autocast) -> _Chain:
+    values = shapes(graph, specs, cast)
     plans = divided(graph, compile_stage(graph, values))
     segments = [Segment.of(graph, values, plan) for plan in plans]
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -84,7 +91,11 @@ def _made(graph: fx.GraphModule, specs: tuple[TensorSpec, ...]) -> _Chain:
 
 @dataclass(eq=False)
 class Segment:
-    """A part of a stage between two cuts; ``sources`` and ``exits`` are nodes of the stage's graph."""
+    """A part of a stage between two cuts; ``sources`` and ``exits`` are nodes of the stage's graph.
+
+    ``graph`` has modules of its own around the stage's tensors: the backward pass puts saved ones in their place, under
+    ``lock``, and other threads run the stage meanwhile.
+    """
 
     graph: fx.GraphModule
     plan: Plan
@@ -92,25 +103,35 @@ class Segment:
     exits: list[fx.Node]
     stage: Stage
     program: Program
-    read: list[str] = field(default_factory=list)  # parameters and constants that nodes read by their path
+    parameters: list[str]  # paths in the stage
+    buffers: list[str]
+    lock: Any = field(default_factory=threading.Lock)
 
     @staticmethod
     def of(graph: fx.GraphModule, values: dict[fx.Node, Any], plan: Plan) -> Segment:
         small, sources, exits, copied = stage_graph(graph, plan.nodes)
+        for target in {str(n.target) for n in small.graph.nodes if n.op == "call_module"}:
+            set_path(small, target, twin(small.get_submodule(target), lambda tensor: tensor))
         stage = compile_stage(small, {new: values[old] for old, new in copied.items()})
-        read = [str(n.target) for n in small.graph.nodes if n.op == "get_attr"]
-        return Segment(small, plan, sources, exits, stage, Program(stage, _schedule(stage)), read)
+        program = Program(stage, _schedule(stage))
+        parameters = [name for name, _ in small.named_parameters(remove_duplicate=False)]
+        buffers = [name for name, _ in small.named_buffers(remove_duplicate=False)]
+        return Segment(small, plan, sources, exits, stage, program, parameters, buffers)
 
-    def refresh(self, owner: nn.Module) -> None:
-        """A buffer of the stage is another object once the model was moved or converted."""
-        for path in self.read:
-            value = attribute(owner, path)
-            if attribute(self.graph, path) is not value:
-                set_path(self.graph, path, value)
+    def _refresh(self, owner: nn.Module) -> None:
+        """A tensor of the stage is another object once the model was moved, converted or loaded."""
+        for path in (*self.parameters, *self.buffers):
+            parent, _, name = path.rpartition(".")
+            module = self.graph.get_submodule(parent)
+            (module._parameters if name in module._parameters else module._buffers)[name] = attribute(owner, path)
 
-    def __call__(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        trained = {name: p for name, p in self.graph.named_parameters() if p.requires_grad}
-        return _Recomputed.apply(self, tuple(trained), len(inputs), *inputs, *trained.values())  # type: ignore[return-value]
+    def __call__(self, owner: nn.Module, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with self.lock:
+            self._refresh(owner)
+        tensors = {name: attribute(owner, name) for name in self.parameters}
+        once = {id(p): name for name, p in reversed(tensors.items()) if p.requires_grad}  # tied ones count once
+        trained = [name for name in tensors if name in once.values()]
+        return _Recomputed.apply(self, tuple(trained), len(inputs), *inputs, *(tensors[n] for n in trained))  # type: ignore[return-value]
 
 
 def _schedule(stage: Stage) -> Schedule:
@@ -164,7 +185,7 @@ class _Recomputed(torch.autograd.Function):
         reduced = dict(zip(ctx.kernels, saved[end:], strict=True))
         named = {f"stage.{name}": w for name, w in zip(ctx.names, weights, strict=True)}
         work = _Backward(ctx.segment, inputs, weights, reduced, grads)
-        with torch.enable_grad(), ctx.cast():
+        with ctx.segment.lock, torch.enable_grad(), ctx.cast():
             torch.func.functional_call(_Holder(ctx.segment.graph), named, (work.run,))
         return None, None, None, *(leaf.grad for leaf in inputs), *(leaf.grad for leaf in weights)
 

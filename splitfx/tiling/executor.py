@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
+from splitfx.exclusive import Autocast, autocasts, exclusive
 from splitfx.graph import Staged, TensorSpec
 from splitfx.ops import out_of_place
 from splitfx.tiling.instructions import Finish, Free, Instruction, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
@@ -59,6 +60,9 @@ class Tiled(Staged):
     With a ``goal`` the schedule is for the inputs that were planned for; for others it is planned again, once for each
     size (`splitfx.tiling.replan`).
 
+    Threads may call it at once, at equal and at other sizes: what a call needs is its own, and planning waits for its
+    turn. Under autocast the types are those of ``stage`` under autocast.
+
     Results own memory of exactly their size, in the default memory format. ``torch.compile`` of a graph that holds
     this breaks the graph here: the pieces run as they do without it, in all else it compiles. ``torch.export`` writes
     the instructions out for the sizes that it is given, so those are fixed.
@@ -88,7 +92,7 @@ class Tiled(Staged):
         return repr(self.schedule)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_programs": {}, "_schedules": dict(self._schedules)}  # threads may add to them
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -126,16 +130,24 @@ class Tiled(Staged):
 
     def program(self, inputs: Sequence[torch.Tensor], replan: bool = True) -> Program:
         """The instructions for inputs of these sizes; without ``replan`` those of the schedule at any size."""
-        key = (self._strips, replan, *((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs))
-        if key not in self._programs:
-            specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in key[2:])
-            made = self._made(specs, self._schedule_for(specs) if replan else self.schedule)
+        sizes = tuple((tuple(int(s) for s in t.shape), t.dtype, t.device) for t in inputs)
+        cast = autocasts()
+        key = (self._strips, replan, cast, sizes)
+        found = self._programs.get(key)
+        if found is not None:
+            return found
+        with exclusive():
+            found = self._programs.get(key)  # another thread may have been here first
+            if found is not None:
+                return found
+            specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in sizes)
+            found = self._made(specs, self._schedule_for(specs) if replan else self.schedule, cast)
             if torch.compiler.is_exporting():
-                return made  # what was made while torch traces does not outlive the trace
+                return found  # what was made while torch traces does not outlive the trace
             if len(self._programs) > 8:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = made
-        return self._programs[key]
+            self._programs[key] = found
+            return found
 
     def _schedule_for(self, specs: tuple[TensorSpec, ...]) -> Schedule:
         if self.goal is None or self._strips or self.goal.fits(specs):
@@ -146,10 +158,10 @@ class Tiled(Staged):
             self._schedules[specs] = replanned(self.stage, specs, self.goal)
         return self._schedules[specs]
 
-    def _made(self, specs: tuple[TensorSpec, ...], schedule: Schedule) -> Program:
+    def _made(self, specs: tuple[TensorSpec, ...], schedule: Schedule, cast: Autocast) -> Program:
         if self._strips and schedule.recompute < float("inf"):
             schedule = replace(schedule, recompute=0.0)
-        stage = compile_stage(self.stage, shapes(self.stage, specs), schedule.recompute)
+        stage = compile_stage(self.stage, shapes(self.stage, specs, cast), schedule.recompute)
         if self._strips and schedule.rows:
             schedule = replace(schedule, rows=max(1, min(schedule.rows, stage.clock // self._strips)))
         return Program(stage, schedule)

@@ -52,11 +52,20 @@ class Calls:
         return self._known[kernel]
 
     def _made(self, kernel: Kernel) -> Call:
+        by_hand = self._by_hand(kernel)
+        if by_hand is None:
+            return self._plain(kernel)
+        dtype = self.stage.values[kernel.node].dtype
+        # Under autocast the operation itself would cast here.
+        return lambda run, pieces, wholes: by_hand(run, [piece.to(dtype) for piece in pieces], wholes)
+
+    def _by_hand(self, kernel: Kernel) -> Call | None:
+        """For what cannot be called on pieces as it is."""
         node, name = kernel.node, op_name(kernel.node)
         if kernel.role == "apply":
             return self._norm(kernel)
         if kernel.kind is Kind.WHOLE:
-            return self._plain(kernel)
+            return None
         if name in PADS:
             return _pad(kernel, self.stage)
         spatial = op(node).spatial
@@ -72,7 +81,7 @@ class Calls:
             return self._part(kernel)
         if name in ("view", "_unsafe_view", "reshape"):
             return _reshape(kernel, self.stage)
-        return self._plain(kernel)
+        return None
 
     # ------------------------------------------------------------ operands
 
@@ -166,7 +175,8 @@ class Calls:
             y = F.pad(F.conv_transpose2d(pieces[0], w, None, stride, 0, 0, groups, dilation), ends)
             if b is None:
                 return y
-            return y + b[:, None, None] if torch.is_grad_enabled() else y.add_(b[:, None, None])
+            b = b.to(y.dtype)[:, None, None]
+            return y + b if torch.is_grad_enabled() else y.add_(b)
 
         return call
 
@@ -278,8 +288,9 @@ def _avg_pool(kernel: Kernel, stage: Stage) -> Call:
         if fixed:
             return F.avg_pool2d(x, size, stride, 0, divisor_override=fixed)
         total = F.avg_pool2d(x, size, stride, 0, divisor_override=1)
-        down = torch.tensor(divisors(0, *run.rows), dtype=x.dtype, device=x.device)[:, None]
-        along = torch.tensor(divisors(1, *run.columns), dtype=x.dtype, device=x.device)
+        del x  # before the divisors are there, one for every place of the map
+        down = torch.tensor(divisors(0, *run.rows), dtype=total.dtype, device=total.device)[:, None]
+        along = torch.tensor(divisors(1, *run.columns), dtype=total.dtype, device=total.device)
         return total / (down * along) if torch.is_grad_enabled() else total.div_(down * along)
 
     return call
@@ -376,9 +387,11 @@ class _Table:
     def __call__(self, x: torch.Tensor, dtype: torch.dtype, span: tuple[int, int]) -> torch.Tensor:
         if isinstance(x, FakeTensor) or torch.compiler.is_exporting() or torch.compiler.is_compiling():
             return torch.as_tensor(self.numbers[slice(*span)], dtype=dtype, device=x.device)
-        if (dtype, x.device) not in self._kept:
-            self._kept[dtype, x.device] = torch.as_tensor(self.numbers, dtype=dtype, device=x.device)
-        return self._kept[dtype, x.device].narrow(0, span[0], span[1] - span[0])
+        kept = self._kept.get((dtype, x.device))
+        if kept is None:
+            with torch.inference_mode(False):  # it will serve in training too
+                kept = self._kept[dtype, x.device] = torch.as_tensor(self.numbers, dtype=dtype, device=x.device)
+        return kept.narrow(0, span[0], span[1] - span[0])
 
 
 def _picked(x: torch.Tensor, dim: int, table: _Table, span: tuple[int, int], start: int) -> torch.Tensor:
@@ -423,7 +436,7 @@ def _resize(kernel: Kernel, stage: Stage) -> Call:
         return total
 
     def call(run: Run, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        x, starts = (pieces[0], run.starts[0]) if pieces else (wholes[0], (0, 0))
+        x, starts = (pieces[0], run.starts[0]) if pieces else (wholes[0].to(dtype), (0, 0))
         y = along(x, 0, run.rows, starts[0])
         if run.columns == (0, kernel.sizes[1]) and x.shape[3] == sizes[1]:
             y = columns(y)

@@ -17,7 +17,7 @@ from splitfx.tiling.extract import stages
 from splitfx.tiling.instructions import Schedule
 from splitfx.tracing import trace
 from tests import oracle
-from tests.strategies import networks, schedules, tileable
+from tests.strategies import ChannelsLast, Resize, networks, schedules, tileable
 from tests.tiling.trial import assert_equal, peaks, tile
 
 relaxed = settings(
@@ -94,6 +94,18 @@ def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) ->
 @settings(relaxed, max_examples=15)
 def test_networks_of_the_other_passes(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=False)
+
+
+def test_divisors_of_an_average_pool_lie_where_its_padded_piece_lay() -> None:
+    """A draw of `test_many_grids`: one channel's worth of divisors beside a map of few channels, at the very peak."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 6, 3, 3, dilation=(2, 1), output_padding=2)
+    resizes = [Resize(mode="bicubic", align_corners=True, size=(5, 5)), Resize(mode="nearest", size=(5, 5))]
+    first, last = (nn.Conv2d(3, 4, 5, padding=2) for _ in range(2))
+    layers = [first, nn.ReLU(), up, nn.AvgPool2d(3, 1, 1), resizes[0], ChannelsLast(6, 3), resizes[1], last, nn.SiLU()]
+    x = torch.randn(1, 3, 9, 9)
+    predicted, measured = peaks(tile(trace(nn.Sequential(*layers).eval(), x), Schedule(1, (), (2, 2))).tiled, (x,))
+    assert abs(predicted - measured) <= 0.01 * measured, f"{predicted} predicted, {measured} held"
 
 
 @pytest.mark.slow
