@@ -11,7 +11,7 @@ and promises APPROXIMATE: each tile is what that image alone would give, and not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -79,10 +79,7 @@ class Tile(Pass):
         super().__post_init__()
         if self.budget and self.budget != "least":
             planner.parse_bytes(self.budget)
-        if self.rows < 0 or min(self.grid) < 1 or any(e < 1 for e in self.every):
-            raise PlanError("pass 'tile': rows, grid and every are counts: rows at least 0, the others at least 1")
-        if self.grid[0] * self.grid[1] > limits.TILES:
-            raise PlanError(f"pass 'tile': a grid has at most {limits.TILES} tiles; got {shown(self.grid)}")
+        _check_counts(self.rows, self.grid, self.recompute, self.every)
         if self.halo == "zero":
             self._check_zero()
         if self.by_hand and (self.budget or self.stages):
@@ -93,11 +90,12 @@ class Tile(Pass):
             raise PlanError(
                 "pass 'tile': every and recompute go with rows or grid; with a budget the planner sets them"
             )
-        for stage in self.stages:
-            if stage and (len(stage) < 4 or stage[0] < 0 or min(stage[1:3]) < 1 or any(e < 1 for e in stage[4:])):
+        for stage in filter(None, self.stages):
+            if len(stage) < 4:
                 raise PlanError(
-                    f"pass 'tile': {stage} is no stage: it needs rows, grid rows, grid columns, recompute, every ..."
+                    f"pass 'tile': {shown(stage)} is no stage: it needs rows, grid rows, grid columns, recompute, every"
                 )
+            _check_counts(stage[0], stage[1:3], stage[3], stage[4:], f"the stage {shown(stage)}: ")
 
     def _check_zero(self) -> None:
         object.__setattr__(self, "promise", Promise.APPROXIMATE)  # this one, not the class: see `Pass`
@@ -170,13 +168,16 @@ class Tile(Pass):
                     f"pass 'tile': the plan was made for {len(self.stages)} stages, this model has {len(found)}: leave "
                     "`stages` out and give a budget"
                 )
-            return [(_read(one), _how(_read(one))) for one in self.stages]
+            schedules = [_read(one) for one in self.stages]
+            for nodes, schedule in zip(found, schedules, strict=True):
+                _check_grid(Candidates(graph, facts, nodes), schedule.tiles if schedule is not None else (1, 1))
+            return [(one, _how(one)) for one in schedules]
         if self.by_hand:
             schedule = Schedule(
                 self.rows, self.every, self.grid, float("inf") if self.recompute < 0 else self.recompute
             )
             for nodes in found:
-                self._check_grid(Candidates(graph, facts, nodes))
+                _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
         if self.budget and self.budget != "least":
             return self._within(graph, facts, found, planner.parse_bytes(self.budget))
@@ -209,23 +210,37 @@ class Tile(Pass):
         plans = [planner.plan(Candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
         return [(plan.schedule, plan.words()) for plan in plans]
 
-    def _check_grid(self, candidates: Candidates) -> None:
-        """Raise `PlanError` where the grid cannot be laid over what the stage gives."""
-        if self.grid == (1, 1):
-            return
-        stage = candidates.stage(float("inf"))
-        whole = next((k for k in stage.kernels if k.kind is Kind.REDUCE and stage.phases > 1), None)
-        if whole is not None:
+
+def _check_counts(rows: int, grid: Sequence[int], recompute: int, every: Sequence[int], of: str = "") -> None:
+    """Raise `PlanError` for settings that no map can have, before any is looked at."""
+    if rows < 0 or min(grid) < 1 or any(e < 1 for e in every):
+        raise PlanError(f"pass 'tile': {of}rows, grid and every are counts: rows at least 0, the others at least 1")
+    if grid[0] * grid[1] > limits.TILES:
+        raise PlanError(f"pass 'tile': {of}a grid has at most {limits.TILES} tiles; got {shown(tuple(grid))}")
+    most = max(rows, *every, 0)
+    if most > limits.ELEMENTS:
+        raise PlanError(f"pass 'tile': {of}rows and every count rows and steps of a map; no map has {shown(most)}")
+    if not -1 <= recompute <= limits.BUDGET_BYTES:
+        raise PlanError(f"pass 'tile': {of}recompute is a number of bytes, or -1 for never; got {shown(recompute)}")
+
+
+def _check_grid(candidates: Candidates, grid: tuple[int, int]) -> None:
+    """Raise `PlanError` where a grid cannot be laid over what the stage gives."""
+    if grid == (1, 1):
+        return
+    stage = candidates.stage(float("inf"))
+    whole = next((k for k in stage.kernels if k.kind is Kind.REDUCE and stage.phases > 1), None)
+    if whole is not None:
+        raise PlanError(
+            f"pass 'tile': a grid needs every tile to stand alone, but {layer(whole.node)} ({op_name(whole.node)}) "
+            "reduces over the whole map and layers behind it read the result: use rows, or until=... before it"
+        )
+    for kernel in stage.exits:
+        if kernel.dims is not None and any(n > size for n, size in zip(grid, kernel.sizes, strict=True)):
             raise PlanError(
-                f"pass 'tile': a grid needs every tile to stand alone, but {layer(whole.node)} ({op_name(whole.node)}) "
-                "reduces over the whole map and layers behind it read the result: use rows, or until=... before it"
+                f"pass 'tile': a grid of {grid[0]} x {grid[1]} tiles is larger than the map of "
+                f"{kernel.sizes[0]} x {kernel.sizes[1]} that {layer(kernel.node)} gives"
             )
-        for kernel in stage.exits:
-            if kernel.dims is not None and any(n > size for n, size in zip(self.grid, kernel.sizes, strict=True)):
-                raise PlanError(
-                    f"pass 'tile': a grid of {self.grid[0]} x {self.grid[1]} tiles is larger than the map of "
-                    f"{kernel.sizes[0]} x {kernel.sizes[1]} that {layer(kernel.node)} gives"
-                )
 
 
 def _declined(graph: fx.GraphModule, why: dict[fx.Node, str]) -> Iterator[tuple[str, str]]:

@@ -58,10 +58,11 @@ class once(cached_property[Any]):
     """A cached property that one thread computes, within `exclusive`."""
 
     def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
-        if instance is None or self.attrname in vars(instance):
+        if instance is None:
             return super().__get__(instance, owner)
-        with exclusive():
-            return vars(instance)[self.attrname] if self.attrname in vars(instance) else super().__get__(instance, owner)
+        with exclusive():  # another thread may have been here first
+            known = vars(instance)
+            return known[self.attrname] if self.attrname in known else super().__get__(instance, owner)
 
 
 def autocasts() -> Autocast:

@@ -20,9 +20,7 @@ from splitfx.graph import TensorSpec, attribute, info, layer, module_of
 from splitfx.ops import op_name
 
 
-def shapes(
-    graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()
-) -> dict[fx.Node, Any]:
+def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()) -> dict[fx.Node, Any]:
     """Every node's fake value; ``inputs`` (specs, one per placeholder) replaces the traced sizes. ``cast``: the types
     are those under this autocast.
 

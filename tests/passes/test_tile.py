@@ -207,14 +207,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "every alone": ({"every": (1, 2)}, "every and recompute go with rows or grid"),
     "recompute alone": ({"budget": "least", "recompute": 0}, "every and recompute go with rows or grid"),
     "both, grid": ({"budget": "least", "grid": (2, 2)}, "not both"),
+    "more rows than any map": ({"rows": 10**15}, "no map has"),
+    "more steps than any map": ({"rows": 1, "every": (1, 10**15)}, "no map has"),
+    "more tiles than are counted": ({"grid": (100_000, 100_000)}, "a grid has at most"),
+    "bytes below never": ({"rows": 1, "recompute": -2}, "recompute is a number of bytes"),
+    "bytes of no machine": ({"rows": 1, "recompute": 2**61}, "recompute is a number of bytes"),
+    "a budget of no machine": ({"budget": "1" + "0" * 400 + " B"}, "budget"),
+    "a stage of too many tiles": ({"stages": ((0, 10**9, 10**9, -1),)}, "the stage .* a grid has at most"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_options(name: str) -> None:
     options, message = BAD[name]
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=message) as found:
         Tile(**options)
+    assert len(str(found.value)) < 300
 
 
 def chain() -> fx.GraphModule:
@@ -304,6 +312,11 @@ def test_inputs_that_do_not_fit() -> None:
 def test_a_plan_for_another_number_of_stages() -> None:
     with pytest.raises(PlanError, match="stages"):
         run_pass(net()[0], Tile(stages=((2, 1, 1, -1, 1), (2, 1, 1, -1, 1), (2, 1, 1, -1))))
+
+
+def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
+    with pytest.raises(PlanError, match="a grid of 500 x 2 tiles is larger than the map of 24 x 20 that last gives"):
+        run_pass(net()[0], Tile(stages=((2, 500, 2, -1),)))
 
 
 @pytest.mark.parametrize("stage", [(1,), (-1, 1, 1, -1), (2, 0, 1, -1), (2, 1, 1, -1, 0)])
