@@ -6,7 +6,8 @@ a norm that uses batch statistics in eval mode too, one that is called again, on
 weight (a sum, a concat, the model's input; folding forward into the next conv is not exact where that conv
 pads), a layer with other readers, other calls, a tied or computed weight.
 
-Promise EQUAL, for a model in eval mode. The result has no norm left to train where one was folded.
+Promise EQUAL, for a model in eval mode. The result has no norm left to train where one was folded, and a state_dict of
+the model names keys that it lacks (torch lists them): load weights into the model, then fold.
 """
 
 from __future__ import annotations

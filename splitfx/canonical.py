@@ -22,7 +22,18 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour
-from splitfx.graph import INFO, Staged, TensorSpec, TraceInfo, info, is_canonical, restore_aliases, set_path
+from splitfx.graph import (
+    INFO,
+    Staged,
+    TensorSpec,
+    TraceInfo,
+    by_path,
+    dressed,
+    info,
+    is_canonical,
+    restore_aliases,
+    set_path,
+)
 from splitfx.notes import Note
 from splitfx.raising import Raiser, mark_view_writes
 from splitfx.schema import mutates
@@ -127,7 +138,7 @@ def canonicalise(
     root = nn.Module()
     for path in sorted(raiser.modules, key=lambda p: p.count(".")):
         set_path(root, path, raiser.modules[path])
-    persistent = set(private.state_dict(keep_vars=True))
+    persistent = set(by_path(private))
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         path, value = str(node.target), raiser.values[str(node.target)]
         buffer = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
@@ -140,7 +151,7 @@ def canonicalise(
     result.meta[INFO] = found
     found.aliases = _aliases(private, result)
     restore_aliases(result)
-    result._register_deepcopy_hook(restore_aliases)
+    dressed(result)
     _report(found, model, result)
     if is_canonical(model):
         _carry_over(found, model, result)  # type: ignore[arg-type]
@@ -241,7 +252,7 @@ def _prefixes(keys: Iterable[str]) -> set[str]:
 
 def _aliases(private: nn.Module, graph: fx.GraphModule) -> dict[str, str]:
     """Second names of shared modules and tied tensors whose first name the graph holds, outermost first."""
-    have = set(graph.state_dict())
+    have = set(by_path(graph))
     touched = _prefixes(have)
     everything = list(private.named_modules(remove_duplicate=False))
     by_module: dict[int, str] = {}
@@ -259,7 +270,7 @@ def _aliases(private: nn.Module, graph: fx.GraphModule) -> dict[str, str]:
         first = by_module.get(id(module), path)
         if path and path != first and path not in touched and not covered(path):
             found[path] = first
-    tensors = private.state_dict(keep_vars=True)
+    tensors = by_path(private)
     by_tensor = {id(tensors[k]): k for k in tensors if k in have}
     for key, tensor in tensors.items():
         if key not in have and not covered(key) and id(tensor) in by_tensor:

@@ -81,9 +81,15 @@ class TraceInfo:
 
 class Staged(nn.Module):
     """A module of a rewritten graph that runs a part of it, ``stage``, in a way of its own: the same inputs and
-    outputs, a list. Tracing keeps it whole."""
+    outputs, a list. Tracing keeps it whole. In a state_dict its layers have the names that they have in the user's
+    model; `load_by_users_names` finds their places again."""
 
     stage: fx.GraphModule
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        above = prefix.removesuffix(".").rpartition(".")[0]
+        above = f"{above}." if above else ""
+        return self.stage.state_dict(*args, destination=destination, prefix=above, keep_vars=keep_vars)
 
 
 def info(graph: fx.GraphModule) -> TraceInfo:
@@ -194,6 +200,36 @@ def specs_as_now(graph: fx.GraphModule) -> tuple[Any, ...]:
         else s
         for s in known
     )
+
+
+def by_path(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers by the paths at which they lie."""
+    found: dict[str, torch.Tensor] = {}
+    for path, one in module.named_modules(remove_duplicate=False):
+        held = (*one._parameters.items(), *one._buffers.items())
+        kept = ((name, t) for name, t in held if t is not None and name not in one._non_persistent_buffers_set)
+        found.update({f"{path}.{name}" if path else name: t for name, t in kept})
+    return found
+
+
+def dressed(graph: fx.GraphModule) -> fx.GraphModule:
+    """A canonical graph that keeps what fx loses in copies, and takes a state_dict of the user's model."""
+    graph._register_deepcopy_hook(restore_aliases)
+    graph.register_load_state_dict_pre_hook(load_by_users_names)
+    return graph
+
+
+def load_by_users_names(graph: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Bring the values of layers that lie in a `Staged` to their paths. What was saved under those fits as well."""
+    places = by_path(graph)
+    moved: set[str] = set()
+    for path, child in graph.named_children():
+        for name in by_path(child.stage) if isinstance(child, Staged) else ():
+            if prefix + name in state:
+                state.setdefault(f"{prefix}{path}.stage.{name}", state[prefix + name])
+                moved.add(name)
+    for name in moved - set(places):
+        del state[prefix + name]
 
 
 def restore_aliases(graph: fx.GraphModule) -> None:

@@ -82,7 +82,7 @@ def _build(plain: Program, values: Values) -> fx.GraphModule:
         gm.graph.set_codegen(_codegen(plain.tree, graphs.output_node(gm).args[0]))
         gm.recompile()
     _add_aliases(gm, info.aliases)
-    gm._register_deepcopy_hook(graphs.restore_aliases)
+    graphs.dressed(gm)
     gm = dress(gm.eval())
     rehearsal.rehearse(gm, [_spec(form) for form in plain.outputs] if plain.outputs is not None else None)
     return gm

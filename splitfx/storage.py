@@ -92,8 +92,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
 
 def _write(split: fx.GraphModule, draft: Path) -> None:
     info = graphs.info(split)
-    state = split.state_dict(keep_vars=True)
-    wrong = [key for key, one in state.items() if not isinstance(one, torch.Tensor)]
+    state = graphs.by_path(split)
+    wrong = [key for key, one in split.state_dict().items() if not isinstance(one, torch.Tensor)]
     if wrong:
         raise ExportError(f"the state_dict holds values that are no tensors: {_listed(wrong)}.")
     tied = _tied(state)
@@ -273,7 +273,7 @@ def _example(place: Path, model: nn.Module) -> Any:
 
 def _check_weights(place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = "") -> None:
     """`ExportError` naming the first differences between the folder's weights and the graph's state_dict."""
-    problems = list(_differences(split.state_dict(), weights))
+    problems = list(_differences(graphs.by_path(split), weights))
     if problems:
         raise ExportError(f"the weights in {place} do not fit: {_listed(problems)}.{advice}")
 

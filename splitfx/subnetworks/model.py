@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.graph import INFO, attribute, info, inputs_as_now, resolve, restore_aliases, set_path
+from splitfx.graph import INFO, attribute, dressed, info, inputs_as_now, resolve, restore_aliases, set_path
 from splitfx.schema import mutates
 from splitfx.subnetworks.entry import Entry, entries
 
@@ -248,7 +248,7 @@ def detached(split: fx.GraphModule, number: int) -> fx.GraphModule:
     alive = {a: p for a, p in known.aliases.items() if _resolves(made, p)}
     made.meta[INFO] = replace(known, model_class=name, aliases=alive, steps=list(known.steps), plan=None)
     restore_aliases(made)
-    made._register_deepcopy_hook(restore_aliases)
+    dressed(made)
     _one_table(split, made, part.homes)
     made.graph.lint()
     return inputs_as_now(made)

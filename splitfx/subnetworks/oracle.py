@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
-from splitfx.graph import layer
+from splitfx.graph import by_path, layer
 from splitfx.ops import is_size
 from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
@@ -131,7 +131,7 @@ def _stepped(entry: Entry, image: torch.Tensor) -> torch.Tensor:
 
 
 def _in_double(module: torch.nn.Module, args: Any) -> Any:
-    held = {n: t.detach().double() if t.is_floating_point() else t for n, t in module.state_dict().items()}
+    held = {n: t.detach().double() if t.is_floating_point() else t for n, t in by_path(module).items()}
     mode = module.training
     try:
         return torch.func.functional_call(module.eval(), held, args)
