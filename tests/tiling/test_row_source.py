@@ -21,6 +21,8 @@ from splitfx.errors import PlanError, SplitfxError, UnsupportedError
 from splitfx.passes import Tile
 from splitfx.tiling.sources import RowSource
 from splitfx.tiling.stream import duration, stream
+from tests import oracle
+from tests.oracle import STRICT, error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -328,7 +330,7 @@ def tiled(model: nn.Module, tile: Tile, size: int = 64) -> torch.fx.GraphModule:
 
 def assert_streams(split: torch.fx.GraphModule, model: nn.Module, source: RowSource, image: np.ndarray) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(stream(split, source), model(wanted(image)))
+        oracle.assert_equal(stream(split, source), model(wanted(image)))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_a_file_streams_through_a_model_in_float64(net: nn.Module, tmp_path: Pat
     with torch.no_grad():
         x = RowSource(image, mean=MEAN, std=STD).whole(torch.float64)
         found = stream(split, RowSource(tmp_path / "a.npy", mean=MEAN, std=STD))
-        torch.testing.assert_close(found, net.double()(x), rtol=1e-12, atol=1e-12)
+        assert error(found, net.double()(x)) <= STRICT
 
 
 def test_a_reduction_that_is_applied_again_reads_the_image_twice() -> None:
@@ -412,7 +414,7 @@ def test_rows_of_a_map_go_to_a_file(net: nn.Module, grid: tuple[int, int], tmp_p
     found = stream(split, RowSource(image), tmp_path / "map.npy")
     assert found == tmp_path / "map.npy"
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(np.load(found)), trunk(net, wanted(image)))
+        oracle.assert_equal(torch.from_numpy(np.load(found)), trunk(net, wanted(image)))
     assert [p.name for p in tmp_path.iterdir()] == ["map.npy"]
     with pytest.raises(SplitfxError, match="already exists"):
         stream(split, RowSource(image), tmp_path / "map.npy")
@@ -428,7 +430,7 @@ def test_rows_of_a_map_go_to_a_function_in_order(net: nn.Module) -> None:
     starts = np.cumsum([0, *(p.shape[2] for _, p in rows)])
     assert [row for row, _ in rows] == starts[:-1].tolist()
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat([p for _, p in rows], 2), trunk(net, wanted(image)))
+        oracle.assert_equal(torch.cat([p for _, p in rows], 2), trunk(net, wanted(image)))
 
 
 def test_a_streamed_map_equals_the_model_on_crops_out_of_reach_of_their_borders(net: nn.Module, tmp_path: Path) -> None:
@@ -438,7 +440,7 @@ def test_a_streamed_map_equals_the_model_on_crops_out_of_reach_of_their_borders(
     reach = 4  # rows of the map: the trunk sees 7 + 2·2 + 4·2 = 19 pixels
     with torch.no_grad():
         crop = wanted(image)[:, :, 4 * (40 - reach) : 4 * (52 + reach), 4 * (20 - reach) : 4 * (36 + reach)]
-        torch.testing.assert_close(whole, trunk(net, crop)[:, :, reach:-reach, reach:-reach])
+        oracle.assert_equal(whole, trunk(net, crop)[:, :, reach:-reach, reach:-reach])
 
 
 def test_an_output_that_was_not_finished_is_not_there(net: nn.Module, tmp_path: Path) -> None:
@@ -513,10 +515,10 @@ def test_resnet18_streams_to_its_logits_and_to_a_map(tmp_path: Path) -> None:
     source = RowSource(np.load(tmp_path / "image.npy", mmap_mode="r", allow_pickle=False), mean=MEAN, std=STD)
     with torch.no_grad():
         logits = stream(tiled(model, Tile(rows=16), 128), source)
-        torch.testing.assert_close(logits, model(source.whole()), rtol=1e-4, atol=1e-4)
+        oracle.assert_equal(logits, model(source.whole()))
         stream(tiled(model, Tile(rows=16, until="layer4.1.relu"), 128), source, tmp_path / "map.npy")
         deep = nn.Sequential(*list(model.children())[:-2])(source.whole())
-        torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "map.npy")), deep, rtol=1e-4, atol=1e-4)
+        oracle.assert_equal(torch.from_numpy(np.load(tmp_path / "map.npy")), deep)
 
 
 def test_the_example_streams_to_logits_and_to_a_file(tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.stem, self.norm, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
-        self.norm.running_mean.normal_(0, 0.3)
+        nn.init.normal_(self.norm.get_buffer("running_mean"), 0, 0.3)
         self.scale = nn.Parameter(torch.rand(1, 6, 1, 1))
+        self.shift: torch.Tensor
+        self.fixed: torch.Tensor
         self.register_buffer("shift", torch.rand(1, 6, 1, 1))
         self.register_buffer("fixed", torch.full((1,), 2.0), persistent=False)
         self.again, self.up, self.fc = self.twice, nn.Upsample(scale_factor=2), nn.Conv2d(6, 2, 3, padding=1)

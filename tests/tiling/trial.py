@@ -20,7 +20,7 @@ from splitfx.tiling.instructions import Schedule
 from splitfx.tracing import trace
 from tests import oracle
 
-STRICT = 1e-12  # of the largest value, in float64
+STRICT = oracle.STRICT
 STREAMS = [
     Schedule(1),
     Schedule(2),
