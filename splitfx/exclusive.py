@@ -12,13 +12,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+T = TypeVar("T")
 _lock = threading.RLock()
 _DEVICES = ("cpu", "cuda", "mps", "xpu")  # that know autocast
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -54,15 +54,27 @@ def exclusive() -> Iterator[None]:
         yield
 
 
-class once(cached_property[Any]):
-    """A cached property that one thread computes, within `exclusive`."""
+class kept(Generic[T]):
+    """A property that is computed once, as `functools.cached_property` is, but without its lock: before Python 3.12
+    a child that is forked while another thread holds it waits for good."""
 
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        return vars(instance).setdefault(self.name, self.compute(instance))
+
+
+class once(kept[T]):
+    """A kept property that one thread computes, within `exclusive`."""
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:
         if instance is None:
             return super().__get__(instance, owner)
         with exclusive():  # another thread may have been here first
-            known = vars(instance)
-            return known[self.attrname] if self.attrname in known else super().__get__(instance, owner)
+            return vars(instance)[self.name] if self.name in vars(instance) else super().__get__(instance, owner)
 
 
 def autocasts() -> Autocast:

@@ -15,7 +15,6 @@ are run again in the later phase from a smaller value (``recompute``: the two pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import fx, nn
 
 from splitfx.analysis.memory import _PASS_THROUGH
 from splitfx.analysis.regions import PARTS, RESHAPES, Dims, Edge, Regions
+from splitfx.exclusive import kept
 from splitfx.graph import module_of
 from splitfx.ops import Spatial, Window, bind, op, op_name
 from splitfx.tiling.roles import NORMS, Kind, Roles, reduction
@@ -64,19 +64,19 @@ class Kernel:
     def name(self) -> str:
         return self.node.name
 
-    @cached_property
+    @kept
     def spatial(self) -> Spatial:
         return op(self.node).spatial
 
-    @cached_property
+    @kept
     def operation(self) -> str:
         return op_name(self.node)
 
-    @cached_property
+    @kept
     def overwrites(self) -> tuple[int, ...]:
         return may_overwrite(self)
 
-    @cached_property
+    @kept
     def dense(self) -> bool:
         """Would copy a strided piece itself, unseen."""
         return self.spatial is Spatial.WINDOW or self.kind is Kind.REDUCE
