@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -65,6 +65,10 @@ class kept(Generic[T]):
         if instance is None:
             return self  # type: ignore[return-value]
         return vars(instance).setdefault(self.name, self.compute(instance))
+
+    if TYPE_CHECKING:  # it may be assigned, since that is what computing it does
+
+        def __set__(self, instance: Any, value: T) -> None: ...
 
 
 class once(kept[T]):
