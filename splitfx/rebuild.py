@@ -25,6 +25,7 @@ from splitfx import graph as graphs
 from splitfx import names, operators, rehearsal, stored
 from splitfx.behaviour import quiet
 from splitfx.errors import ExportError
+from splitfx.raising import mark_view_writes
 from splitfx.rebuild_layers import installed, made
 from splitfx.stored import Node, Program
 from splitfx.subnetworks.model import dress
@@ -113,6 +114,7 @@ def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
             parent, _, last = path.rpartition(".")
             gm.get_submodule(parent)._non_persistent_buffers_set.add(last)
     gm.graph.lint()
+    mark_view_writes(gm.graph)
     return gm
 
 

@@ -23,6 +23,7 @@ from splitfx.passes import Group
 from splitfx.record import NAME as RECORD
 from splitfx.storage import CONSTANTS, KIND, PROGRAM, WEIGHTS, load, save
 from splitfx.tracing import trace
+from tests.models import ZOO
 
 
 class Odd(nn.Module):
@@ -66,6 +67,13 @@ def same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
     args, kwargs = graphs.random_inputs(one)
     left, right = (pytree.tree_flatten(g.eval()(*args, **kwargs)) for g in (one, other))
     return left[1] == right[1] and all(map(torch.equal, left[0], right[0]))
+
+
+def test_a_write_through_a_view_is_known_after_loading(tmp_path: Path) -> None:
+    graph = trace(*ZOO["in_place_views"]())
+    marked = lambda g: {n.name for n in g.graph.nodes if n.meta.get("writes_view")}  # noqa: E731
+    assert marked(graph)
+    assert marked(load(save(graph, tmp_path / "split"))) == marked(graph)
 
 
 def test_without_the_model(odd, tmp_path: Path) -> None:

@@ -104,10 +104,8 @@ def _loader(data: Dataset[Any], parts: list[list[int]], seed: int, workers: int)
     generator = torch.Generator().manual_seed(seed)  # the workers' seeds
     try:
         yield from DataLoader(data, batch_sampler=parts, num_workers=workers, generator=generator)  # type: ignore[arg-type]
-    except TrainingError as error:  # that of a worker carries the worker's traceback; its last line is what was said
-        raise TrainingError(
-            str(error).strip().splitlines()[-1].removeprefix("splitfx.errors.TrainingError: ")
-        ) from error
+    except TrainingError as error:  # that of a worker carries the worker's traceback, which ends with what was said
+        raise TrainingError(str(error).rpartition("splitfx.errors.TrainingError: ")[2]) from error
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
