@@ -154,9 +154,9 @@ class _Lazy:
 
 
 def _other_batch(graph: fx.GraphModule) -> dict[fx.Node, Any] | None:
-    """Sizes with one more image in the batch: what depends on it shows. None where any size may vary."""
+    """Sizes with one more image in the batch: what depends on it shows. None where other sizes may vary."""
     known = info(graph)
-    if known.dynamic == "all":
+    if known.dynamic in ("all", "sizes"):
         return None
     if known.dynamic == "none":
         return shapes(graph)

@@ -36,6 +36,19 @@ _READS = {
     "is_contiguous",
 }
 _TABLES = frozenset(vars(nn.Module()))  # of torch's own, in every module
+# What may be called at any size without a size being read: its arguments are tensors and options of the layer alone.
+_BLIND_WORDS = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm layer_norm group_norm
+    instance_norm relu relu_ relu6 hardtanh hardtanh_ sigmoid sigmoid_ silu gelu hardswish hardsigmoid tanh leaky_relu
+    elu selu celu mish softplus prelu clamp clamp_min clamp_max add add_ __add__ __radd__ __iadd__ sub __sub__ __rsub__
+    mul mul_ __mul__ __rmul__ __imul__ div __truediv__ neg __neg__ exp sqrt rsqrt square pow __pow__ cat concat flatten
+    mean sum amax amin softmax log_softmax permute transpose contiguous dropout dropout1d dropout2d dropout3d
+    feature_dropout alpha_dropout max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d pixel_shuffle
+    pixel_unshuffle channel_shuffle unsqueeze leaf stage identity float double dim is_floating_point is_contiguous
+    __set__
+"""
+_BLIND = frozenset(_BLIND_WORDS.split())
+_POOLS = frozenset(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
 _NORMS = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -44,12 +57,14 @@ class Behaviour:
     """One forward pass.
 
     ``calls`` counts (layer path, function). ``norms`` says for the id of each running mean whether batch
-    statistics were used. ``resized`` are the watched layers that returned another size or type.
+    statistics were used. ``resized`` are the watched layers that returned another size or type. ``reads_sizes``: the
+    model may have read a size of a tensor, or have called something to which sizes are given.
     """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     norms: dict[int, bool] = field(default_factory=dict)
     resized: set[str] = field(default_factory=set)
+    reads_sizes: bool = False
 
 
 def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()) -> Behaviour:
@@ -121,6 +136,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, path = getattr(func, "__name__", str(func)), self.stack[-1]
+        self.seen.reads_sizes = self.seen.reads_sizes or not _blind(func, name, args, kwargs)
         counter = path in self.norms and name in ("add_", "add")  # num_batches_tracked, in train mode only
         if name not in _READS and path is not None and not counter:
             self.seen.calls[path, name + _active_dropout(func, name, args, kwargs)] += 1
@@ -144,6 +160,16 @@ class _Recorder(TorchFunctionMode):
         if given.get("training"):
             F._verify_batch_size(x.size())  # pyright: ignore[reportAttributeAccessIssue]
         return x.clone()
+
+
+def _blind(func: Any, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a call neither reads a size nor is given one, so that it is the same call at any size."""
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("shape", "nbytes")
+    if name in _POOLS:
+        given = args[1] if len(args) > 1 else kwargs.get("output_size")
+        return None not in (given if isinstance(given, list | tuple) else (given,))
+    return name in _BLIND
 
 
 def _active_dropout(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> str:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from splitfx.behaviour import Behaviour
 from splitfx.graph import (
     INFO,
+    CanonicalGraph,
     Staged,
     TensorSpec,
     TraceInfo,
@@ -145,7 +146,7 @@ def canonicalise(
         node.meta["transient"] = buffer and path not in persistent
         set_path(root, path, value, path in persistent)
     _signature(graph, exported, program)
-    result = fx.GraphModule(root, graph, type(model).__name__)
+    result = CanonicalGraph(root, graph, type(model).__name__)
     _drop_dead(result)
     _copy_modes(result, model)
     result.meta[INFO] = found

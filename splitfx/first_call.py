@@ -41,6 +41,7 @@ class FirstCall:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     made: dict[Key, Any] = field(default_factory=dict)
     registered: dict[Key, bool] = field(default_factory=dict)  # of ``made``: buffers, and whether they are saved
+    keeps: bool = False  # it made or changed something
 
     def install(self, private: nn.Module) -> nn.Module:
         """``private`` with what was made; the values are the first call's own, and no model's else."""
@@ -72,6 +73,7 @@ def first_call(own: nn.Module, inputs: Any) -> FirstCall:
     del alive
     if not changed:
         return found
+    found.keeps = True
     changed = _apart(changed)
     for path, name in changed:
         module = own.get_submodule(path)

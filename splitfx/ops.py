@@ -8,6 +8,7 @@ names. An operator without a row is `UNKNOWN`: a barrier that passes leave whole
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,11 +231,14 @@ _MODULE_FIELDS = (
 )
 
 
-def bind(node: fx.Node) -> dict[str, Any]:
+def bind(node: fx.Node, values: Mapping[fx.Node, Any] | None = None) -> dict[str, Any]:
     """A node's arguments by aten schema name, the same for both spellings; the data operand is ``input``.
 
-    ``weight`` and ``bias`` are tensors where a module holds them, nodes where the graph computes them.
+    ``weight`` and ``bias`` are tensors where a module holds them, nodes where the graph computes them. With ``values``
+    (of all nodes, at one size of the inputs) arguments that follow from sizes are the numbers that they are there.
     """
+    if values is not None:
+        return map_arg(bind(node), lambda n: values[n] if is_size(n) else n)  # type: ignore[return-value]
     if node.op == "call_function":
         if not hasattr(node.target, "_schema"):
             return {"input": node.args[0], "args": node.args[1:]}

@@ -21,7 +21,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
-from splitfx import operators, stored
+from splitfx import operators, sizes, stored
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
 from splitfx.raising import FunctionalBatchNorm
@@ -82,7 +82,7 @@ def to_plain(gm: fx.GraphModule) -> dict[str, Any]:
             "in_spec": _spec(info.in_spec),
             "model_class": info.model_class,
             "front_end": info.front_end,
-            "dynamic": info.dynamic,
+            "sizes": sizes.to_plain(info.sizes),
             "notes": [asdict(note) for note in info.notes],
             "train_only": list(info.train_only),
             "untouched": list(info.untouched),

@@ -22,7 +22,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
-from splitfx import names, operators, rehearsal, stored
+from splitfx import names, operators, rehearsal, sizes, stored
 from splitfx.behaviour import quiet
 from splitfx.errors import ExportError
 from splitfx.raising import mark_view_writes
@@ -108,7 +108,7 @@ def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
         nodes[one.name] = _make_node(graph, one, nodes)
     if [n.op for n in graph.nodes].count("output") != 1 or next(iter(reversed(graph.nodes))).op != "output":
         raise ValueError("a graph ends with its one output")
-    gm = fx.GraphModule(root, graph, name)
+    gm = graphs.CanonicalGraph(root, graph, name)
     for path, (kind, _) in values.items():
         if kind == "constant":  # fx registers every buffer it copies as persistent
             parent, _, last = path.rpartition(".")
@@ -193,17 +193,18 @@ def _codegen(tree: stored.Tree, given: Any) -> _PyTreeCodeGen:
 
 def _make_info(plain: Program) -> graphs.TraceInfo:
     known = plain.info
-    return graphs.TraceInfo(
+    found = graphs.TraceInfo(
         tuple(_input(one) for one in known.inputs),
         stored.structure(known.in_spec),
         known.model_class,
         known.front_end,
-        known.dynamic,
         tuple(known.notes),
         tuple(known.train_only),
         tuple(known.untouched),
         {str(alias): str(path) for alias, path in known.aliases.items()},
     )
+    found.sizes = sizes.from_plain(known.sizes, found.shapes)
+    return found
 
 
 def _input(plain: Any) -> Any:

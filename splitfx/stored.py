@@ -87,6 +87,20 @@ class Form(Struct, forbid_unknown_fields=True):
     high: Annotated[int, Meta(ge=-(2**62), le=2**62)] | None = None
 
 
+class Rule(Struct, forbid_unknown_fields=True):
+    """``holds``: an expression of `splitfx.sizes`, as lists."""
+
+    holds: Any
+    where: Annotated[str, Meta(max_length=1000)] = ""
+
+
+class Free(Struct, forbid_unknown_fields=True):
+    """See `splitfx.sizes.Sizes`."""
+
+    fixed: Annotated[list[Annotated[list[Count], Meta(max_length=32)]], Meta(max_length=1000)]
+    rules: Annotated[list[Rule], Meta(max_length=1000)]
+
+
 class Info(Struct, forbid_unknown_fields=True):
     """See `splitfx.graph.TraceInfo`."""
 
@@ -94,7 +108,7 @@ class Info(Struct, forbid_unknown_fields=True):
     in_spec: Any
     model_class: Name
     front_end: str
-    dynamic: str
+    sizes: Free
     notes: list[Note]
     train_only: list[str]
     untouched: list[str]

@@ -25,6 +25,8 @@ from splitfx.verify import ROUNDING, TOLERANCE
 
 _ODD = 1e-3  # of the integers of an output: where two values are near, their order is a matter of rounding
 
+_LARGE = 2**20  # numbers of all inputs, beyond which a part of them is run
+
 
 def require_same(graph: fx.GraphModule, model: nn.Module, inputs: Any, seen: FirstCall) -> list[Note]:
     """`TraceError` unless ``graph`` does what the first call of ``model`` on ``inputs`` did; else notes on it."""
@@ -47,6 +49,30 @@ def require_same(graph: fx.GraphModule, model: nn.Module, inputs: Any, seen: Fir
         "the model acts otherwise when it is traced (torch.compiler.is_compiling, state that it keeps between calls); "
         "if it does not, this is a fault of splitfx"
     )
+
+
+def cut_down(inputs: Any) -> Any:
+    """Large inputs cut to their first rows and columns, and at most two images; None for inputs of ordinary size.
+
+    A size that is odd stays odd: strides and pads treat it otherwise.
+    """
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    if sum(t.numel() for t in tensors) <= _LARGE:
+        return None
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 4:
+            return value
+        kept = [slice(2), slice(None), *(slice(64 + size % 2) for size in value.shape[2:])]
+        return value[tuple(kept)]
+
+    small = pytree.tree_map(cut, inputs)
+    return None if shapes_of(small) == shapes_of(inputs) else small
+
+
+def shapes_of(inputs: Any) -> tuple[Any, ...]:
+    leaves = pytree.tree_leaves(inputs)
+    return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
 
 
 def _limit(model: nn.Module, inputs: Any) -> float:

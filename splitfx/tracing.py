@@ -18,6 +18,7 @@ import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,33 +28,36 @@ from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
-from splitfx.errors import TraceError
+from splitfx.errors import TraceError, UnsupportedError
 from splitfx.exclusive import exclusive
 from splitfx.first_call import FirstCall, first_call, own_copy, undisturbed, unfused
-from splitfx.graph import Staged, TraceInfo, anew, info
+from splitfx.graph import Staged, TensorSpec, TraceInfo, anew, info
 from splitfx.notes import Note
+from splitfx.size_rules import Heard, TooLong, listening, sizes_of, where_fixed
+from splitfx.sizes import Sizes
 from splitfx.trace_errors import check_inputs, check_model, failure, reason
-from splitfx.trace_oracle import require_same
+from splitfx.trace_oracle import cut_down, require_same, shapes_of
 
-DYNAMIC = ("batch", "all", "none")
-_FEWER = {"all": ("all", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
+DYNAMIC = ("all", "batch", "none")
+_FEWER = {"all": ("all", "sizes", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @exclusive()
-def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch", verify: bool = True) -> fx.GraphModule:
+def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify: bool = True) -> fx.GraphModule:
     """Trace ``model`` to its canonical graph.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, a dict of keyword inputs, or
     ``((positional, ...), {keyword: ...})``; the graph is traced for their shapes. ``dynamic`` says which
-    sizes may differ later: ``"batch"`` (dim 0 of every tensor, where the model allows it), ``"all"`` or
-    ``"none"``; what the model allowed is in ``TraceInfo.dynamic``.
+    sizes may differ later, where the model allows it: ``"all"``, ``"batch"`` (dim 0 of every tensor only) or
+    ``"none"``. What the model allowed is in ``TraceInfo.sizes``; a call at any other size is an `UnsupportedError`.
 
     The result is a ``torch.fx.GraphModule`` that holds the model's own parameters and buffers under their own
     names, so that to train the one is to train the other, and follows ``train()`` and ``eval()`` as the model does.
     Tracing itself changes nothing of the model's. Model and graph run once on the example inputs, in eval mode, and
-    must agree, unless ``verify`` is off. Raises `TraceError`.
+    must agree, unless ``verify`` is off; of inputs of more than a million numbers the first rows and columns will do
+    where the graph is right for that size too. Raises `TraceError`.
     """
     check_model(model)
     if dynamic not in DYNAMIC:
@@ -69,14 +73,42 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "batch", veri
 
 
 def _verified(model: nn.Module, inputs: Inputs, dynamic: str) -> fx.GraphModule:
+    graph: fx.GraphModule | None = None
+    small = cut_down(inputs)
+    seen = _first_call_on_a_part(model, small) if small is not None else None
+    if small is not None and seen is not None:
+        graph = _traced(model, inputs, dynamic, seen)
+        if not info(graph).sizes.broken(info(graph).shapes, shapes_of(small)):
+            return _held_to(graph, model, small, seen)
+    seen = _first_call(model, inputs)
+    if graph is None or seen.made:
+        graph = _traced(model, inputs, dynamic, seen)
+    return _held_to(graph, model, inputs, seen)
+
+
+def _first_call(model: nn.Module, inputs: Inputs) -> FirstCall:
     own = own_copy(model)
     try:
-        seen = first_call(own, inputs)
+        return first_call(own, inputs)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(failure(model, inputs, [("the first call", own, error)])) from error
-    graph = _traced(model, inputs, dynamic, seen)
+
+
+def _first_call_on_a_part(model: nn.Module, small: Inputs) -> FirstCall | None:
+    """The first call on the first rows and columns of large inputs; None where it does not say what a call on all of
+    them does: the model refuses that size, or keeps something, which may follow from the size."""
+    try:
+        seen = first_call(own_copy(model), small)
+    except TraceError:
+        raise
+    except Exception:  # the call on all of the inputs decides, and says what is wrong
+        return None
+    return None if seen.keeps else seen
+
+
+def _held_to(graph: fx.GraphModule, model: nn.Module, inputs: Inputs, seen: FirstCall) -> fx.GraphModule:
     notes = (*seen.notes(), *require_same(graph, model, inputs, seen))
     info(graph).notes = (*info(graph).notes, *notes)
     return graph
@@ -160,16 +192,17 @@ class _Attempt:
         self.notes: list[Note] = []
         self.leaves = leaf_paths(private)
         self.batch_matters: dict[str, list[str]] = {}
+        self.reads_sizes = True
 
     def graph(self, dynamic: str) -> fx.GraphModule:
         wide = widen_batch(self.inputs)
         in_train = self.behaviour(wide)
-        program, how = self.export(dynamic, wide)
         specs, in_spec = input_specs(self.inputs)
+        program, sizes = self.export(dynamic, wide, specs)
         fixed = [repr(s) for s in specs if isinstance(s, bool | int | float | str)]
         if fixed:
             self.note("inputs", f"the graph is for these Python values only: {', '.join(fixed)}")
-        found = TraceInfo(specs, in_spec, type(self.model).__name__, self.front_end, how, tuple(self.notes))
+        found = TraceInfo(specs, in_spec, type(self.model).__name__, self.front_end, tuple(self.notes), sizes=sizes)
         return canonicalise(program, self.private, self.model, found, in_train)
 
     def note(self, where: str, what: str) -> None:
@@ -182,6 +215,7 @@ class _Attempt:
         same functions, neither mode nor batch matters. Only when they do not, a third run says which it is.
         """
         small, in_train = self.alone(), self.in_train(wide)
+        self.reads_sizes = small.reads_sizes
         if in_train is not None and not differences(small, in_train):
             return in_train
         try:
@@ -231,30 +265,67 @@ class _Attempt:
         )
         return None
 
-    def export(self, dynamic: str, wide: Inputs) -> tuple[torch.export.ExportedProgram, str]:
-        """Export with as many free sizes as were asked for and the model allows; says which it was."""
+    def export(self, dynamic: str, wide: Inputs, specs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, Sizes]:
+        """Export with as many free sizes as were asked for and the model allows; says which those are."""
         problem: Exception | None = None
         why = ""
         for how in _FEWER[dynamic]:
-            if how != "none" and self.batch_matters:
+            batch = how in ("all", "batch")
+            if batch and self.batch_matters:
                 path = next(iter(self.batch_matters)) or "model"
                 why = f"{path} does something else for a batch of one than for a batch of two"
                 continue
+            if how == "sizes" and isinstance(problem, TooLong):
+                continue
             try:
-                program = export_once(self.private, self.inputs if how == "none" else wide, how, self.leaves)
+                program, sizes, heard = self.export_once(how, wide if batch else self.inputs, specs)
             except Exception as error:
                 problem, why = problem or error, why or reason(error)
                 continue
-            if how == "none" or is_free(program):
-                if why and how == "none":
-                    self.note("model", f"sizes are fixed to those of the example inputs, batch included: {why}")
-                return program, how
-            why = why or "its code needs a known batch"
+            if batch and not _takes_batches(sizes, specs):
+                why = why or "its code needs a known batch"
+                continue
+            if why and not batch:
+                self.note("model", f"sizes are fixed to those of the example inputs, batch included: {why}")
+            elif why and how != dynamic:
+                self.note("model", f"all sizes but the batch are fixed to those of the example inputs: {why}")
+            self.note_fixed(program, sizes, specs, heard)
+            return program, sizes
         assert problem is not None
         raise problem
 
+    def export_once(
+        self, how: str, inputs: Inputs, specs: tuple[Any, ...]
+    ) -> tuple[torch.export.ExportedProgram, Sizes, Heard]:
+        places = [i for i, spec in enumerate(specs) if isinstance(spec, TensorSpec)]
+        blind = how in ("all", "sizes") and not self.reads_sizes
+        dims = {"all": "batch", "sizes": "none"}[how] if blind else how
+        with listening(self.private) as heard:
+            program = export_program(self.private, inputs, dims, self.leaves)
+        sizes = sizes_of(program, heard, places, len(specs))
+        if blind:
+            batch = how == "sizes"  # nothing reads a size: whatever is written into the graph is no size
+            sizes = replace(sizes, fixed=tuple((0,) if batch and i in places else () for i in range(len(specs))))
+        shapes = [spec.shape if isinstance(spec, TensorSpec) else None for spec in specs]
+        broken = sizes.broken(shapes, shapes)
+        if broken:
+            raise UnsupportedError(f"{broken}, which the example inputs do not fit")
+        return program, sizes, heard
 
-def export_once(private: nn.Module, inputs: Inputs, how: str, leaves: set[str]) -> torch.export.ExportedProgram:
+    def note_fixed(
+        self, program: torch.export.ExportedProgram, sizes: Sizes, specs: tuple[Any, ...], heard: Heard
+    ) -> None:
+        """Name what fixed the height, the width or the depth of an input that could otherwise vary."""
+        tensors = [i for i, spec in enumerate(specs) if isinstance(spec, TensorSpec)]
+        for number, place in enumerate(tensors):
+            shape = specs[place].shape
+            for dim in range(2, len(shape)) if len(shape) > 3 else ():
+                where = "" if sizes.free(place, dim) else where_fixed(heard, program, number, dim)
+                if where:
+                    self.note("inputs", f"size {dim} of input {place} is fixed to {shape[dim]}: {where} needs it")
+
+
+def export_program(private: nn.Module, inputs: Inputs, how: str, leaves: set[str]) -> torch.export.ExportedProgram:
     args, kwargs = inputs
     shapes = None if how == "none" else by_name(private, *pytree.tree_map(lambda leaf: free_sizes(leaf, how), inputs))
     # Gradients on and no fused path of nn.MultiheadAttention: the graph must train wherever the model does.
@@ -268,27 +339,26 @@ def export_once(private: nn.Module, inputs: Inputs, how: str, leaves: set[str]) 
         return torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def is_free(program: torch.export.ExportedProgram) -> bool:
-    """Every input tensor may have any batch: none was fixed by the model's code, none has a range."""
-    names = set(program.graph_signature.user_inputs)
-    sizes = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val") if node.name in names else None
-        if isinstance(value, torch.Tensor) and value.dim():
-            sizes.append(value.shape[0])
-    if not all(isinstance(size, torch.SymInt) for size in sizes):
+def _takes_batches(sizes: Sizes, specs: tuple[Any, ...]) -> bool:
+    """Every input tensor may have any batch, if all have the same."""
+    shapes = [spec.shape if isinstance(spec, TensorSpec) else None for spec in specs]
+    if any(shape and not sizes.free(place, 0) for place, shape in enumerate(shapes)):
         return False
-    ranges = [program.range_constraints.get(size.node.expr) for size in sizes]
-    return all(r is None or (int(r.lower) <= 2 and r.upper > 2**20) for r in ranges)
+    other = [[(n, *shape[1:]) if shape else shape for shape in shapes] for n in (2, 3, 5)]
+    return not any(sizes.broken(shapes, given) for given in other)
 
 
 def by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """torch.export wants free sizes of keyword inputs under the names of forward's parameters."""
-    if not kwargs:
-        return args
+    """torch.export wants free sizes under the names of forward's parameters: what ``*xs`` takes as one tuple, what
+    ``**named`` takes as one dict."""
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    known = {p.name for p in parameters}
+    found = dict(zip(names, args, strict=False))
+    found |= {p.name: tuple(args[len(names) :]) for p in parameters if p.kind is p.VAR_POSITIONAL}
+    found |= {name: value for name, value in kwargs.items() if name in known}
+    others = {name: value for name, value in kwargs.items() if name not in known}
+    return found | ({p.name: others for p in parameters if p.kind is p.VAR_KEYWORD} if others else {})
 
 
 def widen_batch(inputs: Inputs) -> Inputs:
@@ -302,7 +372,8 @@ def widen_batch(inputs: Inputs) -> Inputs:
 def free_sizes(leaf: Any, how: str) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return None
-    return dict.fromkeys(range(leaf.dim()) if how == "all" else range(min(leaf.dim(), 1)), Dim.AUTO)
+    first, last = int(how == "sizes"), min(leaf.dim(), 1) if how == "batch" else leaf.dim()
+    return {dim: Dim.AUTO for dim in range(first, last) if dim != 1 or leaf.dim() < 4}  # channels are the model's own
 
 
 # ---------------------------------------------------------------- dataclasses

@@ -150,7 +150,7 @@ def test_unsupported_input() -> None:
 def test_no_model_and_unknown_option() -> None:
     with pytest.raises(TraceError, match=r"a model is a torch.nn.Module, not function"):
         trace(plain, image())  # type: ignore[arg-type]
-    with pytest.raises(TraceError, match="dynamic is one of batch, all, none, not 'height'"):
+    with pytest.raises(TraceError, match="dynamic is one of all, batch, none, not 'height'"):
         trace(*plain(), dynamic="height")
 
 

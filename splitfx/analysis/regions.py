@@ -150,12 +150,12 @@ class Regions:
         if rule is Spatial.RESIZE:
             return self._resize_edge(node, axis, rows, size)
         if op_name(node) in PADS:
-            source = padded_rows(node, axis, count, size)
+            source = padded_rows(node, axis, count, size, self.values)
             if padding_mode(node) == "constant":
-                before = pad_before(node, axis)
+                before = pad_before(node, axis, self.values)
                 return Edge(rows - before, rows - before + 1, size)
             return Edge(source, source + 1, size)
-        if rule is Spatial.GLOBAL and adaptive_size(node) is not None:
+        if rule is Spatial.GLOBAL and adaptive_size(node, self.values) is not None:
             return Edge(rows * size // count, -(-(rows + 1) * size // count), size)
         if size == count:
             return Edge(rows, rows + 1, size, identity=True)
@@ -225,14 +225,14 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
             why = f"{name} returns more than a map"
         if name in PADS and padding_mode(node) == "circular":
             why = "circular padding has no rule"
-        if name in PADS and len(pads(node)) > 4:
+        if name in PADS and len(pads(node, known.values)) > 4:
             why = "padding of channels has no rule"
         return NCHW if not why else whole, why
     if row.spatial is Spatial.GLOBAL:
         inner = _reduced(node, dims, known)
         if inner is not None:
             return inner, ""
-        if adaptive_size(node) not in (None, (1, 1)) and name == "adaptive_avg_pool2d" and dims == NCHW:
+        if adaptive_size(node, known.values) not in (None, (1, 1)) and name == "adaptive_avg_pool2d" and dims == NCHW:
             return NCHW, ""
         return whole, f"{name} reduces over the whole map"
     if name == "batch_norm" and _of_the_batch(node):

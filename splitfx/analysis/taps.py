@@ -5,7 +5,8 @@ Pads, resizes and adaptive pools, by the positions in the whole map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +16,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from splitfx.ops import bind, op_name
 
+Values = Mapping[fx.Node, Any]  # of all nodes, at the size of the whole map: arguments may follow from sizes
 PADS = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 
 
-def adaptive_size(node: fx.Node) -> tuple[int, int] | None:
+def adaptive_size(node: fx.Node, values: Values) -> tuple[int, int] | None:
     """Output size of an adaptive average or max pool; None for any other operation."""
     if op_name(node) not in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
         return None
-    given = bind(node)["output_size"]
+    given = bind(node, values)["output_size"]
     pair = tuple(given) if isinstance(given, Sequence) else (given, given)
-    return (int(pair[0]), int(pair[1])) if all(isinstance(v, int) for v in pair) else (0, 0)
+    return int(pair[0]), int(pair[1])
 
 
-def pads(node: fx.Node) -> list[int]:
+def pads(node: fx.Node, values: Values) -> list[int]:
     """What a padding operation puts at each side, the last dim first."""
-    return [int(v) for v in (bind(node).get("pad") or bind(node)["padding"])]
+    given = bind(node, values)
+    return [int(v) for v in (given.get("pad") or given["padding"])]
 
 
-def pad_before(node: fx.Node, axis: int) -> int:
+def pad_before(node: fx.Node, axis: int, values: Values) -> int:
     """Rows that a padding operation puts in front; negative where it cuts them off."""
-    given, place = pads(node), 2 * (1 - axis)
+    given, place = pads(node, values), 2 * (1 - axis)
     return given[place] if place < len(given) else 0
 
 
@@ -45,9 +48,9 @@ def padding_mode(node: fx.Node) -> str:
     return known.get(name) or bind(node).get("mode") or "constant"
 
 
-def padded_rows(node: fx.Node, axis: int, count: int, size: int) -> np.ndarray:
+def padded_rows(node: fx.Node, axis: int, count: int, size: int, values: Values) -> np.ndarray:
     """The source row of every output row of a padding operation; outside [0, size) where it is constant."""
-    rows = np.arange(count) - pad_before(node, axis)
+    rows = np.arange(count) - pad_before(node, axis, values)
     mode = padding_mode(node)
     if mode == "reflect" and size > 1:
         rows = (size - 1) - np.abs((size - 1) - np.abs(rows))

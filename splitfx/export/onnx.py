@@ -153,7 +153,7 @@ def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.Export
         node.meta["custom"] = {LAYER: graphs.layer(node)}
     if asked is False:
         return _follow(copy, graphs.random_inputs(gm), None), "fixed on request", tiled
-    if graphs.info(gm).dynamic == "none":
+    if graphs.info(gm).dynamic in ("none", "sizes"):
         why = "the model was traced with a fixed batch size"
     elif tiled:
         why = "its tiled stage is written out for the traced sizes"

@@ -173,7 +173,7 @@ class Tree:
         given = dict(zip(self.inputs, known.inputs, strict=True))
         inputs = tuple(given[n.name] if n.name in given else _spec(values[n], n) for n in sources)
         spec = pytree.tree_flatten((inputs, {}))[1]
-        return TraceInfo(inputs, spec, f"{known.model_class}, {name}", known.front_end, known.dynamic)
+        return TraceInfo(inputs, spec, f"{known.model_class}, {name}", known.front_end)
 
 
 def run(part: Part, values: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,17 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.graph import INFO, attribute, dressed, info, inputs_as_now, resolve, restore_aliases, set_path
+from splitfx.graph import (
+    INFO,
+    CanonicalGraph,
+    attribute,
+    dressed,
+    info,
+    inputs_as_now,
+    resolve,
+    restore_aliases,
+    set_path,
+)
 from splitfx.schema import mutates
 from splitfx.subnetworks.entry import Entry, entries
 
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
     from splitfx.subnetworks.choose import Figures
 
 
-class SubNetworksGraph(fx.GraphModule):
+class SubNetworksGraph(CanonicalGraph):
     """The base model as an ordinary GraphModule, and its sub-models.
 
     ``forward(x)``: the base model. ``forward_all(x)``: the outputs of all, the base model's first. ``detach(i)``: one
@@ -241,7 +251,7 @@ def detached(split: fx.GraphModule, number: int) -> fx.GraphModule:
             set_path(root, path, attribute(split, home), persistent=not node.meta.get("transient"))
     known = info(split)
     name = f"{known.model_class}_{'base' if number < 0 else f'sub{number}'}"
-    made = fx.GraphModule(root, part.graph, name)
+    made = CanonicalGraph(root, part.graph, name)
     own = {one for each in twins.values() for one in each.modules()}
     for module in made.modules():
         module.training = module.training if module in own else split.training

@@ -120,6 +120,8 @@ class _Follower:
     def padded(self, node: fx.Node) -> Spread | None:
         before = self.found.get(node.args[0])  # type: ignore[arg-type]
         sides: Any = node.args[1] if len(node.args) > 1 else None
+        if isinstance(sides, list | tuple):
+            sides = [self.values[s] if isinstance(s, fx.Node) else s for s in sides]
         if before is None:
             return None
         if not isinstance(sides, list | tuple) or not all(isinstance(s, int) for s in sides) or before.maps is None:

@@ -21,7 +21,6 @@ from splitfx.analysis.regions import PARTS
 from splitfx.analysis.taps import (
     PADS,
     adaptive_size,
-    pad_before,
     padded_rows,
     padding_mode,
     resize_scale,
@@ -75,7 +74,7 @@ class Calls:
             return self._transposed(kernel) if "transpose" in name else self._conv(kernel)
         if spatial is Spatial.RESIZE:
             return _shuffle(kernel) if "pixel" in name else _resize(kernel, self.stage)
-        if adaptive_size(node) is not None:
+        if adaptive_size(node, self.stage.values) is not None:
             return _adaptive(kernel)
         if name == "getitem":
             return self._part(kernel)
@@ -340,8 +339,8 @@ def _pad(kernel: Kernel, stage: Stage) -> Call:
     given = bind(node).get("value")
     value = float(given) if isinstance(given, int | float) else 0.0
     sizes = kernel.reads[0][0].sizes
-    sides = (pad_before(node, 1), kernel.sizes[1] - sizes[1] - pad_before(node, 1))
-    sources = [_Table(padded_rows(node, axis, kernel.sizes[axis], sizes[axis])) for axis in (0, 1)]
+    sides = (kernel.before[1], kernel.sizes[1] - sizes[1] - kernel.before[1])
+    sources = [_Table(padded_rows(node, axis, kernel.sizes[axis], sizes[axis], stage.values)) for axis in (0, 1)]
 
     def call(run: Run, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x = pieces[0]

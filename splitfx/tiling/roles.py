@@ -42,7 +42,11 @@ def reduction(node: fx.Node, regions: Regions) -> str:
     if any(_index_of_part(user) != 0 for user in node.users) and not isinstance(regions.values[node], torch.Tensor):
         return f"the places that {name} found are read"
     if name.startswith("adaptive"):
-        return "" if adaptive_size(node) == (1, 1) and dims == NCHW else f"{name} gives more than one value a channel"
+        return (
+            ""
+            if adaptive_size(node, regions.values) == (1, 1) and dims == NCHW
+            else f"{name} gives more than one value a channel"
+        )
     given, rank = bind(node).get("dim"), len(regions.sizes(maps[0]))
     given = given if isinstance(given, list | tuple) else [given]
     over = {int(d) % rank for d in given if d is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from splitfx.analysis.taps import PADS, pad_before, padding_mode
+from splitfx.analysis.taps import PADS, padding_mode
 from splitfx.ops import Spatial, Window, bind
 from splitfx.tiling.stage import Kernel, Kind, own_padding
 
@@ -52,7 +52,7 @@ def _mirrored(kernel: Kernel, rows: Interval, columns: Interval) -> int:
     """Rows are taken first, then columns, each only where the piece is at a border."""
     operand, _, w = kernel.reads[0]
     for axis, (start, stop) in enumerate((rows, columns)):
-        before = pad_before(kernel.node, axis)
+        before = kernel.before[axis]
         if start >= before and stop <= before + operand.sizes[axis]:
             return 0
     first, last, _, _ = w.need(*columns)

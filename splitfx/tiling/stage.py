@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from splitfx.analysis.memory import _PASS_THROUGH
 from splitfx.analysis.regions import PARTS, RESHAPES, Dims, Edge, Regions
+from splitfx.analysis.taps import PADS, pad_before
 from splitfx.exclusive import kept
 from splitfx.graph import module_of
 from splitfx.ops import Spatial, Window, bind, op, op_name
@@ -54,6 +55,7 @@ class Kernel:
     macs_per_row: float = 0.0
     again: bool = False  # a second run of a kernel of an earlier phase
     rule: Window | None = None
+    before: tuple[int, int] = (0, 0)  # rows and columns that a padding puts in front
     places: dict[fx.Node, int] = field(default_factory=dict)  # operand node -> place in reads, or -1 - place in takes
 
     @property
@@ -192,6 +194,8 @@ class _Builder:
         dims = dims if kind is not Kind.REDUCE else None
         kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role)
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
+        if op_name(node) in PADS and not role:
+            kernel.before = (pad_before(node, 0, self.values), pad_before(node, 1, self.values))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
         self.kernels.append(kernel)
         return kernel
@@ -261,7 +265,7 @@ class _Builder:
             twin = Kernel(
                 len(self.kernels), kernel.node, kernel.kind, kernel.dims, kernel.sizes, kernel.row_bytes, kernel.role,
                 reads, list(kernel.takes), phase=phase, macs_per_row=kernel.macs_per_row, again=True,
-                rule=kernel.rule, places=kernel.places,
+                rule=kernel.rule, before=kernel.before, places=kernel.places,
             )  # fmt: skip
             known[kernel] = twin
             self.kernels.append(twin)

@@ -97,13 +97,13 @@ def traced(row: Row, model: nn.Module) -> str:
     row.size = "x".join(map(str, shape[2:]))
     graph = trace(model, torch.zeros(shape, dtype=dtype))
     found = info(graph)
-    row.batch = {"batch": "free", "none": "fixed"}[found.dynamic]
+    row.batch = "free" if found.dynamic in ("all", "batch") else "fixed"
     if set(graph.state_dict()) | set(found.untouched) != set(model.state_dict()):
         return "differs: state_dict keys"
     model.double().eval()  # in place, so the graph's parameters are double now too; its buffers are not yet
     graph.double().eval()
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn((3 if found.dynamic == "batch" else 2, *shape[1:]), generator=generator, dtype=torch.float64)
+    inputs = torch.randn((3 if row.batch == "free" else 2, *shape[1:]), generator=generator, dtype=torch.float64)
     with torch.no_grad():
         wrong = oracle.difference(graph(inputs), model(inputs))
     if wrong:
