@@ -23,7 +23,7 @@ from splitfx.analysis.shapes import shape, shapes
 from splitfx.editing import bypass
 from splitfx.errors import UnsupportedError
 from splitfx.graph import TensorSpec, info, layer, module_of
-from splitfx.ops import bind, in_place, op_name
+from splitfx.ops import bind, in_place, op_name, slices_all
 from splitfx.protocol import Note, Outcome, Pass, Promise
 from splitfx.schema import may_share
 from splitfx.verify import in_eval
@@ -32,7 +32,6 @@ _DROPS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"
 _LEAVES = ("StochasticDepth", "DropPath")  # torchvision's and timm's; p is named in different ways
 # Autograd keeps no output of these, so an in-place operation may take it over.
 _KEEPS_NO_OUTPUT = ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "cat")
-_TO_THE_END = 2**62  # x[:] slices up to the largest integer
 
 
 @dataclass(frozen=True)
@@ -170,10 +169,10 @@ def _other_batch(graph: fx.GraphModule) -> dict[fx.Node, Any] | None:
 def _slices_all(node: fx.Node, known: dict[fx.Node, Any], at_other_batch: _Lazy) -> bool:
     given = bind(node)
     end, dim = given["end"], given["dim"]
+    if slices_all(node):
+        return True
     if given["start"] not in (None, 0) or given["step"] != 1 or isinstance(end, fx.Node):
         return False
-    if end is None or end >= _TO_THE_END:
-        return True
     size = shape(known[given["input"]])[dim]
     other = at_other_batch() if end >= size else None
     return other is not None and shape(other[given["input"]])[dim] == size

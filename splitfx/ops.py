@@ -231,6 +231,18 @@ _MODULE_FIELDS = (
 )
 
 
+_TO_THE_END = 2**62  # x[:] slices up to the largest integer
+
+
+def slices_all(node: fx.Node) -> bool:
+    """A slice over a whole axis, whatever its size: ``x[:]``."""
+    given = bind(node)
+    if op_name(node) != "slice" or given["start"] not in (None, 0) or given["step"] != 1:
+        return False
+    end = given["end"]
+    return end is None or (isinstance(end, int) and end >= _TO_THE_END)
+
+
 def bind(node: fx.Node, values: Mapping[fx.Node, Any] | None = None) -> dict[str, Any]:
     """A node's arguments by aten schema name, the same for both spellings; the data operand is ``input``.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from networkx.utils import UnionFind
 from torch import fx, nn
 
 from splitfx.graph import module_of
@@ -71,18 +72,16 @@ def may_share(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def sharing(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For every node those, in order, whose results may lie in the same memory, itself among them."""
-    root: dict[fx.Node, fx.Node] = {}
-    family: dict[fx.Node, list[fx.Node]] = {}
+    """For every node those, in order, whose results may lie in the same memory, itself among them. The nodes may stand
+    in any order, as they do while a graph is rewritten."""
+    joined = UnionFind(graph.nodes)
     for node in graph.nodes:
-        shared = [root[s] for s in (node.all_input_nodes[:1] if may_do_nothing(node) else may_share(node))]
-        root[node] = shared[0] if shared else node
-        for other in shared[1:]:
-            for member in family.pop(other, []) if other is not root[node] else []:
-                root[member] = root[node]
-                family[root[node]].append(member)
-        family.setdefault(root[node], []).append(node)
-    return {node: family[root[node]] for node in root}
+        for operand in node.all_input_nodes[:1] if may_do_nothing(node) else may_share(node):
+            joined.union(node, operand)
+    families: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        families.setdefault(joined[node], []).append(node)
+    return {node: families[joined[node]] for node in graph.nodes}
 
 
 def may_do_nothing(node: fx.Node) -> bool:

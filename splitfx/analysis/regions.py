@@ -28,7 +28,7 @@ from torch import fx, nn
 from splitfx.analysis.shapes import shape
 from splitfx.analysis.taps import PADS, adaptive_size, pad_before, padded_rows, padding_mode, pads, resize_taps
 from splitfx.graph import module_of
-from splitfx.ops import Spatial, Window, bind, is_size, op, op_name, window
+from splitfx.ops import Spatial, Window, bind, is_size, op, op_name, slices_all, window
 from splitfx.raising import FunctionalBatchNorm
 
 Dims = tuple[int, int]
@@ -300,7 +300,8 @@ def _moved(node: fx.Node, name: str, dims: Dims, known: Regions) -> Dims | None:
         return dims if isinstance(known.values[source], list | tuple) else None
     if name in ("slice", "narrow"):
         whole = sizes[dims[0]] == given[dims[0]] and sizes[dims[1]] == given[dims[1]]
-        return dims if whole and (bind(node).get("dim") or 0) % rank not in dims else None
+        elsewhere = (bind(node).get("dim") or 0) % rank not in dims
+        return dims if whole and (elsewhere or slices_all(node)) else None
     if name == "channel_shuffle":
         return dims
     if op(node).spatial is Spatial.POINTWISE and name != "glu_gate":

@@ -83,10 +83,10 @@ def test_the_pipeline_sees_swapped_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
     real = module.carve
 
-    def swapped(graph: fx.GraphModule, divisions: Any, lowering: Any) -> None:
+    def swapped(graph: fx.GraphModule, divisions: Any, lowering: Any) -> Any:
         node, division = next((n, d) for n, d in divisions.items() if len(d.ins) == 2 and layer(n) == "stage3.1.conv2")
         other = type(division)(division.ins[::-1], division.outs)
-        real(graph, {**divisions, node: other}, lowering)
+        return real(graph, {**divisions, node: other}, lowering)
 
     monkeypatch.setattr(module, "carve", swapped)
     with pytest.raises(VerificationError):
