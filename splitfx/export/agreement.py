@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
-from splitfx.errors import ExportError
+from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
 from splitfx.export.report import OutputError
 
@@ -139,7 +139,7 @@ def _larger(path: Path, session: Any, graph: fx.GraphModule, call: Call) -> Call
         larger = _grown(graph, [name in free for name in names], times, more)
         try:
             outputs(graph, *larger)
-        except (RuntimeError, ValueError, TypeError):
+        except (RuntimeError, ValueError, TypeError, UnsupportedError):
             continue  # this graph takes multiples of its batch only
         return larger
     raise ExportError(
