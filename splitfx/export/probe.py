@@ -64,7 +64,7 @@ def _checked(request: dict[str, Any]) -> dict[str, Any]:
     found |= {"names": [one.name for one in session.get_outputs()], "tiles": sessions.tiles(session)}
     if runs:
         _say("timing")
-        found["times"] = _timed(_runner(session, feed, provider), runs)
+        found["times"] = timed(_runner(session, feed, provider), runs)
     if runs and provider != CPU:
         _say("looking for nodes that fell back")
         found["fallback"] = _fallback(path, request, feed)
@@ -181,7 +181,7 @@ def _runner(session: Any, feed: dict[str, Any], provider: str) -> Callable[[], A
     return run
 
 
-def _timed(run: Callable[[], Any], runs: int) -> list[float]:
+def timed(run: Callable[[], Any], runs: int) -> list[float]:
     """Milliseconds of each run, after some to warm up."""
     for _ in range(WARM_UP):
         run()

@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +28,9 @@ from torch.utils import _pytree as pytree
 from splitfx import graph as graphs
 from splitfx.errors import ExportError
 from splitfx.export import agreement, sessions
+from splitfx.export.probe import timed
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 
-WARM_UP = 3
 SECONDS = 600.0
 Progress = Callable[[str], None]
 
@@ -218,18 +217,6 @@ def _middle(times: Sequence[float]) -> tuple[float, float]:
     return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
 
 
-def _timed(run: Callable[[], Any], runs: int) -> list[float]:
-    """Milliseconds of each run, after some to warm up."""
-    for _ in range(WARM_UP):
-        run()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times
-
-
 def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int) -> list[float]:
     """Eager latency on the provider's device; nothing where torch has no such device."""
     wanted = {sessions.CPU: "cpu", sessions.CUDA: "cuda"}.get(provider)
@@ -248,7 +235,7 @@ def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs
 
     try:
         with _evaluating(model):
-            return _timed(run, runs)
+            return timed(run, runs)
     except RuntimeError:
         if not here - {wanted}:
             raise
