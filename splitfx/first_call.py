@@ -1,7 +1,8 @@
 """The first call of a model, on a private copy with buffers of its own and real tensors, before it is traced.
 
-Models make tables, anchors and masks when they first run, and keep them; torch.export would meet the code that makes
-them, and not what they are. So that code runs here, and what it made is installed in the copy that is traced. What a
+Models make tables, anchors and masks when they first run, and keep them, and put hooks on their layers; torch.export
+would meet the code that makes them, and not what they are. So that code runs here, and what it made is installed in
+the copy that is traced. What a
 second call changes again (a counter, a moving average, the features of the last image) belongs to the calls: it is
 left as the user has it. Nothing of the user's moves: no buffer, no attribute, no state of a random generator. Layers
 and parameters that the first call makes are refused: their random values would not be the user's.
@@ -25,7 +26,8 @@ from splitfx.errors import TraceError
 from splitfx.graph import anew
 from splitfx.notes import Note
 
-_TORCHS = frozenset(vars(nn.Module()))  # tables that torch keeps in every module
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)  # tables of them, in every module
+_TORCHS = frozenset(vars(nn.Module())) - _HOOKS  # what else torch keeps in every module
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 Key = tuple[str, str]  # path of a module, name of what it holds
@@ -40,23 +42,32 @@ class FirstCall:
     inputs: Any
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     made: dict[Key, Any] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # that ran, by path: what was made may hold them
     registered: dict[Key, bool] = field(default_factory=dict)  # of ``made``: buffers, and whether they are saved
     keeps: bool = False  # it made or changed something
 
     def install(self, private: nn.Module) -> nn.Module:
         """``private`` with what was made; the values are the first call's own, and no model's else."""
-        for (path, name), value in self.made.items():
-            module = private.get_submodule(path)
-            if (path, name) not in self.registered:
+        own = dict(private.named_modules())
+        places: dict[int, Any] = {id(module): own[path] for path, module in self.modules.items()}
+        places |= {id(t): vars(own[p])[name] for p, m in self.modules.items() for name, t in _hook_tables(m).items()}
+        leaves = pytree.tree_leaves(list(self.made.values()))
+        places |= {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        for (path, name), value in copy.deepcopy(self.made, places).items():
+            module = own[path]
+            if name in _HOOKS:  # the table itself may be known to what takes hooks away again
+                vars(module)[name].clear()
+                vars(module)[name].update(value)
+            elif (path, name) not in self.registered:
                 vars(module)[name] = value
-                continue
-            vars(module).pop(name, None)  # None, until it was registered
-            module.register_buffer(name, value, persistent=self.registered[path, name])
+            else:
+                vars(module).pop(name, None)  # None, until it was registered
+                module.register_buffer(name, value, persistent=self.registered[path, name])
         return private
 
     def notes(self) -> list[Note]:
         by_path: dict[str, list[str]] = {}
-        for path, name in self.made:
+        for path, name in (key for key in self.made if key[1] not in _HOOKS):
             by_path.setdefault(path, []).append(name)
         what = "made in the first call: the graph holds what a first call on these inputs makes"
         return [Note(path or "model", f"{', '.join(names)}: {what}", "info") for path, names in by_path.items()]
@@ -74,7 +85,8 @@ def first_call(own: nn.Module, inputs: Any) -> FirstCall:
     if not changed:
         return found
     found.keeps = True
-    changed = _apart(changed)
+    found.modules = dict(own.named_modules())
+    changed = _apart(changed, modules)
     for path, name in changed:
         module = own.get_submodule(path)
         if module._buffers.get(name) is not None:
@@ -182,10 +194,17 @@ def _marks(model: nn.Module) -> tuple[dict[Key, Any], list[Any]]:
     return {key: mark(value) for key, value in _held(model).items()}, alive
 
 
-def _apart(values: dict[Key, Any]) -> dict[Key, Any]:
-    """Copies that no later call writes to; what was one tensor stays one."""
+def _apart(values: dict[Key, Any], modules: set[nn.Module]) -> dict[Key, Any]:
+    """Copies that no later call writes to; what was one tensor stays one, and layers, weights and hooks themselves."""
     tensors = [t for t in pytree.tree_leaves(list(values.values())) if isinstance(t, torch.Tensor)]
-    return copy.deepcopy(values, {id(t): t.detach().clone() for t in tensors})
+    memo: dict[int, Any] = {id(t): t if isinstance(t, nn.Parameter) else t.detach().clone() for t in tensors}
+    memo |= {id(kept): kept for module in modules for kept in (module, *_hook_tables(module).values())}
+    hooks = {key: copy.copy(table) for key, table in values.items() if key[1] in _HOOKS}
+    return copy.deepcopy({key: value for key, value in values.items() if key not in hooks}, memo) | hooks
+
+
+def _hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
+    return {name: vars(module)[name] for name in _HOOKS if isinstance(vars(module).get(name), dict)}
 
 
 def _same(one: Any, other: Any) -> bool:

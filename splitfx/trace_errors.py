@@ -21,18 +21,6 @@ from splitfx.errors import TraceError
 from splitfx.raising import foreign_folders
 
 _NOT_OURS = ("importlib", "contextlib", "networkx")
-# Words of torch that show that tracing failed, and not the model on its inputs.
-_TRACING = (
-    "numpy",
-    "fake",
-    "symint",
-    "meta tensor",
-    "symbolic",
-    "proxy",
-    "data-dependent",
-    "export",
-    "pytree",
-)
 
 # Words of torch that show an input or output of a type that it does not know.
 _FOREIGN = ("pytree", "type of output", "unsupported input", "input type")
@@ -88,13 +76,16 @@ def _listed(things: set[Any]) -> str:
     return ", ".join(sorted(str(t).removeprefix("torch.") for t in things))
 
 
-def failure(model: nn.Module, inputs: Any, problems: list[tuple[str, nn.Module | None, Exception]]) -> str:
-    """One message for all front ends: where in the user's model, why, and what to do."""
+def failure(
+    model: nn.Module, inputs: Any, problems: list[tuple[str, nn.Module | None, Exception]], *, runs: bool
+) -> str:
+    """One message for all front ends: where in the user's model, why, and what to do. ``runs``: the model itself runs
+    on the inputs."""
     _, _, error = problems[0]
     place, inside = user_line(error), innermost_module(model, [p for _, p, _ in problems], error)
     where = (f" in {inside}" if inside else "") + (f" at {place}" if place else "")
     name, reasons = type(model).__name__, "; ".join(f"{who}: {reason(e)}" for who, _, e in problems)
-    if not _is_tracing(error):
+    if not runs:
         sizes = [tuple(t.shape) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         shapes = ", ".join(map(str, sizes)) or "none"
         return (
@@ -114,14 +105,6 @@ def _advice(error: BaseException) -> str:
         "make that code free of Python branches, loops and numbers that depend on tensor values "
         "(torch.where, torch.cond), or trace a part of the model that has none"
     )
-
-
-def _is_tracing(error: BaseException) -> bool:
-    home = type(error).__module__
-    if home.startswith(("torch._subclasses", "torch.fx", "torch._dynamo", "torch._export")):
-        return True
-    words = f"{type(error).__name__} {error}".lower()
-    return any(word in words for word in _TRACING)
 
 
 def reason(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError, UnsupportedError
 from splitfx.exclusive import exclusive
-from splitfx.first_call import FirstCall, first_call, own_copy, undisturbed, unfused
+from splitfx.first_call import FirstCall, first_call, own_copy, run, undisturbed, unfused
 from splitfx.graph import Staged, TensorSpec, TraceInfo, anew, info
 from splitfx.notes import Note
 from splitfx.size_rules import Heard, TooLong, listening, sizes_of, where_fixed
@@ -93,7 +93,7 @@ def _first_call(model: nn.Module, inputs: Inputs) -> FirstCall:
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(failure(model, inputs, [("the first call", own, error)])) from error
+        raise TraceError(failure(model, inputs, [("the first call", own, error)], runs=False)) from error
 
 
 def _first_call_on_a_part(model: nn.Module, small: Inputs) -> FirstCall | None:
@@ -126,7 +126,15 @@ def _traced(model: nn.Module, inputs: Inputs, dynamic: str, seen: FirstCall | No
                 return _Attempt(model, private, inputs, front_end).graph(dynamic)
         except Exception as error:
             problems.append((front_end, private, error))
-    raise TraceError(failure(model, inputs, problems)) from problems[0][2]
+    raise TraceError(failure(model, inputs, problems, runs=_runs(ready, inputs))) from problems[0][2]
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        run(own_copy(model), inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _detached(value: Any) -> Any:

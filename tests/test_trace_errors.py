@@ -166,3 +166,17 @@ def test_a_refused_model_is_unchanged() -> None:
 def test_the_next_model_traces_after_a_refusal(name: str) -> None:
     refused(Inside(Branch), image())
     trace(*ZOO[name]())
+
+
+def test_what_runs_is_not_said_to_fail() -> None:
+    """An error of Python's own in tracing: only a call of the model shows whether the inputs are to blame."""
+
+    class Traced(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(x) is not torch.Tensor:
+                raise IndexError("tuple index out of range")
+            return x
+
+    for verify in (True, False):
+        with pytest.raises(TraceError, match="Traced cannot be traced .* tuple index out of range"):
+            trace(Traced(), image(), verify=verify)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,6 +59,61 @@ def test_what_the_first_call_makes(kind: str) -> None:
     assert "made in the first call" in notes(graph)
     oracle.assert_equal_outputs(graph, model, image(3, 3, 16, 16))
     assert info(graph).dynamic in ("all", "batch")
+
+
+class Hooking(nn.Module):
+    """Puts hooks on its layers when it first runs, and lists them; the hooks double what the layers return."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind, self.ready = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), kind, False
+        self.handles: list[Any] = []
+        self.listed: list[nn.Module] = []
+
+    def doubled(self, _layer: nn.Module, _given: Any, result: torch.Tensor) -> torch.Tensor:
+        return result + self.first.bias.view(1, -1, 1, 1)  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = lambda _layer, _given, result: 2 * result  # noqa: E731
+        hook = {"method": self.doubled, "partial": partial(plain)}.get(self.kind, plain)
+        if not (self.handles if self.kind == "handle" else self.ready):
+            self.handles = [layer.register_forward_hook(hook) for layer in (self.first, self.second)]
+            if self.kind != "handle":
+                self.handles = []
+            self.ready = True
+            self.listed = [self.first, self.second]
+        for layer in self.listed:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["function", "method", "partial", "handle"])
+def test_hooks_and_lists_of_layers_made_in_the_first_call(kind: str) -> None:
+    model = Hooking(kind).eval()
+    graph = trace(model, image())
+    assert not model.ready
+    assert not model.first._forward_hooks
+    assert {id(p) for p in graph.parameters()} == {id(p) for p in model.parameters()}
+    assert "hooks" not in notes(graph)
+    oracle.assert_equal_outputs(graph, model, image(3, 3, 16, 16))
+    oracle.assert_equal_outputs(trace(model, image()), model, image(3, 3, 16, 16))  # hooked by now
+
+
+def test_hooks_that_every_call_puts_and_takes_are_left() -> None:
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for table in (self.conv._forward_hooks, self.conv._forward_hooks_with_kwargs):
+                table.clear()
+            self.conv.register_forward_hook(lambda *given: torch.mul(given[-1], 2))
+            return self.conv(x)
+
+    model = Passing()
+    assert first_call(own_copy(model), ((image(),), {})).made == {}
+    oracle.assert_equal_outputs(trace(model, image()), model, image())
 
 
 def test_what_calls_change_is_left() -> None:
