@@ -437,7 +437,9 @@ def _resize(kernel: Kernel, stage: Stage) -> Call:
     def call(run: Run, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x, starts = (pieces[0], run.starts[0]) if pieces else (wholes[0].to(dtype), (0, 0))
         y = along(x, 0, run.rows, starts[0])
-        if run.columns == (0, kernel.sizes[1]) and x.shape[3] == sizes[1]:
+        # ONNX has no nearest rows at a given scale that are not those of the sizes, and no nearest-exact ones.
+        portable = "nearest" not in name or not torch.compiler.is_exporting()
+        if portable and run.columns == (0, kernel.sizes[1]) and x.shape[3] == sizes[1]:
             y = columns(y)
         else:
             y = along(y, 1, run.columns, starts[1])

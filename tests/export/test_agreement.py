@@ -143,6 +143,14 @@ def test_tiled_pools(tmp_path: Path) -> None:
     export_onnx(splitfx.transform(model, Tile(rows=9), x), tmp_path / "m.onnx")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tiled_resizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Between(RESIZES[1:8:2] + RESIZES[9:12:2]).eval(), torch.randn(1, 3, 24, 9)
+    model(x)
+    export_onnx(splitfx.transform(model, Tile(rows=12), x), tmp_path / "m.onnx")
+
+
 def test_rewrites_are_exact() -> None:
     """In float64, which onnxruntime has no kernels to check in."""
     for target, axes in ((aten.adaptive_max_pool2d.default, 2), (aten.adaptive_max_pool3d.default, 3)):
