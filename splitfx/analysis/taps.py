@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from splitfx.ops import bind, op_name
@@ -60,46 +59,48 @@ def padded_rows(node: fx.Node, axis: int, count: int, size: int, values: Values)
 def resize_taps(node: fx.Node, axis: int, count: int, size: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Source rows [taps, output rows] of a resize along an axis, and their weights.
 
-    Coordinates come from the sizes of the whole map: `interpolate` on a piece would start its grid anew.
+    Coordinates come from the sizes of the whole map: `interpolate` on a piece would start its grid anew. Weights, and
+    nearest rows, are asked of torch's own kernel: how it rounds depends on the number type, and far down a map that
+    shows. Each map that it is given marks every n-th row, of which no more than one is in the reach of n taps.
     """
-    name, scale = op_name(node), resize_scale(node, axis)
-    if "nearest" in name:
-        return _nearest(name, axis, count, size, scale, dtype)[None], np.ones((1, count))
-    rows = np.arange(count, dtype=np.float64)
-    if bind(node).get("align_corners"):
-        at = rows * ((size - 1) / (count - 1) if count > 1 else 0.0)
-    else:
-        at = (rows + 0.5) * (size / count if scale is None else 1 / scale) - 0.5
-    if "bicubic" in name:
-        low = np.floor(at).astype(int)
-        return np.clip(low + np.arange(-1, 3)[:, None], 0, size - 1), _cubic(at - low)
-    at = np.maximum(at, 0)
-    low = np.minimum(np.floor(at).astype(int), size - 1)
-    share = np.clip(at - low, 0, 1)
-    return np.stack([low, np.minimum(low + 1, size - 1)]), np.stack([1 - share, share])
+    name, scale, corners = op_name(node), resize_scale(node, axis), bool(bind(node).get("align_corners"))
+    dtype = dtype if dtype == torch.float64 else torch.float32
 
+    def asked(maps: torch.Tensor) -> np.ndarray:
+        """Maps [n, size] resized to [n, count]."""
+        n = len(maps)
+        shapes = ((1, n, size, 1), [count, 1]) if axis == 0 else ((1, n, 1, size), [1, count])
+        scales = (scale, None) if axis == 0 else (None, scale)
+        return resized(name, maps.view(shapes[0]), shapes[1], corners, *scales).view(n, count).numpy()
 
-def _nearest(name: str, axis: int, count: int, size: int, scale: float | None, dtype: torch.dtype) -> np.ndarray:
-    """Asked of the kernel itself: how it rounds depends on the number type, and is another one in 1-D."""
-    form, counts, scales = [1, 1, 1, 1], [1, 1], [1.0, 1.0]
-    form[2 + axis], counts[axis], scales[axis] = size, count, scale or 1.0
-    mode = "nearest-exact" if "exact" in name else "nearest"
-    exact = dtype if dtype == torch.float64 else torch.float32
     with _disable_current_modes():
-        rows = torch.arange(size, dtype=exact).view(form)
-        if scale is None:
-            found = functional.interpolate(rows, size=counts, mode=mode)
+        if "nearest" in name:
+            return asked(torch.arange(size, dtype=dtype, device="cpu")[None]).astype(int), np.ones((1, count))
+        at = np.arange(count, dtype=np.float64)
+        if corners:
+            at *= (size - 1) / (count - 1) if count > 1 else 0.0
         else:
-            found = functional.interpolate(rows, scale_factor=scales, mode=mode)
-        return found.flatten().long().numpy()
+            at = (at + 0.5) * (size / count if scale is None else 1 / scale) - 0.5
+        reach = np.arange(-1, 3) if "bicubic" in name else np.arange(2)
+        low = np.floor(at if "bicubic" in name else np.clip(at, 0, size - 1)).astype(int)
+        rows = np.clip(low + reach[:, None], 0, size - 1)
+        n = len(reach)
+        share = asked((torch.arange(size, device="cpu") % n == torch.arange(n, device="cpu")[:, None]).to(dtype))
+    share = np.take_along_axis(share, rows % n, 0)
+    share[1:][rows[1:] == rows[:-1]] = 0  # at the border, where several taps read one row
+    return rows, share
 
 
-def _cubic(share: np.ndarray) -> np.ndarray:
-    """Weights [4, rows] of Keys' cubic convolution, with the constant that torch uses."""
-    a = -0.75
-    near = lambda x: ((a + 2) * x - (a + 3)) * x * x + 1  # noqa: E731
-    far = lambda x: ((a * x - 5 * a) * x + 8 * a) * x - 4 * a  # noqa: E731
-    return np.stack([far(share + 1), near(share), near(1 - share), far(2 - share)])
+def resized(
+    name: str, x: torch.Tensor, sizes: list[int], corners: bool, by_rows: float | None, by_columns: float | None
+) -> torch.Tensor:
+    """A resize of 4-D ``x`` by the kernel of torch that bears this name, to ``sizes``, at the factors given."""
+    aten = torch.ops.aten
+    if "nearest" in name:
+        kernel = aten._upsample_nearest_exact2d if "exact" in name else aten.upsample_nearest2d
+        return kernel(x, sizes, by_rows, by_columns)
+    kernel = aten.upsample_bicubic2d if "bicubic" in name else aten.upsample_bilinear2d
+    return kernel(x, sizes, corners, by_rows, by_columns)
 
 
 def resize_scale(node: fx.Node, axis: int) -> float | None:

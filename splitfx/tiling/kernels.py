@@ -25,6 +25,7 @@ from splitfx.analysis.taps import (
     padding_mode,
     resize_scale,
     resize_taps,
+    resized,
 )
 from splitfx.graph import attribute, module_of
 from splitfx.ops import Spatial, Window, bind, is_size, op, op_name, out_of_place
@@ -413,11 +414,7 @@ def _resize(kernel: Kernel, stage: Stage) -> Call:
 
     def columns(y: torch.Tensor) -> torch.Tensor:
         wanted = [y.shape[2], kernel.sizes[1]]  # as many rows as there are: torch leaves these alone
-        if "nearest" in name:
-            kind = torch.ops.aten._upsample_nearest_exact2d if "exact" in name else torch.ops.aten.upsample_nearest2d
-            return kind(y, wanted, None, scale)
-        kind = torch.ops.aten.upsample_bicubic2d if "bicubic" in name else torch.ops.aten.upsample_bilinear2d
-        return kind(y, wanted, corners, None, scale)
+        return resized(name, y, wanted, corners, None, scale)
 
     def along(x: torch.Tensor, axis: int, span: tuple[int, int], start: int) -> torch.Tensor:
         if len(tables[axis]) == 1:
