@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+# Without compiled modules each process parses torch's sources anew, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE :=
 STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check

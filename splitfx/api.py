@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import limits
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.example_inputs import split_inputs
 from splitfx.exclusive import fresh
 from splitfx.graph import info, is_canonical
 from splitfx.pipeline import Step, run_plan
@@ -21,7 +22,7 @@ from splitfx.plan import Plan
 from splitfx.profiling import Profile, profile
 from splitfx.protocol import Note, Pass
 from splitfx.text import shown
-from splitfx.tracing import split_inputs, trace
+from splitfx.tracing import trace
 
 
 @fresh()

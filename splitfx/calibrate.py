@@ -23,9 +23,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import PlanError
+from splitfx.example_inputs import split_inputs
 from splitfx.graph import info, layer, module_of
 from splitfx.narrow import BatchNorm
-from splitfx.tracing import split_inputs
 
 Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by the name of a norm's node: mean and variance per channel
 SAMPLES = 65_536  # positions per solve: enough for thousands of channels, small enough to hold

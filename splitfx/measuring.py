@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
+from splitfx.example_inputs import split_inputs
 from splitfx.report.table import seconds, size
-from splitfx.tracing import split_inputs
 
 WARM_UP = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

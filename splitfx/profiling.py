@@ -20,11 +20,12 @@ from splitfx.analysis import Facts, facts
 from splitfx.analysis.cost import Uncounted
 from splitfx.analysis.shapes import shapes as shapes_of
 from splitfx.errors import UnsupportedError
+from splitfx.example_inputs import split_inputs
 from splitfx.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ops import is_size, op_name
 from splitfx.report.fold import fold
 from splitfx.report.table import dims, number, size, table, wrap
-from splitfx.tracing import split_inputs, trace
+from splitfx.tracing import trace
 
 FORMAT = 1
 ROWS = 60  # lines of the printed table

@@ -43,10 +43,15 @@ class TooLong(UnsupportedError):
     """Sizes follow from the inputs' by more steps than are followed, or by one that has no plain form."""
 
 
+class SizeOfOne(UnsupportedError):
+    """A size that follows from the inputs' is one at the traced sizes: a case apart for all that broadcasts."""
+
+
 class Heard:
     """What was decided, in order: the expression, its value at the traced sizes, and where."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ones: bool) -> None:
+        self.ones = ones
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.decided: dict[tuple[Any, Any], str] = {}
         self._short: set[Any] = set()
@@ -54,6 +59,12 @@ class Heard:
     def note(self, expr: Any, value: Any) -> None:
         if expr.free_symbols:
             self.decided.setdefault((expr, value), self._where())
+
+    def one(self, expr: Any) -> None:
+        """An operation has asked whether a size is one, and it is: what it makes then has a one written in."""
+        if not self.ones:
+            raise SizeOfOne(f"a size in {self._where() or 'the model'} is one at these sizes")
+        self.note(expr, sympy.true)
 
     def follow(self, expr: Any) -> None:
         """Raise `TooLong` for an expression that torch would take too long to work with."""
@@ -79,9 +90,10 @@ class Heard:
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[Heard]:
-    """Within, an export of ``model`` tells what it decides by sizes."""
-    heard, original, own_thread = Heard(model), ShapeEnv.evaluate_expr, threading.get_ident()
+def listening(model: nn.Module, ones: bool = True) -> Iterator[Heard]:
+    """Within, an export of ``model`` tells what it decides by sizes. Without ``ones`` it raises `SizeOfOne` where a
+    size that follows from free ones is one; with them, that it is becomes a rule."""
+    heard, original, own_thread = Heard(model, ones), ShapeEnv.evaluate_expr, threading.get_ident()
 
     def evaluate_expr(self: ShapeEnv, orig_expr: Any, hint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != own_thread:  # somebody else exports or compiles at the same time
@@ -89,6 +101,8 @@ def listening(model: nn.Module) -> Iterator[Heard]:
         heard.follow(orig_expr)
         own = get_proxy_mode() is not None and not _of_an_operation(orig_expr)
         if not own and hint is not None and not _pins(orig_expr):
+            if _says_one(orig_expr, hint):
+                heard.one(orig_expr)
             return sympy.sympify(hint)
         value = original(self, orig_expr, hint, *args, **kwargs)
         if own:
@@ -106,6 +120,10 @@ def _pins(expr: Any) -> bool:
     """Says that one size is a number, or another size: the graph has it written in afterwards."""
     sides = expr.args if isinstance(expr, sympy.Eq) else (expr,)
     return all(isinstance(side, sympy.Symbol) or side.is_number for side in sides)
+
+
+def _says_one(expr: Any, hint: Any) -> bool:
+    return bool(hint) and isinstance(expr, sympy.Eq) and 1 in expr.args and bool(expr.free_symbols)
 
 
 def _of_an_operation(expr: Any) -> bool:

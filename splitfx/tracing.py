@@ -23,25 +23,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
 from splitfx.errors import TraceError, UnsupportedError
+from splitfx.example_inputs import Inputs, by_name, free_sizes, larger, split_inputs, widen_batch
 from splitfx.exclusive import exclusive
 from splitfx.first_call import FirstCall, first_call, own_copy, run, undisturbed, unfused
 from splitfx.graph import Staged, TensorSpec, TraceInfo, anew, info
 from splitfx.notes import Note
-from splitfx.size_rules import Heard, TooLong, listening, sizes_of, where_fixed
+from splitfx.size_rules import Heard, SizeOfOne, TooLong, listening, sizes_of, where_fixed
 from splitfx.sizes import Sizes
 from splitfx.trace_errors import check_inputs, check_model, failure, reason
 from splitfx.trace_oracle import cut_down, require_same, shapes_of
 
 DYNAMIC = ("all", "batch", "none")
 _FEWER = {"all": ("all", "sizes", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @exclusive()
@@ -155,18 +153,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def split_inputs(example_inputs: Any) -> Inputs:
-    """The four accepted spellings of example inputs as ``(args, kwargs)``."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    if not isinstance(example_inputs, tuple | list):
-        return (example_inputs,), {}
-    pair = len(example_inputs) == 2 and isinstance(example_inputs[0], tuple | list)
-    if pair and isinstance(example_inputs[1], dict) and all(isinstance(k, str) for k in example_inputs[1]):
-        return tuple(example_inputs[0]), dict(example_inputs[1])
-    return tuple(example_inputs), {}
 
 
 # ---------------------------------------------------------------- private copies
@@ -305,10 +291,26 @@ class _Attempt:
     def export_once(
         self, how: str, inputs: Inputs, specs: tuple[Any, ...]
     ) -> tuple[torch.export.ExportedProgram, Sizes, Heard]:
+        """Where free sizes make a size of one inside, torch.export is shown larger inputs, if the graph is then right
+        for the example inputs too; if not, that this size is one becomes a rule."""
+        for times in (1, 2, 4, 8):
+            try:
+                return self.export_at(how, larger(inputs, times), specs, ones=False)
+            except SizeOfOne:
+                continue
+            except Exception:
+                if times == 1:
+                    raise
+                break  # a model for inputs of this size only
+        return self.export_at(how, inputs, specs, ones=True)
+
+    def export_at(
+        self, how: str, inputs: Inputs, specs: tuple[Any, ...], ones: bool
+    ) -> tuple[torch.export.ExportedProgram, Sizes, Heard]:
         places = [i for i, spec in enumerate(specs) if isinstance(spec, TensorSpec)]
         blind = how in ("all", "sizes") and not self.reads_sizes
         dims = {"all": "batch", "sizes": "none"}[how] if blind else how
-        with listening(self.private) as heard:
+        with listening(self.private, ones) as heard:
             program = export_program(self.private, inputs, dims, self.leaves)
         sizes = sizes_of(program, heard, places, len(specs))
         if blind:
@@ -354,34 +356,6 @@ def _takes_batches(sizes: Sizes, specs: tuple[Any, ...]) -> bool:
         return False
     other = [[(n, *shape[1:]) if shape else shape for shape in shapes] for n in (2, 3, 5)]
     return not any(sizes.broken(shapes, given) for given in other)
-
-
-def by_name(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """torch.export wants free sizes under the names of forward's parameters: what ``*xs`` takes as one tuple, what
-    ``**named`` takes as one dict."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    known = {p.name for p in parameters}
-    found = dict(zip(names, args, strict=False))
-    found |= {p.name: tuple(args[len(names) :]) for p in parameters if p.kind is p.VAR_POSITIONAL}
-    found |= {name: value for name, value in kwargs.items() if name in known}
-    others = {name: value for name, value in kwargs.items() if name not in known}
-    return found | ({p.name: others for p in parameters if p.kind is p.VAR_KEYWORD} if others else {})
-
-
-def widen_batch(inputs: Inputs) -> Inputs:
-    """A batch of one would be taken for a constant by torch.export, so show it a batch of two."""
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
-        return inputs
-    return pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, torch.Tensor) else t, inputs)
-
-
-def free_sizes(leaf: Any, how: str) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return None
-    first, last = int(how == "sizes"), min(leaf.dim(), 1) if how == "batch" else leaf.dim()
-    return {dim: Dim.AUTO for dim in range(first, last) if dim != 1 or leaf.dim() < 4}  # channels are the model's own
 
 
 # ---------------------------------------------------------------- dataclasses

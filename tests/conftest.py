@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share two cores
 
@@ -26,6 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = getattr(item, "callspec", None)
         value = values.params.get(by, "") if values is not None and by else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{value}"))
+
+
+def _kept_between_exports() -> None:
+    """torch reads the source of 500 translations anew for each ONNX file, and all its operators for each graph: half of
+    the seconds of a small export. Neither changes within a run, so a process of the suite does it once."""
+    translations: Any = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    translations.from_torchlib = staticmethod(functools.cache(translations.from_torchlib))
+    operators: Any = importlib.import_module("torch._export.utils")
+    operators._materialize_cpp_cia_ops = functools.cache(operators._materialize_cpp_cia_ops)
+
+
+_kept_between_exports()
 
 
 @pytest.fixture(autouse=True)

@@ -170,3 +170,50 @@ def test_fewer_sizes_are_free_on_request() -> None:
         splitfx.trace(net, image(1, 3, 64, 64), dynamic="batch")(image(2, 3, 49, 75))
     with pytest.raises(UnsupportedError, match="size 0 of input 0 is fixed to 1"):
         splitfx.trace(net, image(1, 3, 64, 64), dynamic="none")(image(2, 3, 64, 64))
+
+
+class ShrunkToOne(nn.Module):
+    """The deepest map of an 8x8 image is one pixel, and its size is read again behind a resize to that size."""
+
+    def __init__(self, fixed: bool = False) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3))
+        self.head = nn.Linear(3, 2) if fixed else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for layer in self.down:
+            y = layer(y)
+        if self.head is not None:
+            return self.head(y.flatten(1))
+        small = F.interpolate(x, size=y.shape[-2:])
+        other = F.interpolate(x.flip(3), size=small.shape[-2:])
+        both = torch.cat([small, other], 1) + y.repeat(1, 2, 1, 1)
+        b, c, h, w = both.shape
+        return both.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def test_a_map_of_one_pixel_is_no_constant() -> None:
+    net = ShrunkToOne().double().eval()
+    graph = splitfx.trace(net, image(1, 3, 8, 8))
+    for size in ((2, 3, 8, 8), (3, 3, 21, 35), (1, 3, 9, 4)):
+        assert not oracle.difference(graph(image(*size)), net(image(*size)))
+
+
+def test_a_map_that_must_be_one_pixel_is_a_rule() -> None:
+    net = ShrunkToOne(fixed=True).double().eval()
+    graph = splitfx.trace(net, image(1, 3, 8, 8))
+    for size in ((2, 3, 8, 8), (3, 3, 5, 6)):
+        assert not oracle.difference(graph(image(*size)), net(image(*size)))
+    with pytest.raises(UnsupportedError, match="1x3x8x8 and got 2x3x9x8: "):
+        graph(image(2, 3, 9, 8))
+
+
+def test_sabotage_a_size_of_one_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from splitfx import size_rules
+
+    monkeypatch.setattr(size_rules, "_says_one", lambda *_: False)
+    net = ShrunkToOne().double().eval()
+    graph = splitfx.trace(net, image(1, 3, 8, 8))
+    with pytest.raises(UnsupportedError):
+        graph(image(3, 3, 21, 35))

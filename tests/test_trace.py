@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from splitfx import raising
+from splitfx.example_inputs import split_inputs
 from splitfx.graph import info, random_inputs
-from splitfx.tracing import split_inputs, trace
+from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, image, plain
 from tests.traced import doubled, every_model, made

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from splitfx.tracing import private_copy, split_inputs, trace
+from splitfx.example_inputs import split_inputs
+from splitfx.tracing import private_copy, trace
 from tests import oracle
 from tests.models import plain
 from tests.traced import every_model, made, trace_module

@@ -10,6 +10,10 @@ for the same seed, gradients, batch norm statistics). Words per model:
 right in the type it was traced in (float64 here), but not when a float32 one is moved to float64;
 ``differs: what``; ``failed: why``. One word per model and pass: ``ok``, ``nothing-to-do``, ``refused: why``.
 
+The graph is also run at a second height and width, the first of a few that the model itself accepts (an odd one is
+tried first). The column ``also at`` says that size where graph and model are equal; ``one size only`` where the model
+accepts no other; ``refused: why`` where the graph says that it is not right there; ``differs: what``.
+
 Writes tests/zoo/status.md, with ``--only`` just the rows that match. ``--check`` writes nothing: it exits
 with 1 when a model or pass that the committed table calls ok no longer is.
 """
@@ -37,6 +41,7 @@ from tests import oracle
 from tests.zoo.models import create, names, smallest_input
 
 STATUS = Path(__file__).with_name("status.md")
+COLUMNS = ["model", "input", "batch", "also at", "trace"]
 TRAINED_UP_TO = 300_000_000  # parameters; larger models are compared in eval mode only
 
 
@@ -47,6 +52,7 @@ class Row:
     name: str
     size: str = "-"
     batch: str = "-"
+    also: str = "-"
     trace: str = "-"
     passes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -108,6 +114,9 @@ def traced(row: Row, model: nn.Module) -> str:
         wrong = oracle.difference(graph(inputs), model(inputs))
     if wrong:
         return f"differs: eval {wrong}"
+    row.also = at_another_size(graph, model, shape)
+    if row.also.startswith("differs"):
+        return row.also
     if found.train_only and hasattr(model, "aux_logits"):
         # torchvision's train-only heads are off, because they draw from the same random stream.
         for switch, off in {"aux_logits": False, **dict.fromkeys(found.train_only)}.items():
@@ -117,6 +126,28 @@ def traced(row: Row, model: nn.Module) -> str:
         if wrong:
             return f"differs: train {wrong}"
     return f"ok (heads: {', '.join(found.train_only)})" if found.train_only else "ok"
+
+
+def at_another_size(graph: nn.Module, model: nn.Module, shape: tuple[int, ...]) -> str:
+    """What the graph does at the first size, other than the traced one, that the model itself accepts."""
+    from splitfx.errors import SplitfxError
+
+    height, width = shape[2:]
+    generator = torch.Generator().manual_seed(2)
+    for size in ((height + 13, width + 26), (height + 32, width + 64), (2 * height, width), (2 * height, 2 * width)):
+        inputs = torch.randn((2, shape[1], *size), generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            try:
+                wanted = model(inputs)
+            except Exception:  # the question is whether the user's model takes this size; it may say no in any way
+                continue
+            try:
+                wrong = oracle.difference(graph(inputs), wanted)
+            except SplitfxError as error:
+                return f"refused: {one_line(error)}"
+        where = "x".join(map(str, size))
+        return f"differs: at {where} {wrong}" if wrong else where
+    return "one size only"
 
 
 def tried(name: str, model_name: str, row: Row) -> str:
@@ -169,22 +200,35 @@ def render(rows: list[Row]) -> str:
         "Written by `make zoo`; tests/zoo/sweep.py says what the words mean.",
         "",
         "; ".join(counts),
+        "",
+        second_sizes(rows),
     ]
-    lines += ["", "| " + " | ".join(["model", "input", "batch", "trace", *passes]) + " |"]
-    lines += ["|" + " --- |" * (4 + len(passes))]
+    lines += ["", "| " + " | ".join([*COLUMNS, *passes]) + " |"]
+    lines += ["|" + " --- |" * (len(COLUMNS) + len(passes))]
     for r in rows:
-        cells = [r.name, r.size, r.batch, r.trace, *(r.passes.get(p, "-") for p in passes)]
+        cells = [r.name, r.size, r.batch, r.also, r.trace, *(r.passes.get(p, "-") for p in passes)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def second_sizes(rows: list[Row]) -> str:
+    """How many graphs are equal to their model at a second size, of those whose model accepts one."""
+    fixed = sum(r.also == "one size only" for r in rows)
+    equal = sum(r.also[0].isdigit() for r in rows)
+    tried = len(rows) - fixed - sum(r.also == "-" for r in rows)
+    return f"{equal} of the {tried} models that accept a second size are equal there; {fixed} accept one size only."
 
 
 def parse(text: str) -> dict[str, Row]:
     table = [[cell.strip() for cell in line.strip("|\n ").split(" | ")] for line in text.splitlines() if "|" in line]
     if not table:
         return {}
-    passes = table[0][4:]
-    words = {c[0]: {p: w for p, w in zip(passes, c[4:], strict=True) if w != "-"} for c in table[2:]}
-    return {c[0]: Row(*c[:4], passes=words[c[0]]) for c in table[2:]}
+    passes = table[0][len(COLUMNS) :]
+    rows = [(cells[: len(COLUMNS)], cells[len(COLUMNS) :]) for cells in table[2:]]
+    return {
+        fixed[0]: Row(*fixed, passes={p: w for p, w in zip(passes, words, strict=True) if w != "-"})
+        for fixed, words in rows
+    }
 
 
 def lost(before: dict[str, Row], now: dict[str, Row]) -> list[str]:
@@ -193,6 +237,8 @@ def lost(before: dict[str, Row], now: dict[str, Row]) -> list[str]:
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
         pairs = [("trace", old.trace, new.trace)] + [(p, w, new.passes.get(p, w)) for p, w in old.passes.items()]
+        if old.also[0].isdigit() and not new.also[0].isdigit():
+            found.append(f"{name}: was equal at {old.also}, is '{new.also}'")
         found += [f"{name}: {what} was '{a}', is '{b}'" for what, a, b in pairs if a.startswith("ok") and a != b]
     return sorted(found)
 

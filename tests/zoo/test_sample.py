@@ -21,7 +21,9 @@ SAMPLE = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_sample_is_ok(name: str) -> None:
-    assert examine(name).trace == SAMPLE[name]
+    row = examine(name)
+    assert row.trace == SAMPLE[name]
+    assert row.also == "45x58"
 
 
 def test_a_wrong_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,13 +45,16 @@ def test_fresh_models_hide_nothing() -> None:
 
 def test_table_round_trips_and_tells_what_was_lost() -> None:
     rows = [
-        Row("timm:a", "32x32", "free", "ok", {"group": "ok"}),
-        Row("timm:b", "8x8", "fixed", "failed: why"),
+        Row("timm:a", "32x32", "free", "45x58", "ok", {"group": "ok"}),
+        Row("timm:b", "8x8", "fixed", "-", "failed: why"),
     ]
     known = parse(render(rows))
     assert [known[r.name] for r in rows] == rows
-    worse = {"timm:a": Row("timm:a", "32x32", "free", "ok", {"group": "refused: x"}), "timm:b": rows[1]}
-    assert lost(known, worse) == ["timm:a: group was 'ok', is 'refused: x'"]
+    worse = {"timm:a": Row("timm:a", "32x32", "free", "refused: y", "ok", {"group": "refused: x"}), "timm:b": rows[1]}
+    assert lost(known, worse) == [
+        "timm:a: group was 'ok', is 'refused: x'",
+        "timm:a: was equal at 45x58, is 'refused: y'",
+    ]
     assert lost(known, known) == []
 
 
