@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from splitfx.copies import anew
 from splitfx.errors import TraceError
-from splitfx.graph import anew
 from splitfx.notes import Note
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)  # tables of them, in every module

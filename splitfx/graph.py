@@ -7,7 +7,7 @@ place, ``graph.meta["splitfx"]`` (a `TraceInfo`), so that a graph can be copied,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -362,23 +362,6 @@ def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) ->
         root.register_buffer(name, value, persistent=persistent)
     else:
         setattr(root, name, value)
-
-
-def anew(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
-    """The module tree once more over the same tensors, or over ``tensor(t)`` of each; nothing else that can be changed
-    is shared, hooks included."""
-    memo: dict[int, Any] = {}
-    for one in module.modules():
-        leaves = pytree.tree_leaves([v for k, v in vars(one).items() if k != "_modules"])
-        memo.update({id(t): tensor(t) for t in leaves if isinstance(t, torch.Tensor) and id(t) not in memo})
-    return copy.deepcopy(module, memo)
-
-
-def unhooked(module: nn.Module) -> nn.Module:
-    """`anew`, without the module's own hooks: for a layer that becomes others, since a hook expects the whole one."""
-    bare = copy.copy(module)
-    bare.__dict__.update({name: value for name, value in vars(nn.Module()).items() if "hooks" in name})
-    return anew(bare)
 
 
 def copy_graph(graph: fx.GraphModule, share: bool = False, apart: Iterable[torch.Tensor] = ()) -> fx.GraphModule:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from splitfx.graph import unhooked
+from splitfx.copies import unhooked
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

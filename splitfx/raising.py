@@ -26,7 +26,8 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from splitfx.behaviour import Behaviour
-from splitfx.graph import unhooked
+from splitfx.copies import unhooked
+from splitfx.places import memory, places
 from splitfx.schema import arguments, aten_name, mutates, sharing, written
 from splitfx.subnetworks.entry import Entry
 
@@ -118,6 +119,7 @@ class Raiser:
         self, exported: fx.GraphModule, private: nn.Module, model: nn.Module, seen: Behaviour | None = None
     ) -> None:
         self.exported, self.private, self.model, self.seen = exported, private, model, seen
+        self.places = places(private)
         self.owners = dict(private.named_modules(remove_duplicate=False))
         self.users = dict(model.named_modules(remove_duplicate=False))
         self.graph = fx.Graph()
@@ -195,7 +197,10 @@ class Raiser:
             return None
         path = node.meta.get("path", str(node.target))
         found = _follow(self.private, path)
-        return path, found if found is not None else _follow(self.exported, path)
+        if found is not None:
+            return path, found
+        constant = _follow(self.exported, path)
+        return self.places.get(memory(constant), (path, constant))
 
     def parameter(self, node: Any) -> torch.Tensor | None:
         found = self.tensor(node)

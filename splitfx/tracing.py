@@ -27,11 +27,12 @@ from torch.utils import _pytree as pytree
 
 from splitfx.behaviour import Behaviour, differences, observe, quiet
 from splitfx.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
+from splitfx.copies import anew
 from splitfx.errors import TraceError, UnsupportedError
 from splitfx.example_inputs import Inputs, by_name, free_sizes, larger, split_inputs, widen_batch
 from splitfx.exclusive import exclusive
 from splitfx.first_call import FirstCall, first_call, own_copy, run, undisturbed, unfused
-from splitfx.graph import Staged, TensorSpec, TraceInfo, anew, info
+from splitfx.graph import Staged, TensorSpec, TraceInfo, info
 from splitfx.notes import Note
 from splitfx.size_rules import Heard, SizeOfOne, TooLong, listening, sizes_of, where_fixed
 from splitfx.sizes import Sizes

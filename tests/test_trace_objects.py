@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from splitfx.example_inputs import split_inputs
@@ -102,3 +103,48 @@ def test_untied_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_module, "private_copy", untied)
     with pytest.raises(AssertionError):
         test_parameters_are_the_users_own("tied_weights")
+
+
+class Listed(nn.Module):
+    """Reaches its own weights through a list, a closure, or a function's defaults."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("shift", torch.randn(4, 1, 1))
+        if way == "list":
+            held = [self.conv.weight, self.conv.bias, self.shift]
+            self.program = [held]
+            self.call = lambda x, h: self.norm(F.conv2d(x, h[0], h[1])) + h[2]
+        elif way == "closure":
+            self.program = [lambda x: self.norm(self.conv(x)) + self.shift]
+        else:
+            self.program = [lambda x, of=self: of.norm(of.conv(x)) + of.shift]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.program[0]
+        return self.call(x, first) if isinstance(first, list) else first(x)
+
+
+@pytest.mark.parametrize("way", ["list", "closure", "default"])
+def test_weights_found_by_other_ways_than_their_paths(way: str) -> None:
+    model, x = Listed(way), torch.randn(2, 3, 8, 8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    graph = trace(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "a norm was trained"
+    assert {key: id(p) for key, p in graph.named_parameters()} == {key: id(p) for key, p in model.named_parameters()}
+    assert dict(graph.named_buffers())["shift"] is model.shift
+    oracle.assert_equal_outputs(graph.eval(), model.eval(), x)
+
+
+def test_a_copy_kept_without_gradients_stays_a_constant() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.kept = [self.fc.weight.detach()]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.kept[0], self.fc.bias)
+
+    assert [key for key, _ in trace(Frozen(), torch.randn(2, 4)).named_parameters()] == ["fc.bias"]
