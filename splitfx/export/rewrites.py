@@ -1,7 +1,8 @@
 """Operations that torch's exporter translates wrongly, or not at all, written as ones that it translates rightly.
 
 Does: rewrites these operations of an exported program, plain or in a tiled stage, before it becomes ONNX.
-Refuses nothing: what is still wrong behind it is seen by `agreement`.
+Refuses resizes with antialiasing under torch 2.11, which loses their weights on the way. What is still wrong behind it
+is seen by `agreement`.
 Promises: the program computes what it did; one without such an operation is not touched.
 
 - Average pools with a divisor of their own: the exporter drops the divisor.
@@ -18,7 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._export.verifier import SpecViolationError
 from torch.utils._python_dispatch import _disable_current_modes
+
+from splitfx.errors import ExportError
 
 aten = torch.ops.aten
 
@@ -26,7 +30,15 @@ aten = torch.ops.aten
 def rewritten(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with the operations of `TABLE` replaced, where it has one."""
     found = {node.target for node in exported.graph.nodes} & TABLE.keys()
-    return exported.run_decompositions({target: TABLE[target] for target in found}) if found else exported
+    if not found:
+        return exported
+    try:
+        return exported.run_decompositions({target: TABLE[target] for target in found})
+    except SpecViolationError as error:  # torch 2.11 loses a constant that a rewrite makes
+        names = ", ".join(sorted(str(target) for target in found))
+        raise ExportError(
+            f"torch {torch.__version__} loses a table on the way to ONNX, for one of {names}: use a newer torch."
+        ) from error
 
 
 def _average_pool(pool: Any, axes: int) -> Callable[..., Any]:
