@@ -103,9 +103,9 @@ class _Job:
         self.divisions: dict[fx.Node, Division] = {}
         self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
-        relaxed = gates(facts) if options.gating == "relaxed" else set()
+        self.relaxed = gates(facts) if options.gating == "relaxed" else set()
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
-        self.inside = {b.index: self.edges_of(b, place, relaxed) for b in self.blocks}
+        self.inside = {b.index: self.edges_of(b, place) for b in self.blocks}
 
     def run(self) -> Outcome:
         if not self.blocks:
@@ -164,10 +164,16 @@ class _Job:
                     f"pass 'group': no layer matches {glob!r}; weighted layers are {', '.join(names[:6])} ..."
                 )
 
-    def asked(self, edge: Edge) -> bool:
+    def spared(self, edge: Edge, shared: set[fx.Node]) -> str:
+        """The option that leaves a layer undivided; empty where none does."""
         name = layer(edge.node)
-        chosen = any(fnmatchcase(name, g) for g in self.options.select)
-        return chosen and not any(fnmatchcase(name, g) for g in self.options.exclude)
+        if not any(fnmatchcase(name, g) for g in self.options.select):
+            return "select"
+        if any(fnmatchcase(name, g) for g in self.options.exclude):
+            return "exclude"
+        if edge.node in shared:
+            return f"share={self.options.share}"
+        return "gating='relaxed'" if edge.node in self.relaxed else ""
 
     # ------------------------------------------------------------ which blocks are split
 
@@ -243,16 +249,20 @@ class _Job:
             self.note(str(block), f"block {block.index}: factor 1, left as it is", "info")
             return
         shared = self.shared()
-        edges = []
+        edges, spared = [], dict[str, list[str]]()
         for edge in self.inside[block.index]:
-            if not self.asked(edge) or edge.node in shared:
-                continue
-            if edge.computed:
+            option = self.spared(edge, shared)
+            if option:
+                spared.setdefault(option, []).append(layer(edge.node))
+            elif edge.computed:
                 self.note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
             elif str(edge.node.target) in self.read:
                 self.note(layer(edge.node), "left undivided: the model reads its weight elsewhere too", "declined")
             else:
                 edges.append(edge)
+        for option, layers in spared.items():
+            names = ", ".join(dict.fromkeys(layers))
+            self.note(str(block), f"block {block.index}: left undivided by option {option}: {names}", "info")
         if not edges:
             self.note(str(block), f"block {block.index}: no layer to divide", "declined")
             return
@@ -266,10 +276,10 @@ class _Job:
             else:
                 self.divisions[edge.node] = division
 
-    def edges_of(self, block: Block, place: dict[fx.Node, int], relaxed: set[fx.Node]) -> list[Edge]:
+    def edges_of(self, block: Block, place: dict[fx.Node, int]) -> list[Edge]:
         """The block's convs, and linear layers between them (gates written with nn.Linear)."""
         first, last = place[block.edges[0].node], place[block.edges[-1].node]
-        return [e for e in self.axes.edges if first <= place[e.node] <= last and e.node not in relaxed]
+        return [e for e in self.axes.edges if first <= place[e.node] <= last]
 
     def shared(self) -> set[fx.Node]:
         convs = [e.node for e in self.axes.edges if op_name(e.node).startswith("conv")]
