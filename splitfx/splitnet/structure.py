@@ -73,14 +73,20 @@ class Structure:
         self.notes: list[Note] = []
         asked = asked_levels(known, levels, depth, groups)
         if gating == "relaxed":
-            asked |= dict.fromkeys(set(asked) & gates(known), 1)
+            asked = self.lowered(
+                asked, dict.fromkeys(set(asked) & gates(known), 1), "gating='relaxed' keeps gates dense"
+            )
         if boundary == "full":
-            asked |= self.kept_at_boundaries(asked)
+            asked = self.lowered(
+                asked, self.kept_at_boundaries(asked), "boundary='full', and what it reads is undivided"
+            )
         touched = [e for e in self.axes.edges if asked[e.node] > 1]
         self.vector_of = np.full(len(self.axes.channel), WHOLE)  # by label: the number of its vector
         self.item_of = np.full(len(self.axes.channel), WHOLE)
         self.whole: dict[int, str] = dict(self.axes.frozen)
         self.read = read_alone(known.graph)
+        if not touched:
+            raise self.nothing_split()
         read = np.unique(self.axes.axis[np.concatenate([a for e in touched for a in (e.ins, e.outs)])])
         self.families = families(self.axes, np.flatnonzero(np.isin(self.axes.axis, read)))
         self.splits = [Split(e, asked[e.node]) for e in touched if self.divides(e)]
@@ -88,12 +94,22 @@ class Structure:
             self.splits = [s for s in self.splits if self.divides(s.edge)]
         self.vectors = self.named_vectors()
         if not self.splits:
-            why = "; ".join(f"{n.where}: {n.what}" for n in self.notes[:3])
-            raise UnsupportedError(f"none of the layers asked for can be split ({why})")
+            raise self.nothing_split()
         inside = {s.edge.node for s in self.splits}
         self.producers = [e for e in self.axes.edges if e.node not in inside and self.writes_a_vector(e)]
 
+    def nothing_split(self) -> UnsupportedError:
+        why = "; ".join(f"{n.where}: {n.what}" for n in self.notes[:3]) or "each is asked for in one group"
+        return UnsupportedError(f"none of the layers asked for can be split ({why})")
+
     # ------------------------------------------------------------ levels
+
+    def lowered(self, asked: Asked, lower: Asked, why: str) -> Asked:
+        """The levels asked for with some of them lower; a note says which layers that leaves undivided."""
+        for node, level in lower.items():
+            if level == 1 < asked[node]:
+                self.notes.append(Note(layer(node), f"left undivided: {why}", "info"))
+        return asked | lower
 
     def kept_at_boundaries(self, asked: Asked) -> Asked:
         """``boundary="full"``: a conv at the start of a finer split stage keeps the grouping of what it reads."""

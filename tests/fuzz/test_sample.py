@@ -9,12 +9,8 @@ import pytest
 
 from tests.fuzz import box, home, names
 
-# Faults that it found are being mended; strict, so that this line goes when they are.
-MENDING = pytest.mark.xfail(reason="other sizes, attributes shared by branches, notes of Group", strict=True)
-KINDS = [pytest.param(name, marks=MENDING) if name == "network" else name for name in names()]
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", names())
 def test_sample(kind: str, tmp_path: Path) -> None:
     box.prepare(kind)
     draws = getattr(importlib.import_module(home(kind)), "SAMPLE", 60)

@@ -172,3 +172,18 @@ def test_no_convergence_is_said_and_changes_little(monkeypatch: pytest.MonkeyPat
     oracle.assert_equal(torch.from_numpy(np.abs(found)), torch.from_numpy(np.abs(wanted)))
     model = net(lambda m, x: m[2](m[1](m[0](x)).mean((2, 3))), conv(3, 32), conv(32, 32), nn.Linear(32, 8))
     assert any("ARPACK gave up" in one for one in notes(split_by(model, 2)))
+
+
+def test_layers_that_an_option_keeps_whole_are_told() -> None:
+    """A level that ``boundary="full"`` lowers to one; and layers that Group's own options spare."""
+    forward: Forward = lambda m, x: m[2](m[1](m[0](x).relu()).relu().mean((2, 3)))  # noqa: E731
+    model, x = net(forward, conv(3, 8), conv(8, 8), nn.Linear(8, 4)), image(2, 3, 8, 8).double()
+    with pytest.raises(splitfx.UnsupportedError, match=r"m\.1: left undivided: boundary='full'"):
+        splitfx.transform(model, SplitNet(levels={"m.1": 2}, boundary="full", source="random"), x)
+    for options, told in (
+        ({"share": 2}, "option share=2: m.0, m.1"),
+        ({"select": ("m.2",)}, "option select: m.0, m.1"),
+        ({"exclude": ("m.0",)}, "option exclude: m.0"),
+    ):
+        split = splitfx.transform(model, Group(factors=(2,), costly="split", **options), x)
+        assert any(told in note for note in notes(split)), options
