@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,6 +24,14 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")  # that know autocast
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Autocast = tuple[tuple[str, torch.dtype], ...]
+
+
+def reseed(seed: int, devices: Iterable[torch.device] = ()) -> None:
+    """Seed the CPU's generator and those of these CUDA devices. `torch.manual_seed` moves the generators of all
+    devices, which nobody puts back, and without CUDA it writes its whole stack down each time, for later."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _renew() -> None:

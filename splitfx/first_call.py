@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.copies import anew
 from splitfx.errors import TraceError
+from splitfx.exclusive import reseed
 from splitfx.notes import Note
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)  # tables of them, in every module
@@ -106,8 +107,10 @@ def own_copy(model: nn.Module) -> nn.Module:
 def run(model: Any, inputs: Any) -> tuple[Any, Any]:
     """What ``model`` returns for copies of ``inputs``, and those copies afterwards; every run draws the same."""
     args, kwargs = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, inputs)
+    owner = model if isinstance(model, nn.Module) else model.module  # of an interpreter
+    devices = {t.device for t in owner.parameters() if t.device.type == "cuda"}
     with torch.no_grad(), unfused():
-        torch.manual_seed(0)
+        reseed(0, devices)
         random.seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from splitfx.canonical import is_opaque
 from splitfx.division import Masked
 from splitfx.errors import VerificationError
-from splitfx.exclusive import exclusive, twin
+from splitfx.exclusive import exclusive, reseed, twin
 from splitfx.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
 
 TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
@@ -145,8 +145,9 @@ def _double(value: Any) -> Any:
 @exclusive()
 def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The output tensors of a graph in float64, on flat inputs."""
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(graph)):
-        torch.manual_seed(0)  # a model that draws in eval mode draws the same
+    devices = cuda_devices(graph)
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        reseed(0, devices)  # a model that draws in eval mode draws the same
         found = Exact(graph).run(
             *[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs], enable_io_processing=False
         )

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx import graph as graphs
 from splitfx.errors import ExportError, UnsupportedError
+from splitfx.exclusive import reseed
 from splitfx.export import sessions
 from splitfx.export.report import OutputError
 
@@ -190,7 +191,7 @@ def _noise(graph: fx.GraphModule, call: Call, want: list[torch.Tensor], index: i
         args, kwargs = pytree.tree_map(nudged, call)
         weights = {name: nudged(p) for name, p in graph.named_parameters()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # a model that draws, draws others
+            reseed(int(torch.randint(2**31, (), generator=generator)))  # a model that draws, draws others
             found = pytree.tree_leaves(torch.func.functional_call(graph, weights, args, kwargs))
         moved = [leaf.detach().cpu() for leaf in found if isinstance(leaf, torch.Tensor)][index]
         worst = max(worst, _off(moved, want[index]))

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
+from splitfx.exclusive import reseed
 from splitfx.graph import by_path, layer
 from splitfx.ops import is_size
 from splitfx.subnetworks.entry import Entry, entries
@@ -120,7 +121,7 @@ def fed(before: fx.GraphModule, cut: fx.Node, entry: Entry, inputs: list[Any]) -
 
     assert len(images) == len(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        reseed(0)
         given = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
         found = Fed(before).run(*given, enable_io_processing=False)
     return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]

@@ -96,6 +96,7 @@ def boxed(root: Path) -> Iterator[tuple[Path, list[str]]]:
     was, was_temp, was_variable = os.getcwd(), tempfile.tempdir, os.environ.get("TMPDIR")
     os.chdir(folder)
     tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+    compiles, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a module that a draw is the first to import
     watch = hook()
     watch.seen.clear()
     watch.allowed = (str(folder), str(scratch), "/dev", "/proc")
@@ -103,6 +104,7 @@ def boxed(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield folder, wrong
     finally:
         watch.allowed = ()
+        sys.dont_write_bytecode = compiles
         os.chdir(was)
         tempfile.tempdir = was_temp
         os.environ.pop("TMPDIR")
