@@ -180,10 +180,11 @@ def test_layers_that_an_option_keeps_whole_are_told() -> None:
     model, x = net(forward, conv(3, 8), conv(8, 8), nn.Linear(8, 4)), image(2, 3, 8, 8).double()
     with pytest.raises(splitfx.UnsupportedError, match=r"m\.1: left undivided: boundary='full'"):
         splitfx.transform(model, SplitNet(levels={"m.1": 2}, boundary="full", source="random"), x)
-    for options, told in (
+    spared: list[tuple[dict[str, Any], str]] = [
         ({"share": 2}, "option share=2: m.0, m.1"),
         ({"select": ("m.2",)}, "option select: m.0, m.1"),
         ({"exclude": ("m.0",)}, "option exclude: m.0"),
-    ):
+    ]
+    for options, told in spared:
         split = splitfx.transform(model, Group(factors=(2,), costly="split", **options), x)
         assert any(told in note for note in notes(split)), options
