@@ -181,7 +181,7 @@ class FolderKind:
     def held_file(self, folder: Path, name: Any, size: Any) -> Path:
         """A file that a manifest names, in its own folder and nowhere else. Raises ``error`` where it is missing or
         cut short."""
-        if not isinstance(name, str) or not isinstance(size, int) or name != Path(name).name:
+        if not is_file_name(name) or not isinstance(size, int):
             raise self.error(f"{folder / self.manifest} is damaged: {shown(name)} is no file of this folder.")
         path = folder / name
         if not path.is_file():
@@ -189,6 +189,16 @@ class FolderKind:
         if path.stat().st_size < size:
             raise self.error(f"{path} is truncated: {path.stat().st_size} of {size} bytes.")
         return path
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether a manifest may name a file of its own folder so."""
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
+        return False
+    try:
+        return len(os.fsencode(name)) <= limits.FILE_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _named(about: Any) -> Iterator[str]:

@@ -19,6 +19,7 @@ PLAN_BYTES = 2 * 2**20  # of a plan or a taxonomy: read by a parser that takes a
 JSON_BYTES = 512 * 2**20  # of the description of a saved graph
 NESTING = 32  # tables within tables
 PASSES = 1000  # of a plan
+FILE_NAME = 255  # bytes of the name of a file, on every file system in use
 NAME = 4096  # characters of a text in a plan, such as a layer's path
 WORD = 2**15  # characters of a pass on the command line
 ITEMS = 2**20  # entries of a list in a plan

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -320,6 +321,13 @@ def test_a_manifest_with_values_of_other_types(tmp_path: Path, what: str) -> Non
     ) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["y" * 5000, "../a", "a/b", "\ud800", "", "..", 7])
+def test_a_manifest_names_files_of_its_folder_only(small: Path, name: Any) -> None:
+    with pytest.raises(ExportError, match=r"is no file of this folder\.$") as caught:
+        KIND.held_file(small, name, 1)
+    assert len(str(caught.value)) < 600
 
 
 def test_a_newer_format_and_no_folder(small: Path) -> None:

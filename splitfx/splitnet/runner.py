@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.data_files import data_files
-from splitfx.files import FolderKind
+from splitfx.files import FolderKind, is_file_name
 from splitfx.report.table import number, size, table
 from splitfx.splitnet.arguments import bound
 from splitfx.splitnet.tree import MERGE
@@ -170,7 +170,7 @@ class _Manifest(Struct):
 
 def _checked_file(folder: Path, part: OnnxPart) -> Path:
     path = folder / part.file
-    if part.file != path.name:
+    if not is_file_name(part.file):
         raise ExportError(f"{folder / KIND.manifest} is damaged: {part.file!r} is no file of this folder.")
     if not path.is_file():
         raise ExportError(f"{path} is missing: copy the file of {part.name} there, or export again.")

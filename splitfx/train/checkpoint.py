@@ -276,7 +276,8 @@ def _require_optimizer(given: dict[str, Any], optimizer: Any) -> None:
         raise ValueError("the optimiser has other settings")
     kind = next(name for name in _KEPT if name in {base.__name__ for base in _kinds(optimizer)})
     for place, held in given["state"].items():
-        if type(place) is not int or not 0 <= place < len(weights) or (held and list(held) != _KEPT[kind]):
+        known = isinstance(held, dict) and (not held or list(held) == _KEPT[kind])
+        if type(place) is not int or not 0 <= place < len(weights) or not known:
             raise ValueError(f"the optimiser knows a weight {shown(place)}")
         for name, one in held.items():
             like = torch.zeros((), dtype=torch.float32) if name == "step" else weights[place].detach()

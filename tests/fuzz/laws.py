@@ -165,10 +165,20 @@ def notes_name_declined_sites(step: Step, before: fx.GraphModule, after: fx.Grap
             raise Broken(f"{step.name}: an empty note or one with control characters: {note}")
     if not step.changed and all(n.kind == "did" for n in step.notes):
         raise Broken(f"{step.name} changed nothing and its notes say only what it did: {step.notes}")
-    told = " ".join(f"{n.where} {n.what}" for n in step.notes if n.kind != "did")
+    reasons = [n for n in step.notes if n.kind != "did"]
+    told = " ".join(f"{n.where} {n.what}" for n in reasons) + " ".join(_within(n.where, before) for n in reasons)
     for node in sites(step, before, after):
         if layer(node) not in told:
             raise Broken(f"{step.name} left {layer(node)} ({op_name(node)}) as it was, and no note says why")
+
+
+def _within(where: str, graph: fx.GraphModule) -> str:
+    """The layers of a block that a note names by its first and its last."""
+    first, _, last = where.partition(" to ")
+    layers = [layer(node) for node in graph.graph.nodes]
+    if first not in layers or last not in layers:
+        return ""
+    return " ".join(layers[layers.index(first) : len(layers) - layers[::-1].index(last)])
 
 
 def sites(step: Step, before: fx.GraphModule, after: fx.GraphModule) -> list[fx.Node]:

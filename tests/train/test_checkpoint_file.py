@@ -52,6 +52,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a sparse weight": (lambda c: c["model"].update({"4.weight": torch.eye(4)[:2].to_sparse()}), "4.weight is no"),
     "no averages": (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "the optimiser knows a weight 0"),
     "averages' size": (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(1)), "exp_avg of weight 0"),
+    "a tensor of averages": (lambda c: c["optimizer"]["state"].update({0: torch.ones(3)}), "knows a weight 0"),
     "no such weight": (lambda c: c["optimizer"]["state"].update({99: {}}), "knows a weight 99"),
     "a setting": (lambda c: c["optimizer"]["param_groups"][0].update(eps="x"), "other settings"),
     "a rate": (lambda c: c["optimizer"]["param_groups"][0].update(lr=None), "other settings"),
