@@ -28,9 +28,9 @@ import splitfx
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.errors import SplitfxError
+from splitfx.frontend.trace import trace
 from splitfx.passes import Group
 from splitfx.report.table import seconds, shorten
-from splitfx.tracing import trace
 
 NAME = "compile_time"
 COLUMNS = (

@@ -20,11 +20,11 @@ from torch import fx, nn
 import splitfx
 from splitfx.export.onnx import export_onnx
 from splitfx.export.sessions import CPU, open_session, session_options
-from splitfx.measuring import alternate, measure
+from splitfx.frontend.trace import trace
 from splitfx.passes import Group
-from splitfx.profiling import profile
 from splitfx.report.table import number, seconds, size
-from splitfx.tracing import trace
+from splitfx.runtime.measuring import alternate, measure
+from splitfx.runtime.profiling import profile
 
 NAME = "dense_vs_split"
 SHAPE = (1, 3, 224, 224)

@@ -74,7 +74,7 @@ def one(digits: Any, seed: int, quick: bool) -> Iterator[tuple[tuple[str, str], 
 
 
 def trained(start: Any, digits: Any, epochs: int, teacher: nn.Module | None, seed: int) -> float:
-    from splitfx.graph import copy_graph
+    from splitfx.ir.graph import copy_graph
 
     split = copy_graph(start)
     if epochs:

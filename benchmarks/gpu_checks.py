@@ -26,16 +26,16 @@ from benchmarks.gpu_common import DRY, GPU, PARITY, Row, Setting, model_of, row
 from benchmarks.gpu_splits import branches, sub_models, training
 from benchmarks.results_format import record, write
 from splitfx.analysis.live import LiveStorage
-from splitfx.api import transform
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.transform import transform
 from splitfx.errors import MissingExtraError
 from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.measuring import alternate, measure
+from splitfx.frontend.trace import trace
 from splitfx.passes import FoldBatchNorm, Group, Tile
-from splitfx.plan import Plan
-from splitfx.profiling import profile
 from splitfx.report.table import seconds, size, table, wrap
-from splitfx.tracing import trace
+from splitfx.runtime.measuring import alternate, measure
+from splitfx.runtime.profiling import profile
 
 FACTORS = {"vgg16": (8, 2, 2, 4, 4), "resnet18": (8, 4, 2, 2, 2)}
 MEMORY = 0.02  # of the predicted peak

@@ -19,13 +19,13 @@ from torch import fx, nn
 
 from benchmarks.gpu_common import model_of
 from benchmarks.results_format import record, write
-from splitfx.api import transform
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.transform import transform
 from splitfx.errors import SplitfxError
-from splitfx.measuring import alternate, measure
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.plan import Plan
-from splitfx.profiling import profile
 from splitfx.report.table import seconds, size
+from splitfx.runtime.measuring import alternate, measure
+from splitfx.runtime.profiling import profile
 
 NETWORKS = ("resnet18", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b0")
 TYPES: dict[str, dict[str, Any]] = {

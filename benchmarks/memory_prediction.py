@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torchvision
 
-from splitfx.measuring import measure
-from splitfx.profiling import profile
+from splitfx.frontend.trace import trace
 from splitfx.report.table import size
-from splitfx.tracing import trace
+from splitfx.runtime.measuring import measure
+from splitfx.runtime.profiling import profile
 
 NAME = "memory_prediction"
 MODELS = (

@@ -33,8 +33,8 @@ from benchmarks.networks import WideResNet
 from benchmarks.tile import ALLOCATORS
 from splitfx.parallel import Ranks
 from splitfx.passes import SplitNet
-from splitfx.profiling import profile
 from splitfx.report.table import number, seconds
+from splitfx.runtime.profiling import profile
 
 NAME = "parallel"
 LEVELS, BATCH, CLASSES = {"stage[23].*": 2, "fc": 2}, 100, 100

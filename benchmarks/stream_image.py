@@ -28,12 +28,12 @@ import torchvision
 import splitfx
 from splitfx.analysis.memory import memory
 from splitfx.analysis.shapes import shapes
-from splitfx.graph import TensorSpec
+from splitfx.ground.progress import Progress
+from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
-from splitfx.progress import Progress
 from splitfx.report.table import seconds, size
-from splitfx.tiling.sources import RowSource
 from splitfx.tiling.stream import stream
+from splitfx.tiling.stream.sources import RowSource
 
 NAME = "stream_image"
 LARGE, WHOLE, QUICK = 16384, 4096, 1024

@@ -26,11 +26,11 @@ from torch import nn
 import splitfx
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import SplitfxError
-from splitfx.graph import info
-from splitfx.measuring import timed
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
 from splitfx.passes import FoldBatchNorm, Tile
 from splitfx.report.table import seconds, shorten, size
-from splitfx.tracing import trace
+from splitfx.runtime.measuring import timed
 
 NAME = "tile"
 # (model, image size, budget for no loss of time, budget for the least memory)

@@ -26,7 +26,7 @@ import torchvision
 import splitfx
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
-from splitfx.graph import info
+from splitfx.ir.graph import info
 from splitfx.passes import Tile
 from splitfx.report.table import size
 

@@ -12,10 +12,10 @@ import torch
 import torchvision
 
 import splitfx
+from splitfx.ground.progress import Progress
 from splitfx.passes import Tile
-from splitfx.progress import Progress
-from splitfx.tiling.sources import RowSource
 from splitfx.tiling.stream import stream
+from splitfx.tiling.stream.sources import RowSource
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import splitfx
 from splitfx import Recipe
-from splitfx.progress import Progress
+from splitfx.ground.progress import Progress
 from splitfx.train.data import load_data
 from splitfx.train.search import search_factors
 

@@ -20,13 +20,13 @@ from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape, shapes
-from splitfx.editing import bypass
+from splitfx.compiler.oracle import in_eval
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import UnsupportedError
-from splitfx.graph import TensorSpec, info, layer, module_of
-from splitfx.ops import bind, in_place, op_name, slices_all
-from splitfx.protocol import Note, Outcome, Pass, Promise
-from splitfx.schema import may_share
-from splitfx.verify import in_eval
+from splitfx.ir.editing import bypass
+from splitfx.ir.graph import TensorSpec, info, layer, module_of
+from splitfx.ir.ops import bind, in_place, op_name, slices_all
+from splitfx.ir.schema import may_share
 
 _DROPS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 _LEAVES = ("StochasticDepth", "DropPath")  # torchvision's and timm's; p is named in different ways

@@ -21,10 +21,10 @@ from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
-from splitfx.editing import bypass
-from splitfx.graph import attribute, layer, module_of
-from splitfx.ops import Channel, op, op_name
-from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
+from splitfx.ir.editing import bypass
+from splitfx.ir.graph import attribute, layer, module_of
+from splitfx.ir.ops import Channel, op, op_name
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,16 @@ from splitfx.analysis.blocks import Block, blocks
 from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
 from splitfx.analysis.shapes import shape
-from splitfx.calibrate import Target, own_statistics, solve_fusions, target
-from splitfx.carve import carve
-from splitfx.division import Division, alike, masked, weights_of
-from splitfx.editing import free_path, insert_after
+from splitfx.carving.calibrate import Target, own_statistics, solve_fusions, target
+from splitfx.carving.carve import carve
+from splitfx.carving.division import Division, alike, masked, weights_of
+from splitfx.carving.fusion import Selection, fusion_layer, squares, widen_readers
+from splitfx.carving.lowering import Lowering, choose_lowering
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
-from splitfx.fusion import Selection, fusion_layer, squares, widen_readers
-from splitfx.graph import layer, module_of, read_alone, set_path, tied
-from splitfx.lowering import Lowering, choose_lowering
-from splitfx.ops import op_name
-from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
+from splitfx.ir.editing import free_path, insert_after
+from splitfx.ir.graph import layer, module_of, read_alone, set_path, tied
+from splitfx.ir.ops import op_name
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
-from splitfx.carve import carve
-from splitfx.division import Division, alike, masked
+from splitfx.carving.carve import carve
+from splitfx.carving.division import Division, alike, masked
+from splitfx.carving.lowering import lowering_seconds
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
-from splitfx.graph import layer, module_of
-from splitfx.lowering import lowering_seconds
-from splitfx.ops import op_name
-from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
+from splitfx.ir.graph import layer, module_of
+from splitfx.ir.ops import op_name
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
-from splitfx.splitnet.padding import Padding
+from splitfx.splitnet.branches.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import WHOLE, Structure
 from splitfx.splitnet.weights import heaviest, second_moments

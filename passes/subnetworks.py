@@ -20,12 +20,12 @@ from torch import fx, nn
 from splitfx.analysis import Facts
 from splitfx.analysis.cost import cost
 from splitfx.analysis.shapes import shapes
-from splitfx.editing import free_path, insert_after
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError
-from splitfx.graph import Staged, TensorSpec, copy_graph, layer, module_of
-from splitfx.ops import bind, op_name
-from splitfx.protocol import Note, Outcome, Pass, Promise
-from splitfx.raising import FunctionalBatchNorm
+from splitfx.frontend.raising import FunctionalBatchNorm
+from splitfx.ir.editing import free_path, insert_after
+from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, module_of
+from splitfx.ir.ops import bind, op_name
 from splitfx.subnetworks.build import make_entry, words
 from splitfx.subnetworks.choose import closest_below, latencies, parse_budget
 from splitfx.subnetworks.entry import Entry, entries

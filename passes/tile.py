@@ -17,20 +17,20 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from splitfx import limits
 from splitfx.analysis import Facts
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
-from splitfx.graph import TensorSpec, layer, module_of
-from splitfx.ops import op_name
-from splitfx.protocol import Note, Outcome, Pass, Promise
+from splitfx.ground import limits
+from splitfx.ground.text import shown
+from splitfx.ir.graph import TensorSpec, layer, module_of
+from splitfx.ir.ops import op_name
 from splitfx.report.table import size as words
-from splitfx.text import shown
-from splitfx.tiling import planner
-from splitfx.tiling.extract import install, sources_of, stages
-from splitfx.tiling.instructions import Schedule
-from splitfx.tiling.planner import Candidates
-from splitfx.tiling.replan import HALF, Goal, sizes_of
-from splitfx.tiling.stage import Kind
+from splitfx.tiling.plan import planner
+from splitfx.tiling.plan.extract import install, sources_of, stages
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.planner import Candidates
+from splitfx.tiling.plan.replan import HALF, Goal, sizes_of
+from splitfx.tiling.plan.stage import Kind
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 
 Nodes = list[fx.Node]

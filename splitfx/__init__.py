@@ -12,8 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitfx.api import Comparison, Explanation, compare, explain, transform
-    from splitfx.doctor import diagnose
+    from splitfx.compiler.plan import Plan
+    from splitfx.compiler.transform import Comparison, Explanation, compare, explain, transform
     from splitfx.errors import (
         ExportError,
         MissingExtraError,
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from splitfx.export.report import RuntimeReport
     from splitfx.export.runtime import check_onnx
     from splitfx.export.sessions import session_options
-    from splitfx.measuring import Measurement, measure
-    from splitfx.plan import Plan
-    from splitfx.profiling import Profile, profile
+    from splitfx.frontend.trace import trace
     from splitfx.report.html import inspect_html
+    from splitfx.runtime.doctor import diagnose
+    from splitfx.runtime.measuring import Measurement, measure
+    from splitfx.runtime.profiling import Profile, profile
     from splitfx.storage import load, save
     from splitfx.subnetworks.bundle import export_bundle
     from splitfx.subnetworks.runner import Bundle
     from splitfx.tiling.compare_halo import HaloComparison, compare_halo
-    from splitfx.tiling.pareto import Curve, pareto
-    from splitfx.tiling.sources import RowSource
+    from splitfx.tiling.plan.pareto import Curve, pareto
     from splitfx.tiling.stream import stream
-    from splitfx.tracing import trace
+    from splitfx.tiling.stream.sources import RowSource
     from splitfx.train.finetune import finetune
     from splitfx.train.history import History
     from splitfx.train.multi_model import MultiModelLoss
     from splitfx.train.recipe import Recipe
     from splitfx.train.search import search_factors
-    from splitfx.train.trend import SearchResult
+    from splitfx.train.search.trend import SearchResult
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "splitfx.api": ["transform", "explain", "compare", "Explanation", "Comparison"],
-    "splitfx.doctor": ["diagnose"],
+    "splitfx.compiler.transform": ["transform", "explain", "compare", "Explanation", "Comparison"],
+    "splitfx.runtime.doctor": ["diagnose"],
     "splitfx.errors": [
         "SplitfxError",
         "TraceError",
@@ -68,24 +68,24 @@ _HOME = {
     "splitfx.export.report": ["RuntimeReport"],
     "splitfx.export.runtime": ["check_onnx"],
     "splitfx.export.sessions": ["session_options"],
-    "splitfx.measuring": ["measure", "Measurement"],
-    "splitfx.plan": ["Plan"],
-    "splitfx.profiling": ["profile", "Profile"],
+    "splitfx.runtime.measuring": ["measure", "Measurement"],
+    "splitfx.compiler.plan": ["Plan"],
+    "splitfx.runtime.profiling": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
     "splitfx.subnetworks.bundle": ["export_bundle"],
     "splitfx.subnetworks.runner": ["Bundle"],
     "splitfx.tiling.compare_halo": ["compare_halo", "HaloComparison"],
-    "splitfx.tiling.pareto": ["pareto", "Curve"],
-    "splitfx.tiling.sources": ["RowSource"],
+    "splitfx.tiling.plan.pareto": ["pareto", "Curve"],
+    "splitfx.tiling.stream.sources": ["RowSource"],
     "splitfx.tiling.stream": ["stream"],
-    "splitfx.tracing": ["trace"],
+    "splitfx.frontend.trace": ["trace"],
     "splitfx.train.finetune": ["finetune"],
     "splitfx.train.history": ["History"],
     "splitfx.train.multi_model": ["MultiModelLoss"],
     "splitfx.train.recipe": ["Recipe"],
     "splitfx.train.search": ["search_factors"],
-    "splitfx.train.trend": ["SearchResult"],
+    "splitfx.train.search.trend": ["SearchResult"],
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from splitfx import registry
+from splitfx.compiler import registry
 
 # The machine is shared: a slow example is no failure, and a failure must come back on the next run.
 settings.register_profile("splitfx", deadline=None, derandomize=True, max_examples=50)

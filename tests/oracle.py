@@ -73,7 +73,7 @@ def assert_equal(got: Any, expected: Any) -> None:
 
 def run(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
     """``model`` on ``(args, kwargs)``, a tensor or a tuple of tensors, after seeding torch."""
-    from splitfx.example_inputs import split_inputs
+    from splitfx.frontend.example_inputs import split_inputs
 
     args, kwargs = copy.deepcopy(split_inputs(inputs))
     torch.manual_seed(seed)

@@ -308,7 +308,7 @@ def tileable(draw: st.DrawFn, whole: bool, length: int = 6) -> tuple[nn.Module, 
 @st.composite
 def schedules(draw: st.DrawFn, grids: bool) -> Any:
     """How to tile: steps, firings, recomputation, and a grid where nothing reduces over the map."""
-    from splitfx.tiling.instructions import Schedule
+    from splitfx.tiling.plan.instructions import Schedule
 
     tiles = draw(st.tuples(st.integers(1, 3), st.integers(1, 3))) if grids else (1, 1)
     every = tuple(draw(st.lists(st.integers(1, 4), max_size=6)))

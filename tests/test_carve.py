@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import splitfx
-from splitfx import carve as carving
-from splitfx import narrow
 from splitfx.analysis import facts
 from splitfx.analysis.partition import WHOLE
-from splitfx.carve import carve
-from splitfx.division import Division, masked
-from splitfx.graph import copy_graph
-from splitfx.ops import text
+from splitfx.carving import carve as carving
+from splitfx.carving import narrow
+from splitfx.carving.carve import carve
+from splitfx.carving.division import Division, masked
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import copy_graph
+from splitfx.ir.ops import text
 from splitfx.passes import Group
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, conv_bn
 from tests.strategies import networks

@@ -161,7 +161,7 @@ def test_weights_of_another_model(tiny: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_weights_are_taken(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from splitfx.models import load_model
+    from splitfx.frontend.models import load_model
 
     given = load_model(tiny, seed=5).state_dict()
     torch.save({"state_dict": given}, "w.pt")
@@ -170,7 +170,7 @@ def test_weights_are_taken(tiny: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_one_seed_gives_one_model(tiny: str) -> None:
-    from splitfx.models import load_model
+    from splitfx.frontend.models import load_model
 
     first, second, other = (load_model(tiny, seed=s).state_dict()["0.weight"] for s in (1, 1, 2))
     assert torch.equal(first, second)
@@ -273,7 +273,7 @@ def test_input_overrides_the_plan(tiny: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_ctrl_c_is_130(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from splitfx import commands
+    from splitfx.cli import commands
 
     def stopped(*args: object) -> int:
         raise KeyboardInterrupt

@@ -19,7 +19,7 @@ import splitfx
 from splitfx.errors import SplitfxError
 from splitfx.passes import SubNetworks, Tile
 from splitfx.report.html import inspect_html, inspect_svg
-from splitfx.splitnet.bundle import export_branches
+from splitfx.splitnet.branches.bundle import export_branches
 from splitfx.subnetworks.bundle import export_bundle
 from splitfx.train import checkpoint
 from splitfx.train.picture import chart

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from splitfx import doctor
-from splitfx.doctor import Provider, diagnose
+from splitfx.runtime import doctor
+from splitfx.runtime.doctor import Provider, diagnose
 
 ALL = dict.fromkeys(doctor.PACKAGES, "1.0") | {"onnxruntime": None}
 CPU, CUDA, NO_CUDA = (

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from splitfx import drafts, renames
-from splitfx.drafts import SUFFIX, draft_of, sweep
 from splitfx.errors import ExportError, SplitfxError
 from splitfx.export.data_files import data_files, written_with_data
-from splitfx.files import FolderKind, check_target, written_whole
+from splitfx.files import FolderKind, check_target, drafts, renames, written_whole
+from splitfx.files.drafts import SUFFIX, draft_of, sweep
 
 KIND = FolderKind("a test", "about.json", 1, ExportError)
 MOST = 60  # renames, links and removals that one write may take

@@ -12,11 +12,11 @@ import pytest
 from torch import nn
 
 import splitfx
-from splitfx import limits
-from splitfx.api import inputs_for
+from splitfx.compiler.inline import parse_pass, parse_sizes
+from splitfx.compiler.transform import inputs_for
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.files import read_text
-from splitfx.inline import parse_pass, parse_sizes
+from splitfx.ground import limits
 from splitfx.passes import Group, Tile
 
 HEAD = "format = 1\n"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.measuring import alternate, measure
 from splitfx.report.table import WIDTH
+from splitfx.runtime.measuring import alternate, measure
 
 MIB = 2**20
-measure_module = importlib.import_module("splitfx.measuring")  # splitfx.measure is the function
+measure_module = importlib.import_module("splitfx.runtime.measuring")  # splitfx.measure is the function
 IMAGE = torch.zeros(MIB // 4)  # 1 MiB
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import splitfx
-from splitfx import narrow
+from splitfx.carving import narrow
 from splitfx.passes import Group
 from tests.models import conv_bn, image
 from tests.passes.test_contract import NAMES, ZOO, case

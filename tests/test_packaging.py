@@ -62,10 +62,11 @@ def test_importing_splitfx_loads_no_heavy_leaf(tmp_path: Path):
 
 
 def test_the_protocol_and_plans_need_no_torch(tmp_path: Path):
-    code = "import sys, splitfx.errors, splitfx.options, splitfx.files; print('torch' in sys.modules)"
+    code = "import sys, splitfx.errors, splitfx.compiler.options, splitfx.files; print('torch' in sys.modules)"
     stub = f"import types; s = types.ModuleType('splitfx'); s.__path__ = [{str(ROOT / 'splitfx')!r}]\n"
     stub += "import sys; sys.modules['splitfx'] = s\n"
-    more = "import splitfx.protocol, splitfx.registry, splitfx.plan; print('torch' in sys.modules)"
+    modules = "splitfx.compiler.protocol, splitfx.compiler.registry, splitfx.compiler.plan"
+    more = f"import {modules}; print('torch' in sys.modules)"
     assert run_python(stub + code + "\n" + more, tmp_path).split() == ["False", "False"]
 
 

@@ -15,15 +15,15 @@ from torch import fx
 
 import splitfx
 from splitfx.analysis import Facts
-from splitfx.editing import bypass
+from splitfx.compiler.pipeline import run_pass, run_plan
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PassError, PlanError, TraceError, UnsupportedError, VerificationError
-from splitfx.graph import copy_graph, info
-from splitfx.ops import text
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import bypass
+from splitfx.ir.graph import copy_graph, info
+from splitfx.ir.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group
-from splitfx.pipeline import run_pass, run_plan
-from splitfx.plan import Plan
-from splitfx.protocol import Note, Outcome, Pass, Promise, not_in_plan
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO
 

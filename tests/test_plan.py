@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfx import registry
+from splitfx.compiler import registry
+from splitfx.compiler.plan import FORMAT, Plan, plan_schema
+from splitfx.compiler.protocol import Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PassError, PlanError
-from splitfx.plan import FORMAT, Plan, plan_schema
-from splitfx.protocol import Outcome, Pass, Promise, not_in_plan
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("splitfx.files.put", refused)
     with pytest.raises(PlanError, match="cannot be written: Permission denied"):
         Plan([Divide()]).save(tmp_path / "plan.toml")
-    monkeypatch.setattr("splitfx.drafts.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("splitfx.files.drafts.tempfile.mkdtemp", refused)
     with pytest.raises(PlanError, match="cannot be written: Permission denied"):
         Plan([Divide()]).save(tmp_path / "plan.toml")
     assert os.listdir(tmp_path) == []
@@ -366,7 +366,7 @@ def test_installed_packages_add_passes_by_entry_point(monkeypatch: pytest.Monkey
     monkeypatch.setattr(point.__class__, "load", lambda self: Divide)
     assert registry._load(point) is Divide
     monkeypatch.setattr(point.__class__, "load", lambda self: 7)
-    with pytest.raises(PassError, match="is not a subclass of splitfx.protocol.Pass"):
+    with pytest.raises(PassError, match="is not a subclass of splitfx.compiler.protocol.Pass"):
         registry._load(point)
     monkeypatch.setattr(point.__class__, "load", lambda self: 1 / 0)
     with pytest.raises(PassError, match=r"entry point 'divide' .* cannot be loaded: division by zero"):

@@ -13,10 +13,10 @@ import torchvision
 from torch import nn
 
 from splitfx.errors import MissingExtraError, SplitfxError, UnsupportedError
-from splitfx.profiling import Profile, profile
+from splitfx.frontend.trace import trace
 from splitfx.report.fold import fold
 from splitfx.report.table import dims, number, seconds, shorten, size, table
-from splitfx.tracing import trace
+from splitfx.runtime.profiling import Profile, profile
 
 
 @pytest.fixture(scope="module")

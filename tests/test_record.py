@@ -13,7 +13,7 @@ from torch import nn
 
 import splitfx
 from splitfx.errors import ExportError
-from splitfx.record import NAME, read_record
+from splitfx.storage.record import NAME, read_record
 
 FIGURES = {"params": 1, "macs": 2, "peak_bytes": 3, "peak_layer": "conv"}
 STEP = {
@@ -32,7 +32,7 @@ def read(graph: torch.fx.GraphModule, folder: Path, change: Callable[[dict[str, 
     given = json.loads(json.dumps({"model": "M", "front_end": "x", "notes": [], "steps": [STEP]}))
     change(given)
     (folder / NAME).write_text(json.dumps(given))
-    splitfx.graph.info(graph).steps = []
+    splitfx.ir.graph.info(graph).steps = []
     read_record(graph, folder)
     return str(splitfx.explain(graph))
 

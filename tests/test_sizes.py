@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import splitfx
 from splitfx.errors import UnsupportedError
+from splitfx.ir.sizes import Sizes
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.sizes import Sizes
 from tests import oracle
 
 
@@ -210,7 +210,7 @@ def test_a_map_that_must_be_one_pixel_is_a_rule() -> None:
 
 
 def test_sabotage_a_size_of_one_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitfx import size_rules
+    from splitfx.frontend import size_rules
 
     monkeypatch.setattr(size_rules, "_says_one", lambda *_: False)
     net = ShrunkToOne().double().eval()

@@ -16,14 +16,15 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import splitfx
-from splitfx import drafts, storage
-from splitfx import graph as graphs
+from splitfx import storage
 from splitfx.errors import ExportError, PlanError
-from splitfx.graph import resolve as at
+from splitfx.files import drafts
+from splitfx.frontend.trace import trace
+from splitfx.ir import graph as graphs
+from splitfx.ir.graph import resolve as at
 from splitfx.passes import Group
-from splitfx.record import NAME as RECORD
 from splitfx.storage import CONSTANTS, KIND, PROGRAM, WEIGHTS, load, save
-from splitfx.tracing import trace
+from splitfx.storage.record import NAME as RECORD
 from tests.models import ZOO
 
 
@@ -217,9 +218,9 @@ def test_functional_batch_norm(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_replayed_and_its_weights_put_in(tmp_path: Path) -> None:
-    from splitfx.api import transform
+    from splitfx.compiler.plan import Plan
+    from splitfx.compiler.transform import transform
     from splitfx.passes.group import Group
-    from splitfx.plan import Plan
 
     def model() -> nn.Module:
         convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())

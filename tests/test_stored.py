@@ -14,16 +14,16 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx import names, operators, rebuild, rehearsal, stored
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
-from splitfx.graph import TensorSpec
+from splitfx.ground import names
+from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
-from splitfx.pipeline import run_pass
-from splitfx.storage import KIND, PROGRAM, load, save
-from splitfx.tiling import covered
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.instructions import Schedule
-from splitfx.tiling.schedule import Scheduler
+from splitfx.storage import KIND, PROGRAM, load, operators, rebuild, rehearsal, save, stored
+from splitfx.tiling.plan import covered
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.schedule import Scheduler
+from splitfx.tiling.run.executor import Tiled
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from splitfx import raising
-from splitfx.example_inputs import split_inputs
-from splitfx.graph import info, random_inputs
-from splitfx.tracing import trace
+from splitfx.frontend import raising
+from splitfx.frontend.example_inputs import split_inputs
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info, random_inputs
 from tests import oracle
 from tests.models import ZOO, image, plain
 from tests.traced import doubled, every_model, made

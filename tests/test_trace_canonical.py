@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from splitfx.graph import info
-from splitfx.ops import text
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
+from splitfx.ir.ops import text
 from tests import oracle
 from tests.models import ZOO
 from tests.traced import every_model, made, trace_module

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from splitfx.errors import SplitfxError, TraceError
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 from tests.models import ZOO, image, plain
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from splitfx.errors import TraceError
-from splitfx.first_call import first_call, own_copy
-from splitfx.graph import info
-from splitfx.tracing import trace
+from splitfx.frontend.first_call import first_call, own_copy
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
 from tests import oracle
 from tests.models import image
 from tests.traced import notes

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from splitfx import raising
-from splitfx.schema import mutates
-from splitfx.tracing import private_copy, trace
+from splitfx.frontend import raising
+from splitfx.frontend.trace import private_copy, trace
+from splitfx.ir.schema import mutates
 from tests.traced import every_model, made
 
 

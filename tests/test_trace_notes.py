@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from splitfx.graph import info
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
 from tests import oracle
 from tests.models import ZOO, auxiliary_head, image, plain
 from tests.traced import notes

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from splitfx.example_inputs import split_inputs
-from splitfx.tracing import private_copy, trace
+from splitfx.frontend.example_inputs import split_inputs
+from splitfx.frontend.trace import private_copy, trace
 from tests import oracle
 from tests.models import plain
 from tests.traced import every_model, made, trace_module

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import TraceError
-from splitfx.graph import info
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
 from tests.models import image
 from tests.traced import trace_module
 

@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from splitfx.compiler.oracle import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
 from splitfx.errors import VerificationError
-from splitfx.graph import TensorSpec, copy_graph, info
-from splitfx.tracing import trace
-from splitfx.verify import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import TensorSpec, copy_graph, info
 from tests.models import ZOO, conv_bn, image
 from tests.oracle import assert_equal, leaves, run
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from splitfx.graph import info
+from splitfx.ir.graph import info
 from tests.models import ZOO
 
 # The package's `trace` is the function of that name.
-trace_module = importlib.import_module("splitfx.tracing")
+trace_module = importlib.import_module("splitfx.frontend.trace")
 every_model = pytest.mark.parametrize("name", sorted(ZOO))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from splitfx.exclusive import exclusive, once
+from splitfx.ground.exclusive import exclusive, once
 
 if TYPE_CHECKING:
     from splitfx.analysis.axes import Axes
@@ -102,7 +102,7 @@ def facts(graph: fx.GraphModule) -> Facts:
 
 def version(graph: fx.GraphModule) -> int:
     """Changes whenever a node, an operand, an option or the size of a called module changes."""
-    from splitfx.graph import module_of
+    from splitfx.ir.graph import module_of
 
     parts: list[Any] = []
     for node in graph.graph.nodes:

@@ -22,9 +22,9 @@ from torch import fx
 
 from splitfx.analysis.moves import Labels, channel_dim, compress, move
 from splitfx.analysis.shapes import shape
-from splitfx.graph import layer, output_node
-from splitfx.ops import Channel, bind, op, op_name
-from splitfx.schema import sharing, written
+from splitfx.ir.graph import layer, output_node
+from splitfx.ir.ops import Channel, bind, op, op_name
+from splitfx.ir.schema import sharing, written
 
 __all__ = ["Axes", "Edge", "axes"]
 

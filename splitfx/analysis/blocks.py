@@ -16,8 +16,8 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.shapes import shape
-from splitfx.graph import layer, module_of
-from splitfx.ops import Channel, Spatial, bind, op, op_name, window
+from splitfx.ir.graph import layer, module_of
+from splitfx.ir.ops import Channel, Spatial, bind, op, op_name, window
 
 
 @dataclass(frozen=True)

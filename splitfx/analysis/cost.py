@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.shapes import shape
-from splitfx.graph import Staged, TensorSpec, attribute, layer, module_of
-from splitfx.ops import Op, bind, op, op_name
+from splitfx.ir.graph import Staged, TensorSpec, attribute, layer, module_of
+from splitfx.ir.ops import Op, bind, op, op_name
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
-from splitfx.graph import output_node
-from splitfx.ops import is_size
+from splitfx.ir.graph import output_node
+from splitfx.ir.ops import is_size
 
 
 def cuts(graph: fx.GraphModule) -> list[fx.Node]:

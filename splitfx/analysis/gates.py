@@ -6,7 +6,7 @@ from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
-from splitfx.ops import Channel, op, op_name
+from splitfx.ir.ops import Channel, op, op_name
 
 
 def gates(known: Facts) -> set[fx.Node]:

@@ -21,9 +21,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage, has_storage, key
-from splitfx.exclusive import exclusive, twin
-from splitfx.graph import layer, module_of
-from splitfx.ops import op_name
+from splitfx.ground.exclusive import exclusive, twin
+from splitfx.ir.graph import layer, module_of
+from splitfx.ir.ops import op_name
 
 # In eval mode these return their operand itself.
 _PASS_THROUGH = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf", "entry")

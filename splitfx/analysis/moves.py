@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from splitfx.analysis.shapes import shape
-from splitfx.ops import op_name
+from splitfx.ir.ops import op_name
 
 Labels = torch.Tensor  # int64, see above
 

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from splitfx.errors import UnsupportedError
-from splitfx.exclusive import Autocast, casting, exclusive, twin
-from splitfx.graph import TensorSpec, attribute, info, layer, module_of
-from splitfx.ops import op_name
+from splitfx.ground.exclusive import Autocast, casting, exclusive, twin
+from splitfx.ir.graph import TensorSpec, attribute, info, layer, module_of
+from splitfx.ir.ops import op_name
 
 
 def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()) -> dict[fx.Node, Any]:

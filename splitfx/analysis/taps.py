@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from splitfx.ops import bind, op_name
+from splitfx.ir.ops import bind, op_name
 
 Values = Mapping[fx.Node, Any]  # of all nodes, at the size of the whole map: arguments may follow from sizes
 PADS = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")

@@ -20,11 +20,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx import graph as graphs
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.exclusive import reseed
 from splitfx.export import sessions
 from splitfx.export.report import OutputError
+from splitfx.ir import graph as graphs
 
 # Largest error allowed, relative to the output's largest absolute value; other dtypes must be equal.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

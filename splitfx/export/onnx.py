@@ -26,12 +26,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx import graph as graphs
 from splitfx.errors import ExportError, MissingExtraError
-from splitfx.exclusive import exclusive
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
+from splitfx.ground.exclusive import exclusive
+from splitfx.ir import graph as graphs
 
 # What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
 OPSETS = range(18, 26)
@@ -137,7 +137,7 @@ def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
     if example_inputs is None:
         name = type(split).__name__
         raise ExportError(f"{name} was not traced by splitfx; pass example_inputs, or export the result of transform.")
-    from splitfx.tracing import trace
+    from splitfx.frontend.trace import trace
 
     return trace(split, example_inputs)
 

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from splitfx import graph as graphs
 from splitfx.errors import ExportError
 from splitfx.export import agreement, sessions
 from splitfx.export.probe import timed
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
+from splitfx.ir import graph as graphs
 
 SECONDS = 600.0
 Progress = Callable[[str], None]
@@ -94,7 +94,7 @@ def _call(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
         if not graphs.is_canonical(model):
             raise ExportError(f"{type(model).__name__} was not traced by splitfx; pass the inputs to check with.")
         return graphs.random_inputs(model)  # type: ignore[arg-type]
-    from splitfx.example_inputs import split_inputs
+    from splitfx.frontend.example_inputs import split_inputs
 
     return split_inputs(inputs)
 

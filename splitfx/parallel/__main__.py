@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import SplitfxError
-from splitfx.graph import random_inputs
+from splitfx.ir.graph import random_inputs
 from splitfx.parallel.link import ParallelError
 from splitfx.parallel.ranks import Ranks
 from splitfx.report.table import seconds

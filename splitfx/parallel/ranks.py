@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from splitfx.compiler.oracle import in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.graph import copy_graph
+from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.placement import Placement, Stem, place
-from splitfx.splitnet.tree import STEM, Part, Tree
-from splitfx.verify import in_eval
+from splitfx.splitnet.branches.tree import STEM, Part, Tree
 
 __all__ = ["ParallelError", "Ranks"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from splitfx.compiler.oracle import in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.splitnet.tree import Tree, run
-from splitfx.verify import in_eval
+from splitfx.splitnet.branches.tree import Tree, run
 
 
 class Streams:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from splitfx.protocol import Pass
+from splitfx.compiler.protocol import Pass
 from splitfx.report.explanation import PROMISES
 from splitfx.report.table import wrap
 

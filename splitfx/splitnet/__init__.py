@@ -17,9 +17,9 @@ from splitfx.splitnet.sources import clustering, random, semantic
 from splitfx.splitnet.weights import weights
 
 if TYPE_CHECKING:
-    from splitfx.report.splitnet import plot_classes, plot_curves, plot_weights
-    from splitfx.splitnet.bundle import export_branches
-    from splitfx.splitnet.runner import Branches
+    from splitfx.report.plots.splitnet import plot_classes, plot_curves, plot_weights
+    from splitfx.splitnet.branches.bundle import export_branches
+    from splitfx.splitnet.branches.runner import Branches
 
 __all__ = [
     "Assignment",
@@ -38,9 +38,9 @@ __all__ = [
     "weights",
 ]
 _HOME = {
-    **dict.fromkeys(("plot_classes", "plot_curves", "plot_weights"), "splitfx.report.splitnet"),
-    "export_branches": "splitfx.splitnet.bundle",
-    "Branches": "splitfx.splitnet.runner",
+    **dict.fromkeys(("plot_classes", "plot_curves", "plot_weights"), "splitfx.report.plots.splitnet"),
+    "export_branches": "splitfx.splitnet.branches.bundle",
+    "Branches": "splitfx.splitnet.branches.runner",
 }
 
 

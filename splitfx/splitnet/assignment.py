@@ -14,10 +14,10 @@ import numpy as np
 from torch import fx
 
 from splitfx.analysis import facts
+from splitfx.carving.fusion import squares
+from splitfx.compiler.options import FrozenDict
 from splitfx.errors import PlanError, nearest
-from splitfx.fusion import squares
-from splitfx.graph import is_canonical, layer, module_of
-from splitfx.options import FrozenDict
+from splitfx.ir.graph import is_canonical, layer, module_of
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
 

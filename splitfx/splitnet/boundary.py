@@ -22,11 +22,11 @@ from torch import fx
 from splitfx.analysis import facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
-from splitfx.carve import carve
-from splitfx.division import Division
-from splitfx.editing import tidy
-from splitfx.graph import attribute, module_of, read_alone
-from splitfx.ops import Channel, bind, op, op_name
+from splitfx.carving.carve import carve
+from splitfx.carving.division import Division
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import attribute, module_of, read_alone
+from splitfx.ir.ops import Channel, bind, op, op_name
 
 Needs = Mapping[fx.Node, frozenset[int]]
 

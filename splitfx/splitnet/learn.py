@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from splitfx.carving.narrow import BatchNorm, transposed
 from splitfx.errors import PassError, PlanError
-from splitfx.graph import module_of
-from splitfx.narrow import BatchNorm, transposed
+from splitfx.ir.graph import module_of
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
 from splitfx.splitnet.levels import Levels

@@ -16,7 +16,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.blocks import blocks
 from splitfx.errors import PlanError
-from splitfx.graph import layer
+from splitfx.ir.graph import layer
 
 Levels = Mapping[str, int] | Sequence[int]
 Asked = dict[fx.Node, int]

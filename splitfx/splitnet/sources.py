@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from splitfx import limits
 from splitfx.errors import MissingExtraError, PlanError
 from splitfx.files import read_text
-from splitfx.graph import layer
+from splitfx.ground import limits
+from splitfx.ground.text import shown
+from splitfx.ir.graph import layer
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import drawn
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
-from splitfx.text import shown
 
 Taxonomy = Mapping[str, Any] | str | os.PathLike[str]
 Labels = dict[str, np.ndarray]
@@ -214,7 +214,7 @@ def clustered_labels(found: Structure, seed: int) -> Labels:
 
 
 def _rows(edge: Any) -> np.ndarray:
-    from splitfx.graph import module_of
+    from splitfx.ir.graph import module_of
 
     module = module_of(edge.node)
     if module is None:

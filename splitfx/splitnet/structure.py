@@ -20,11 +20,11 @@ from splitfx.analysis.axes import Edge
 from splitfx.analysis.gates import gates
 from splitfx.analysis.partition import families
 from splitfx.analysis.shapes import shape
-from splitfx.division import Division
+from splitfx.carving.division import Division
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.graph import layer, output_node, read_alone
-from splitfx.notes import Note
-from splitfx.ops import op_name
+from splitfx.ir.graph import layer, output_node, read_alone
+from splitfx.ir.notes import Note
+from splitfx.ir.ops import op_name
 from splitfx.splitnet.levels import Asked, Levels, asked_levels
 
 Boundary = Literal["grouped", "full"]

@@ -19,12 +19,12 @@ from scipy.linalg import eigh
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import fx, nn
 
-from splitfx.calibrate import run_watched
+from splitfx.carving.calibrate import run_watched
+from splitfx.carving.fusion import squares
+from splitfx.carving.narrow import BatchNorm
 from splitfx.errors import PlanError
-from splitfx.fusion import squares
-from splitfx.graph import layer, module_of
-from splitfx.narrow import BatchNorm
-from splitfx.notes import Note
+from splitfx.ir.graph import layer, module_of
+from splitfx.ir.notes import Note
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced, capacities, drawn
 from splitfx.splitnet.levels import Levels

@@ -15,9 +15,9 @@ from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
-from splitfx.editing import like
-from splitfx.graph import attribute, layer, module_of, set_path
-from splitfx.ops import Spatial, op, op_name
+from splitfx.ir.editing import like
+from splitfx.ir.graph import attribute, layer, module_of, set_path
+from splitfx.ir.ops import Spatial, op, op_name
 from splitfx.subnetworks.entry import Entry, Form
 from splitfx.subnetworks.sites import Site, Sites
 from splitfx.subnetworks.stepdown import Axis, static
@@ -169,7 +169,7 @@ def _embedding(facts: Facts, image: fx.Node, end: fx.Node) -> fx.GraphModule:
 
 def words(entry: Entry, cut: fx.Node) -> str:
     """What a step-down is, for notes: ``3->64 2x2 stride 2, norm, relu``."""
-    from splitfx.ops import describe
+    from splitfx.ir.ops import describe
 
     parts = []
     for node in entry.step_down.graph.nodes:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from splitfx import graph as graphs
 from splitfx.errors import ExportError
 from splitfx.export import onnx as writing
 from splitfx.export.runtime import check_onnx
 from splitfx.files import FolderKind
+from splitfx.ir import graph as graphs
 from splitfx.subnetworks.choose import ModelFigures
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph

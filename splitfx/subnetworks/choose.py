@@ -15,11 +15,11 @@ from torch import fx
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.graph import random_inputs
-from splitfx.measuring import alternate
+from splitfx.ir.graph import random_inputs
 from splitfx.report.table import number, seconds, size, table
+from splitfx.runtime.measuring import alternate
 from splitfx.subnetworks.entry import entries
-from splitfx.tiling.planner import parse_bytes
+from splitfx.tiling.plan.planner import parse_bytes
 
 if TYPE_CHECKING:
     from splitfx.subnetworks.model import SubNetworksGraph

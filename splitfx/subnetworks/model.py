@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.graph import (
+from splitfx.ir.graph import (
     INFO,
     CanonicalGraph,
     attribute,
@@ -27,7 +27,7 @@ from splitfx.graph import (
     restore_aliases,
     set_path,
 )
-from splitfx.schema import mutates
+from splitfx.ir.schema import mutates
 from splitfx.subnetworks.entry import Entry, entries
 
 if TYPE_CHECKING:

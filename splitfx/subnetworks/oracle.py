@@ -14,13 +14,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from splitfx.compiler.oracle import TOLERANCE, Exact, random_flat, require_equal, run_exact
 from splitfx.errors import VerificationError
-from splitfx.exclusive import reseed
-from splitfx.graph import by_path, layer
-from splitfx.ops import is_size
+from splitfx.ground.exclusive import reseed
+from splitfx.ir.graph import by_path, layer
+from splitfx.ir.ops import is_size
 from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
-from splitfx.verify import TOLERANCE, Exact, random_flat, require_equal, run_exact
 
 
 def require_models(name: str, before: fx.GraphModule, after: fx.GraphModule, small: bool = False) -> float:

@@ -16,8 +16,8 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.errors import PlanError, nearest
-from splitfx.graph import layer
-from splitfx.ops import is_size, op, op_name
+from splitfx.ir.graph import layer
+from splitfx.ir.ops import is_size, op, op_name
 from splitfx.report.table import dims
 from splitfx.subnetworks.trunk import Spread, spreads
 

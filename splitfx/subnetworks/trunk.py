@@ -17,7 +17,7 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
-from splitfx.ops import Spatial, bind, op, op_name, window
+from splitfx.ir.ops import Spatial, bind, op, op_name, window
 from splitfx.subnetworks.stepdown import Map
 
 

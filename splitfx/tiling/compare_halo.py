@@ -21,16 +21,16 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis import facts
 from splitfx.analysis.memory import memory
 from splitfx.analysis.shapes import shapes
-from splitfx.api import outputs
-from splitfx.editing import tidy
+from splitfx.compiler.transform import outputs
 from splitfx.errors import PlanError, UnsupportedError, nearest
-from splitfx.example_inputs import split_inputs
-from splitfx.graph import TensorSpec, copy_graph, info, is_canonical
+from splitfx.frontend.example_inputs import split_inputs
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
 from splitfx.report.table import dims, size, table
-from splitfx.tiling.extract import install, stages
-from splitfx.tiling.instructions import Schedule
+from splitfx.tiling.plan.extract import install, stages
+from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.zero import Grid, combine_layers, install_zero, leading_to
-from splitfx.tracing import trace
 
 STRIPS = 16  # steps in which the exact halo is run
 

@@ -19,15 +19,15 @@ import torch
 from msgspec import Struct
 from torch import fx, nn
 
-from splitfx.drafts import sweep
 from splitfx.errors import TrainingError
 from splitfx.files import written_whole
-from splitfx.graph import info, is_canonical
-from splitfx.text import one_line, shown
+from splitfx.files.drafts import sweep
+from splitfx.ground.text import one_line, shown
+from splitfx.ground.typed import Count, reason, require_ordinary
+from splitfx.ir.graph import info, is_canonical
 from splitfx.train.history import Epoch, Score
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
-from splitfx.typed import Count, reason, require_ordinary
 
 FORMAT = 3
 NAME = "checkpoint.pt"

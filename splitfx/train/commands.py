@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 
 from splitfx import storage
+from splitfx.compiler.inline import parse_pass
 from splitfx.errors import MissingExtraError, TrainingError
-from splitfx.graph import TensorSpec, info
-from splitfx.inline import parse_pass
-from splitfx.models import load_model
-from splitfx.progress import Progress
-from splitfx.tracing import trace
+from splitfx.frontend.models import load_model
+from splitfx.frontend.trace import trace
+from splitfx.ground.progress import Progress
+from splitfx.ir.graph import TensorSpec, info
 from splitfx.train.checkpoint import write_text
 from splitfx.train.data import Data, Shape, load_data
 from splitfx.train.finetune import finetune as finetuned

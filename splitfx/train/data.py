@@ -21,9 +21,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from splitfx import limits
 from splitfx.errors import MissingExtraError, TrainingError, nearest
 from splitfx.files import read_text
+from splitfx.ground import limits
 
 KINDS = ("digits", "planted", "cifar10", "cifar100", "imagefolder")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from splitfx.errors import TrainingError
-from splitfx.graph import info, is_canonical
+from splitfx.ir.graph import info, is_canonical
 from splitfx.train import batches, checkpoint
 from splitfx.train.batches import Process
 from splitfx.train.fit import Data, check, first_line, not_empty

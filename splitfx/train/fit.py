@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils.data import Dataset
 
 from splitfx.errors import TrainingError
-from splitfx.graph import info, is_canonical
+from splitfx.ir.graph import info, is_canonical
 from splitfx.train import batches
 from splitfx.train.objective import logits
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_type_hints
 
 import torch
 
-from splitfx import options
+from splitfx.compiler import options
 from splitfx.errors import PlanError, nearest
 
 

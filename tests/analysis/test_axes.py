@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.axes import Axes
-from splitfx.graph import copy_graph, module_of
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import copy_graph, module_of
 from tests import oracle
 from tests.models import ZOO, conv_bn
 from tests.strategies import networks

@@ -8,9 +8,9 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import Block, blocks
-from splitfx.graph import layer
-from splitfx.ops import op_name
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import layer
+from splitfx.ir.ops import op_name
 from tests.models import ZOO, Head, conv_bn, image
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from splitfx.analysis import facts
 from splitfx.analysis.cost import Cost, kernels
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 
 
 def cost_of(model: nn.Module, *inputs: torch.Tensor) -> Cost:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from torch import fx, nn
 
 from splitfx.analysis import facts
-from splitfx.graph import layer, output_node
-from splitfx.ops import is_size
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import layer, output_node
+from splitfx.ir.ops import is_size
 from tests.models import ZOO
 from tests.strategies import networks
 

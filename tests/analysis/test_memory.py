@@ -14,7 +14,7 @@ from splitfx.analysis import facts
 from splitfx.analysis import memory as memory_module
 from splitfx.analysis.live import LiveStorage
 from splitfx.analysis.memory import Memory, memory
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 
 IMAGE = (1, 3, 64, 64)
 
@@ -117,7 +117,7 @@ def test_the_prediction_is_what_lives(name: str) -> None:
 
 def forget_in_place(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
     """Shapes in which an in-place result looks like a value of its own."""
-    from splitfx.ops import in_place
+    from splitfx.ir.ops import in_place
 
     hit = [n for n in shapes if n.op == "call_function" and in_place(n)]
     return {**shapes, **{n: torch.empty_like(shapes[n]) for n in hit}}

@@ -12,7 +12,7 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.moves import channel_dim, compress, reshape
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 
 
 @st.composite

@@ -14,7 +14,7 @@ from torch import nn
 from splitfx.analysis import facts
 from splitfx.analysis.axes import Axes, Edge
 from splitfx.analysis.partition import WHOLE, kept_mass, most_mass, partition
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 from tests.models import ZOO
 from tests.strategies import networks
 

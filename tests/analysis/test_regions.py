@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from splitfx.analysis import facts
 from splitfx.analysis.regions import Edge, Region, Regions
-from splitfx.graph import output_node
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import output_node
 
 
 class Call(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from splitfx.graph import resolve
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import resolve
 
 
 class TwoInputs(nn.Module):

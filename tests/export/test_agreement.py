@@ -18,8 +18,8 @@ import splitfx
 from splitfx.errors import ExportError
 from splitfx.export import agreement, rewrites
 from splitfx.export.onnx import export_onnx
+from splitfx.frontend.trace import trace
 from splitfx.passes import Tile
-from splitfx.tracing import trace
 from tests import oracle
 
 onnx = pytest.importorskip("onnx")

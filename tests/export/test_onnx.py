@@ -12,7 +12,7 @@ from torch import nn
 from splitfx.errors import ExportError
 from splitfx.export.data_files import data_files
 from splitfx.export.onnx import LAYER, OPSETS, export_onnx
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 
 onnx = pytest.importorskip("onnx")
 

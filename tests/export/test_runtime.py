@@ -15,7 +15,7 @@ from splitfx.export import sessions
 from splitfx.export.agreement import difference
 from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from splitfx.tiling.sources import RowSource
+from splitfx.tiling.stream.sources import RowSource
 from splitfx.train.data import _image
 
 SUFFIXES = ("npy", "png", "tif", "ppm", "jpg", "bmp", "eps")

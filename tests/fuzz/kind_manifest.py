@@ -12,8 +12,8 @@ from torch import nn
 
 import splitfx
 from splitfx.passes import Group
-from splitfx.record import NAME as RECORD
 from splitfx.storage import KIND
+from splitfx.storage.record import NAME as RECORD
 from tests.fuzz.kind_program import Folder, held, used, written
 from tests.fuzz.mutate import edited
 

@@ -13,9 +13,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import splitfx
+from splitfx.compiler.protocol import Pass, Promise
 from splitfx.errors import SplitfxError, TraceError, UnsupportedError
-from splitfx.graph import info
-from splitfx.protocol import Pass, Promise
+from splitfx.ir.graph import info
 from tests.fuzz import laws, plans
 from tests.fuzz.networks import Drawn, network
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import splitfx
-from splitfx.splitnet import runner as branches
+from splitfx.splitnet.branches import runner as branches
 from splitfx.subnetworks import bundle
 from tests.fuzz.kind_program import Folder, written
 from tests.fuzz.mutate import edited

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import splitfx
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import SplitfxError
-from splitfx.graph import random_inputs
+from splitfx.ir.graph import random_inputs
 from splitfx.passes import Tile
-from splitfx.pipeline import run_pass
 from splitfx.storage import PROGRAM
 from tests.fuzz.mutate import edited
 

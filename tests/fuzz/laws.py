@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 
 import splitfx
+from splitfx.compiler.pipeline import Step
+from splitfx.compiler.plan import Plan
 from splitfx.errors import PassError, SplitfxError, VerificationError
-from splitfx.graph import layer, module_of
-from splitfx.ops import op_name, text
-from splitfx.pipeline import Step
-from splitfx.plan import Plan
+from splitfx.ir.graph import layer, module_of
+from splitfx.ir.ops import op_name, text
 from tests import oracle
 from tests.fuzz.box import obeyed, refusal_fault
 

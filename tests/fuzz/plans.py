@@ -11,11 +11,11 @@ from torch import fx
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.analysis.shapes import shape
+from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError
-from splitfx.graph import layer, output_node
-from splitfx.ops import Channel, op, op_name
+from splitfx.ir.graph import layer, output_node
+from splitfx.ir.ops import Channel, op, op_name
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SplitNet, SubNetworks, Tile
-from splitfx.protocol import Pass
 
 
 def draw_passes(rng: Random, graph: fx.GraphModule) -> list[Callable[[Random, fx.GraphModule], Pass]]:

@@ -13,13 +13,14 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx import narrow, pipeline
 from splitfx.analysis.regions import Edge
+from splitfx.carving import narrow
+from splitfx.compiler import pipeline
+from splitfx.compiler.protocol import Outcome, Pass
 from splitfx.errors import PlanError, UnsupportedError, VerificationError
-from splitfx.graph import info, output_node
-from splitfx.notes import Note
+from splitfx.ir.graph import info, output_node
+from splitfx.ir.notes import Note
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group, Tile, fold_batchnorm
-from splitfx.protocol import Outcome, Pass
 from tests.fuzz import laws, plans, steps
 from tests.fuzz.box import refusal_fault
 from tests.fuzz.kind_network import Trial

@@ -7,12 +7,12 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.division import Masked
-from splitfx.editing import tidy
-from splitfx.graph import copy_graph
+from splitfx.carving.division import Masked
+from splitfx.compiler.protocol import Outcome
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import copy_graph
 from splitfx.passes import Group
-from splitfx.protocol import Outcome
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, Head, conv_bn, image
 

@@ -16,19 +16,19 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx import registry
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.editing import tidy
+from splitfx.compiler import registry
+from splitfx.compiler.pipeline import Step, run_pass
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.protocol import Pass, Promise
 from splitfx.errors import UnsupportedError
-from splitfx.graph import copy_graph, info
-from splitfx.ops import text
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import copy_graph, info
+from splitfx.ir.ops import text
 from splitfx.passes import DropIdentity, Group, SplitNet, SubNetworks, Tile
-from splitfx.pipeline import Step, run_pass
-from splitfx.plan import Plan
-from splitfx.protocol import Pass, Promise
 from splitfx.splitnet.structure import Structure
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import splitfx
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import UnsupportedError, VerificationError
-from splitfx.graph import info
-from splitfx.ops import text
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
+from splitfx.ir.ops import text
 from splitfx.passes import DropIdentity, drop_identity
-from splitfx.pipeline import run_pass
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import ZOO, image
 

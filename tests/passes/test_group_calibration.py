@@ -10,8 +10,8 @@ from torch import nn
 
 import splitfx
 from splitfx.errors import PlanError
+from splitfx.frontend.trace import trace
 from splitfx.passes import Group
-from splitfx.tracing import trace
 from tests.models import Head
 from tests.passes.grouping import chain, grouped, notes
 

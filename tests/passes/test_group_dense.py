@@ -13,10 +13,10 @@ from torch import fx, nn
 import splitfx
 from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
-from splitfx.ops import text
+from splitfx.compiler.pipeline import run_pass
+from splitfx.frontend.trace import trace
+from splitfx.ir.ops import text
 from splitfx.passes import Group
-from splitfx.pipeline import run_pass
-from splitfx.tracing import trace
 from tests.passes.grouping import assert_masked_dense, chain, grouped, in_double, notes, per_block
 from tests.strategies import networks
 

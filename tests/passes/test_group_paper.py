@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 
 import splitfx
+from splitfx.compiler.pipeline import run_pass
+from splitfx.frontend.trace import trace
 from splitfx.passes import Group
-from splitfx.pipeline import run_pass
-from splitfx.tracing import trace
 from tests import oracle
 from tests.passes.grouping import grouped, notes
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import splitfx
 from splitfx.errors import PlanError
-from splitfx.ops import text
+from splitfx.frontend.trace import trace
+from splitfx.ir.ops import text
 from splitfx.passes import Group
-from splitfx.tracing import trace
 from tests.models import ZOO, conv_bn
 from tests.passes.grouping import chain, grouped, notes, per_block
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx import narrow
-from splitfx.division import Division
+from splitfx.carving import narrow
+from splitfx.carving.division import Division
 from splitfx.errors import VerificationError
 from splitfx.passes import Group
 from tests.models import ZOO

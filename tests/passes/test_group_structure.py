@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx.division import Masked
-from splitfx.ops import text
+from splitfx.carving.division import Masked
+from splitfx.compiler.pipeline import run_pass
+from splitfx.frontend.trace import trace
+from splitfx.ir.ops import text
 from splitfx.passes import Group
-from splitfx.pipeline import run_pass
-from splitfx.tracing import trace
 from tests import oracle
 from tests.models import image
 from tests.passes.grouping import assert_masked_dense, chain, grouped, in_double

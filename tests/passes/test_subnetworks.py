@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 
 import splitfx
+from splitfx.compiler.plan import Plan
 from splitfx.errors import UnsupportedError
-from splitfx.graph import info
-from splitfx.ops import text
+from splitfx.ir.graph import info
+from splitfx.ir.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SubNetworks, Tile
 from splitfx.passes.subnetworks import keep_statistics
-from splitfx.plan import Plan
 from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
 from tests import oracle

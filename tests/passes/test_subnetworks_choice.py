@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import splitfx
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.graph import info
-from splitfx.ops import text
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
+from splitfx.ir.ops import text
 from splitfx.passes import SubNetworks
-from splitfx.pipeline import run_pass
 from splitfx.subnetworks.model import SubNetworksGraph
-from splitfx.tracing import trace
 from tests import oracle
 from tests.subnetworks.networks import X, divided, small
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from torch import fx, nn
 
 from splitfx.analysis import Facts, facts
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import VerificationError
-from splitfx.graph import copy_graph
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import copy_graph
 from splitfx.passes import SubNetworks
-from splitfx.pipeline import run_pass
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
 from splitfx.subnetworks.oracle import require_models
 from splitfx.subnetworks.sites import Sites
-from splitfx.tracing import trace
 from tests import oracle
 from tests.strategies import networks
 from tests.subnetworks.networks import assert_shared, residual

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import splitfx
+from splitfx.frontend.trace import trace
 from splitfx.subnetworks.model import SubNetworksGraph
-from splitfx.tracing import trace
 from tests import oracle
 from tests.subnetworks.networks import X, assert_shared, divided, small
 

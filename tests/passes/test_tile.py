@@ -12,17 +12,17 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.analysis import facts
+from splitfx.compiler.pipeline import run_pass
+from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError, UnsupportedError, VerificationError
-from splitfx.graph import info
-from splitfx.ops import op_name
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
+from splitfx.ir.ops import op_name
 from splitfx.passes.tile import Tile
-from splitfx.pipeline import run_pass
-from splitfx.plan import Plan
-from splitfx.tiling import executor
-from splitfx.tiling.executor import Execution, Tiled
-from splitfx.tiling.instructions import Run
-from splitfx.tiling.planner import parse_bytes
-from splitfx.tracing import trace
+from splitfx.tiling.plan.instructions import Run
+from splitfx.tiling.plan.planner import parse_bytes
+from splitfx.tiling.run import executor
+from splitfx.tiling.run.executor import Execution, Tiled
 from tests import oracle
 from tests.models import ZOO, Head, Residual, conv_bn, image
 

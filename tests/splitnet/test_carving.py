@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx import narrow
+from splitfx.carving import narrow
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import PlanError, VerificationError
-from splitfx.graph import copy_graph, layer
+from splitfx.ir.graph import copy_graph, layer
 from splitfx.passes import SplitNet
-from splitfx.pipeline import run_pass
 from splitfx.splitnet import random, structure
 from splitfx.splitnet.structure import Structure
 from tests.splitnet.networks import CASES, ragged, traced

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import splitfx
+from splitfx.compiler.pipeline import run_pass
 from splitfx.passes import SplitNet
-from splitfx.pipeline import run_pass
 from splitfx.splitnet import structure
-from splitfx.splitnet.padding import Padding
+from splitfx.splitnet.branches.padding import Padding
 from tests.splitnet.networks import ragged
 from tests.splitnet.test_carving import EXACT, error, masked_by_hand
 

@@ -22,11 +22,12 @@ from torch import fx, nn
 
 import splitfx
 from splitfx import cli, splitnet
-from splitfx.graph import module_of
+from splitfx.ir.graph import module_of
 from splitfx.passes import Group, SplitNet
 from splitfx.report.html import inspect_text
-from splitfx.report.splitnet import class_bands
-from splitfx.report.splitnet_classes import (
+from splitfx.report.html.splitnet import _png
+from splitfx.report.plots.splitnet import class_bands
+from splitfx.report.plots.splitnet_classes import (
     Agreement,
     Classes,
     adjusted_rand,
@@ -35,8 +36,7 @@ from splitfx.report.splitnet_classes import (
     classes_text,
     grouped_classes,
 )
-from splitfx.report.splitnet_html import _png
-from splitfx.report.splitnet_matrices import Matrix, carved_blocks, diagonal, matrices, pieces, reduced
+from splitfx.report.plots.splitnet_matrices import Matrix, carved_blocks, diagonal, matrices, pieces, reduced
 from splitfx.splitnet.assignment import kept
 from tests.splitnet.carved import FLAT, NESTED, image, unlike, wide
 from tests.test_report import CHROMIUM, dom

@@ -13,9 +13,9 @@ from torch import fx, nn
 
 import splitfx
 from splitfx import splitnet
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.passes import SplitNet
-from splitfx.pipeline import run_pass
 from splitfx.splitnet import Assignment, structure
 from splitfx.splitnet.assignment import checked, kept
 from splitfx.splitnet.balance import balanced, capacities
@@ -132,7 +132,7 @@ def test_weights_recover_blocks_in_resnet18() -> None:
 
 
 def splitnet_graph(name: str) -> fx.GraphModule:
-    from splitfx.graph import copy_graph
+    from splitfx.ir.graph import copy_graph
 
     return copy_graph(traced(name))
 

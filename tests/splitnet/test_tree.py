@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx.editing import check, like
 from splitfx.errors import UnsupportedError, VerificationError
-from splitfx.graph import copy_graph
+from splitfx.ir.editing import check, like
+from splitfx.ir.graph import copy_graph
 from splitfx.passes import FoldBatchNorm, SplitNet, Tile
 from splitfx.splitnet import boundary
-from splitfx.splitnet import tree as trees
-from splitfx.splitnet.tree import MERGE, STEM, Tree, run
+from splitfx.splitnet.branches import tree as trees
+from splitfx.splitnet.branches.tree import MERGE, STEM, Tree, run
 from tests.splitnet.carved import (
     CLASSES,
     EXACT,

@@ -12,14 +12,14 @@ from torch import fx
 
 from splitfx.analysis import Facts, facts
 from splitfx.analysis.shapes import shape
-from splitfx.editing import insert_after
 from splitfx.errors import UnsupportedError
-from splitfx.graph import copy_graph, output_node
-from splitfx.ops import op_name
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import insert_after
+from splitfx.ir.graph import copy_graph, output_node
+from splitfx.ir.ops import op_name
 from splitfx.subnetworks.build import make_entry
 from splitfx.subnetworks.model import detached
 from splitfx.subnetworks.sites import Sites
-from splitfx.tracing import trace
 from tests.zoo.models import create
 
 SIZES = (224, 227, 256)  # one that a stem divides, an odd one, one that windows divide

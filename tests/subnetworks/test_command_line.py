@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from splitfx import cli
-from splitfx.plan import Plan
+from splitfx.compiler.plan import Plan
 
 NET = """
 from torch import nn

@@ -9,10 +9,10 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError
-from splitfx.graph import layer
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import layer
 from splitfx.subnetworks.build import axes_of, epilogue
 from splitfx.subnetworks.sites import Sites
-from splitfx.tracing import trace
 from tests.models import ZOO, image
 from tests.subnetworks.networks import residual, small, vgg
 

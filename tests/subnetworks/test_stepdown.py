@@ -12,10 +12,10 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.errors import UnsupportedError
+from splitfx.frontend.trace import trace
 from splitfx.subnetworks.build import axes_of
 from splitfx.subnetworks.sites import Sites
 from splitfx.subnetworks.stepdown import Axis, Map, static
-from splitfx.tracing import trace
 from tests.subnetworks.networks import layer_of, vgg, windows
 
 

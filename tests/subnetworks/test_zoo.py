@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
 from tests.models import ZOO
 from tests.subnetworks import sweep
 from tests.subnetworks.networks import residual

@@ -12,10 +12,11 @@ import torchvision
 from torch import nn
 
 from splitfx.analysis.live import LiveStorage
-from splitfx.tiling import checkpoint, segments
-from splitfx.tiling.checkpoint import checkpointed, describe
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.instructions import Schedule
+from splitfx.tiling.plan import segments
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run import checkpoint
+from splitfx.tiling.run.checkpoint import checkpointed, describe
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.tiling import cases, trial
 

@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from splitfx.analysis import taps
 from splitfx.analysis.regions import Edge
-from splitfx.tiling import executor, kernels
-from splitfx.tiling.executor import Execution
-from splitfx.tiling.instructions import Run, Schedule
-from splitfx.tiling.reductions import Reduction
+from splitfx.tiling.plan.instructions import Run, Schedule
+from splitfx.tiling.run import executor, kernels
+from splitfx.tiling.run.executor import Execution
+from splitfx.tiling.run.reductions import Reduction
 from tests import oracle
 from tests.tiling import cases
 from tests.tiling.cases import PHASES, RULES, SPLIT

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from splitfx import limits
 from splitfx.errors import SplitfxError, TrainingError
-from splitfx.tiling.sources import RowSource
+from splitfx.ground import limits
+from splitfx.tiling.stream.sources import RowSource
 from splitfx.train.data import _image
 
 

@@ -11,10 +11,10 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError
-from splitfx.tiling import planner
-from splitfx.tiling.extract import install, stages
-from splitfx.tiling.planner import Candidates, Point, Schedule, front, parse_bytes
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.tiling.plan import planner
+from splitfx.tiling.plan.extract import install, stages
+from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front, parse_bytes
 from tests.tiling.cases import PHASES
 from tests.tiling.test_stage import UNet
 from tests.tiling.trial import peaks

@@ -13,16 +13,16 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.analysis import facts
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
-from splitfx.graph import module_of
-from splitfx.ops import op_name
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import module_of
+from splitfx.ir.ops import op_name
 from splitfx.passes import Tile
-from splitfx.pipeline import run_pass
-from splitfx.rebuild_layers import _goal
-from splitfx.tiling import replan
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.instructions import Schedule
-from splitfx.tracing import trace
+from splitfx.storage.layers import _goal
+from splitfx.tiling.plan import replan
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn, image
 from tests.tiling.test_stage import UNet

@@ -19,8 +19,8 @@ from torch import nn
 import splitfx
 from splitfx.errors import PlanError, SplitfxError, UnsupportedError
 from splitfx.passes import Tile
-from splitfx.tiling.sources import RowSource
 from splitfx.tiling.stream import duration, stream
+from splitfx.tiling.stream.sources import RowSource
 from tests import oracle
 from tests.oracle import STRICT, error
 

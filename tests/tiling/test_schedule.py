@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.instructions import Finish, Free, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
-from splitfx.tiling.schedule import Scheduler
-from splitfx.tiling.stage import Kind, Stage
+from splitfx.tiling.plan.instructions import Finish, Free, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
+from splitfx.tiling.plan.schedule import Scheduler
+from splitfx.tiling.plan.stage import Kind, Stage
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.tiling.cases import PHASES, RULES, Call
 from tests.tiling.test_stage import UNet

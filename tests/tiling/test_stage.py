@@ -11,11 +11,11 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.shapes import shapes
-from splitfx.graph import TensorSpec
-from splitfx.tiling.extract import stages
-from splitfx.tiling.instructions import Schedule
-from splitfx.tiling.stage import Kind, Roles, compile_stage
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import TensorSpec
+from splitfx.tiling.plan.extract import stages
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.stage import Kind, Roles, compile_stage
 from tests import oracle
 from tests.models import ZOO, image
 from tests.tiling.cases import PHASES, SPLIT, Call, call

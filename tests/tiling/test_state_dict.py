@@ -11,9 +11,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import splitfx
-from splitfx.graph import by_path
+from splitfx.ir.graph import by_path
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.tiling.executor import Tiled
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.errors import SplitfxError
-from splitfx.ops import op_name
-from splitfx.tiling.extract import stages
-from splitfx.tiling.instructions import Schedule
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.ops import op_name
+from splitfx.tiling.plan.extract import stages
+from splitfx.tiling.plan.instructions import Schedule
 from tests import oracle
 from tests.strategies import ChannelsLast, Resize, networks, schedules, tileable
 from tests.tiling.trial import assert_equal, peaks, tile
@@ -128,8 +128,8 @@ def test_many_streams(network: Any, schedule: Schedule) -> None:
 @settings(relaxed, max_examples=10)
 def test_the_pass_plans_for_any_network(network: Any, budget: str) -> None:
     """Equal and within the budget, or a word of splitfx's own."""
+    from splitfx.compiler.pipeline import run_pass
     from splitfx.passes.tile import Tile
-    from splitfx.pipeline import run_pass
 
     model, x = network
     assume(runs(model, x))

@@ -11,14 +11,14 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.analysis.shapes import shapes
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
 from splitfx.export import sessions, tiles
 from splitfx.export.onnx import LAYER, export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.graph import TensorSpec, by_path, copy_graph
+from splitfx.ir.graph import TensorSpec, by_path, copy_graph
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.pipeline import run_pass
-from splitfx.tiling.executor import Tiled
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn
 

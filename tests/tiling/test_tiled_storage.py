@@ -15,14 +15,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import splitfx
-from splitfx import graph as graphs
+from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError, UnsupportedError
-from splitfx.ops import text
+from splitfx.ir import graph as graphs
+from splitfx.ir.ops import text
 from splitfx.passes import Tile
-from splitfx.pipeline import run_pass
 from splitfx.storage import PROGRAM
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.instructions import Schedule
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx import canonical
-from splitfx import tracing as trace_module
-from splitfx.graph import info
-from splitfx.ops import op_name
+from splitfx.frontend import canonical
+from splitfx.frontend import trace as trace_module
+from splitfx.frontend.trace import trace
+from splitfx.ir.graph import info
+from splitfx.ir.ops import op_name
 from splitfx.passes import Tile
-from splitfx.tiling.executor import Tiled
-from splitfx.tracing import trace
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn, image
 

@@ -14,17 +14,17 @@ from torch import nn
 
 import splitfx
 from splitfx.analysis import facts
-from splitfx.editing import tidy
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.protocol import Promise
 from splitfx.errors import PlanError, SplitfxError, UnsupportedError, VerificationError
-from splitfx.graph import copy_graph
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import copy_graph
 from splitfx.passes import Tile
-from splitfx.plan import Plan
-from splitfx.protocol import Promise
 from splitfx.report.plots import plot_halo, plot_pareto
 from splitfx.tiling.compare_halo import compare_halo, halo_table
-from splitfx.tiling.extract import stages
-from splitfx.tiling.instructions import Schedule
-from splitfx.tiling.planner import Point
+from splitfx.tiling.plan.extract import stages
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.planner import Point
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero
 from tests import oracle
 from tests.oracle import STRICT

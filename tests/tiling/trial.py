@@ -11,13 +11,13 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.live import LiveStorage
-from splitfx.editing import tidy
-from splitfx.graph import copy_graph
-from splitfx.ops import is_size, op_name
-from splitfx.tiling.executor import Tiled
-from splitfx.tiling.extract import install, stages
-from splitfx.tiling.instructions import Schedule
-from splitfx.tracing import trace
+from splitfx.frontend.trace import trace
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import copy_graph
+from splitfx.ir.ops import is_size, op_name
+from splitfx.tiling.plan.extract import install, stages
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 
 STRICT = oracle.STRICT

@@ -17,7 +17,7 @@ import splitfx
 from splitfx.cli import main
 from splitfx.errors import PlanError, TrainingError
 from splitfx.train.search import search_factors
-from splitfx.train.trials import JOURNAL
+from splitfx.train.search.trials import JOURNAL
 from tests.train.test_search import Paper, X, five_blocks
 
 MODEL = f"{Path(__file__).with_name('networks.py')}:network"

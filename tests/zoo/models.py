@@ -95,7 +95,7 @@ def enliven(model: nn.Module) -> nn.Module:
 
 def smallest_input(model: nn.Module) -> tuple[int, ...]:
     """``(2, 3, size, size)`` with the first of `_SIZES` at which the model runs, tried on fake tensors."""
-    from splitfx.behaviour import observe
+    from splitfx.frontend.behaviour import observe
 
     model = model.eval()
     problem: Exception | None = None

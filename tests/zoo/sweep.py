@@ -95,8 +95,8 @@ def word(row: Row, model: nn.Module) -> str:
 
 
 def traced(row: Row, model: nn.Module) -> str:
-    from splitfx.graph import info
-    from splitfx.tracing import trace
+    from splitfx.frontend.trace import trace
+    from splitfx.ir.graph import info
 
     dtype = next(model.parameters()).dtype
     shape = smallest_input(model)
@@ -154,11 +154,11 @@ def tried(name: str, model_name: str, row: Row) -> str:
     """One pass with its default options on a fresh model, through the public door, oracle included."""
     import splitfx
     from splitfx.errors import SplitfxError
-    from splitfx.graph import info
+    from splitfx.ir.graph import info
 
     sizes = (2, 3, *map(int, row.size.split("x")))
     try:
-        plan = splitfx.Plan((splitfx.registry.get(name)(),), input_shape=sizes)
+        plan = splitfx.Plan((splitfx.compiler.registry.get(name)(),), input_shape=sizes)
         split = splitfx.transform(create(model_name).eval(), plan)
     except SplitfxError as error:
         return f"refused: {one_line(error)}"

@@ -27,7 +27,7 @@ def test_sample_is_ok(name: str) -> None:
 
 
 def test_a_wrong_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitfx import raising
+    from splitfx.frontend import raising
 
     monkeypatch.setattr(raising.Raiser, "batch_norm", lambda *_: None)
     assert examine("timm:tinynet_e").trace.startswith("differs: train")

@@ -71,7 +71,7 @@ def examine(name: str) -> Row:
 
 def _examined(row: Row) -> str:
     from splitfx.analysis import facts
-    from splitfx.tracing import trace
+    from splitfx.frontend.trace import trace
 
     model = create(row.model).eval()
     if sum(p.numel() for p in model.parameters()) > LARGE:
@@ -97,7 +97,7 @@ def _examined(row: Row) -> str:
 
 
 def _size(model: nn.Module) -> tuple[int, ...]:
-    from splitfx.behaviour import observe
+    from splitfx.frontend.behaviour import observe
 
     try:
         observe(model, (torch.zeros(SIZE),), {})
@@ -109,9 +109,9 @@ def _size(model: nn.Module) -> tuple[int, ...]:
 def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list[str]]:
     """The graph as `Tile()` makes it; None where it tiles nothing."""
     from splitfx.analysis import facts
-    from splitfx.editing import tidy
-    from splitfx.graph import copy_graph
-    from splitfx.ops import op_name
+    from splitfx.ir.editing import tidy
+    from splitfx.ir.graph import copy_graph
+    from splitfx.ir.ops import op_name
     from splitfx.passes.tile import Tile
 
     work = copy_graph(graph)

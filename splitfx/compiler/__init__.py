@@ -1,0 +1,1 @@
+"""Plans, passes and the pipeline that holds each pass to its promise."""

@@ -1,0 +1,76 @@
+"""A pass or a shape written as one word: ``group factors=8,2,2,4,4 fusion=keep`` and ``1x3x224x224``.
+
+Values are read by the type that the option declares; anything else is a `PlanError` in the words of the pass.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from typing import Any
+
+from splitfx.compiler import registry
+from splitfx.compiler.protocol import Pass
+from splitfx.errors import PlanError, UnsupportedError, nearest
+from splitfx.ground import limits
+from splitfx.ground.text import shown
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+
+
+def parse_pass(text: str) -> Pass:
+    """The pass that ``text`` names, with its options. Raises `PlanError`."""
+    if len(text) > limits.WORD:
+        raise PlanError(f"--pass {shown(text)} has more than {limits.WORD} characters; write a plan file instead")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise PlanError(f"--pass {shown(text)} cannot be read: {error}") from None
+    if not words:
+        raise PlanError("--pass is empty; write a name and options, such as 'group factors=2,2,4'")
+    cls = registry.get(words[0])
+    known = cls.schema()["properties"]
+    given: dict[str, Any] = {}
+    for word in words[1:]:
+        option, equals, value = word.partition("=")
+        if not equals:
+            raise PlanError(f"--pass {shown(text)}: '{word}' is no option=value")
+        given[option] = _value(value, known.get(option, {}))
+    return cls.from_dict(given)
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
+    """``1x3x224x224`` or ``1x16:int64`` as sizes and the name of a dtype. Raises `UnsupportedError`."""
+    sizes, _, dtype = text.partition(":")
+    if not re.fullmatch(r"\d+([x×,]\d+)+", sizes.strip()):
+        raise UnsupportedError(f"--input {shown(text)}: sizes are written batch first, such as 1x3x224x224")
+    try:
+        found = tuple(map(int, re.split("[x×,]", sizes.strip())))
+    except ValueError:  # Python reads no integer of thousands of digits
+        raise UnsupportedError(f"--input {shown(text)}: a size has too many digits") from None
+    if min(found) < 1:
+        raise UnsupportedError(f"--input {shown(text)}: every size is 1 or more")
+    limits.check_shape(found, UnsupportedError, "--input")
+    if dtype and dtype not in DTYPES:
+        raise UnsupportedError(
+            f"--input {shown(text)}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} Types: {', '.join(DTYPES)}"
+        )
+    return found, dtype or "float32"
+
+
+def _value(text: str, schema: dict[str, Any]) -> Any:
+    if "anyOf" in schema:  # one value or a list of them
+        lists = [one for one in schema["anyOf"] if one.get("type") == "array"]
+        single = [one for one in schema["anyOf"] if one.get("type") != "array"]
+        listed = bool(lists) and ("," in text or text.startswith("["))
+        return _value(text, (lists if listed or not single else single)[0])
+    if schema.get("type") == "array":
+        inner = text.strip().removeprefix("[").removesuffix("]")
+        return [_value(one, schema.get("items", {})) for one in inner.split(",") if one]
+    if schema.get("type") == "string" or "enum" in schema:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text

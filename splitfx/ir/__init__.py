@@ -1,0 +1,1 @@
+"""The canonical graph as data, and what is known of an operation."""

@@ -1,0 +1,1 @@
+"""What a model costs: predicted from shapes, or measured."""

@@ -1,0 +1,1 @@
+"""A carved model as its tree: parts, their files, and their runner."""

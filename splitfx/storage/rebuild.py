@@ -1,0 +1,244 @@
+"""A graph from the plain data that `splitfx.storage.program` wrote and a dict of tensors.
+
+Does: builds layers, nodes, signature and record; installs the tensors; runs the graph once on tensors without values
+(`splitfx.storage.rehearsal`).
+Refuses: everything that is not in the closed tables of `splitfx.storage.program` and `splitfx.storage.operators`, and
+damaged data (`ExportError`).
+Promises: never imports, evaluates or unpickles what a file names; every name that ends up in generated code
+is checked first. `torch.export.load` does not promise that (it evaluates guards and size expressions and
+falls back to full unpickling), which is why stored programs are not its archives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from splitfx.errors import ExportError
+from splitfx.frontend.behaviour import quiet
+from splitfx.frontend.raising import mark_view_writes
+from splitfx.ground import names
+from splitfx.ir import graph as graphs
+from splitfx.ir import sizes
+from splitfx.storage import operators, rehearsal, stored
+from splitfx.storage.layers import installed, made
+from splitfx.storage.stored import Node, Program
+from splitfx.subnetworks.model import dress
+
+Values = Mapping[str, tuple[str, torch.Tensor]]
+
+_OPERATOR = re.compile(r"aten\.(\w+)\.(\w+)")
+_MODULES = 200_000  # of a graph, second names included
+
+
+def from_plain(plain: Any, values: Values) -> fx.GraphModule:
+    """The graph of `to_plain` with `values`: path -> (kind, tensor), kind one of parameter, buffer, constant.
+
+    Parameters must come as nn.Parameter, one object per tied group. Raises `ExportError` for anything not
+    known here.
+    """
+    return _refused_in_one_line(lambda: _build(stored.decoded(plain), values))
+
+
+def example(plain: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Random `(args, kwargs)` in the shapes that the stored graph was traced with. Raises `ExportError`."""
+    return _refused_in_one_line(lambda: _drawn(_make_info(stored.decoded(plain)), device))
+
+
+def _drawn(info: graphs.TraceInfo, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rehearsal.require_room(info.inputs)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        one.random(generator, device=device) if isinstance(one, graphs.TensorSpec) else one for one in info.inputs
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _refused_in_one_line(read: Any) -> Any:
+    try:
+        with quiet():  # what Python says of code that is refused a moment later
+            return read()
+    except ExportError:
+        raise
+    except Exception as error:  # whatever damage makes of torch, fx and Python; SyntaxError and MemoryError included
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ExportError(f"the stored program is damaged: {' '.join(reason.split())[:300]}.") from error
+
+
+def _build(plain: Program, values: Values) -> fx.GraphModule:
+    info = _make_info(plain)
+    for path in values:
+        if not names.is_path(path):
+            raise ValueError(f"an unusable layer path: {path[:80]!r}")
+    gm = _graph(plain, values, plain.info.model_class)
+    gm.meta[graphs.INFO] = info
+    _check_signature(plain, info)
+    if plain.tree is not None:
+        gm.graph.set_codegen(_codegen(plain.tree, graphs.output_node(gm).args[0]))
+        gm.recompile()
+    _add_aliases(gm, info.aliases)
+    graphs.dressed(gm)
+    gm = dress(gm.eval())
+    rehearsal.rehearse(gm, [_spec(form) for form in plain.outputs] if plain.outputs is not None else None)
+    return gm
+
+
+def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
+    """Layers and nodes, with the tensors at their places; a tiled stage is a graph within this one."""
+    root = nn.Module()
+    layers: Mapping[str, stored.Layer] = plain.layers
+    within = tuple(f"{path}." for path, layer in layers.items() if layer.nodes)
+    for path, layer in sorted(layers.items(), key=lambda item: item[0].count(".")):
+        graphs.set_path(root, path, made(path, layer, values, _graph))
+    for path, (kind, tensor) in values.items():
+        if not path.startswith(within):
+            installed(root, path, kind, tensor)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for one in plain.nodes:
+        known: Any = {"call_module": layers, "get_attr": values}.get(one.op)
+        if known is not None and one.target not in known:
+            raise ExportError(f"the stored program has no layer or tensor {one.target[:80]!r}.")
+        nodes[one.name] = _make_node(graph, one, nodes)
+    if [n.op for n in graph.nodes].count("output") != 1 or next(iter(reversed(graph.nodes))).op != "output":
+        raise ValueError("a graph ends with its one output")
+    gm = graphs.CanonicalGraph(root, graph, name)
+    for path, (kind, _) in values.items():
+        if kind == "constant":  # fx registers every buffer it copies as persistent
+            parent, _, last = path.rpartition(".")
+            gm.get_submodule(parent)._non_persistent_buffers_set.add(last)
+    gm.graph.lint()
+    mark_view_writes(gm.graph)
+    return gm
+
+
+def _make_node(graph: fx.Graph, plain: Node, nodes: Mapping[str, fx.Node]) -> fx.Node:
+    if plain.name in nodes:
+        raise ExportError(f"the stored program has two nodes named {plain.name}.")
+    args = tuple(stored.value(one, nodes) for one in plain.args)
+    kwargs = {key: stored.value(one, nodes) for key, one in plain.kwargs.items()}
+    target: Any = plain.target
+    if plain.op == "call_function":
+        target = _function(plain.target)
+    elif plain.op == "placeholder" and not names.is_name(target):
+        raise ValueError(f"an unusable name: {target[:80]!r}")
+    elif plain.op in ("placeholder", "get_attr") and (args or kwargs):
+        raise ValueError(f"arguments of {plain.name}, which takes none")
+    elif plain.op == "output" and (target != "output" or len(args) != 1 or kwargs):
+        raise ValueError("an output gives one value")
+    node = graph.create_node(plain.op, target, args, kwargs, name=plain.name)
+    node.meta = {"layer": plain.layer, "source": ""}
+    return node
+
+
+def _function(name: str) -> Any:
+    if name in operators.FUNCTIONS:
+        return operators.FUNCTIONS[name]
+    parts = _OPERATOR.fullmatch(name)
+    found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None) if parts is not None else None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ExportError(
+            f"the stored program runs '{name[:80]}', which is not an operator that this torch and splitfx know; load "
+            "the folder with those that saved it."
+        )
+    refused = operators.refusal(found)
+    if refused:
+        raise ExportError(f"the stored program runs '{name[:80]}', which {refused}.")
+    return found
+
+
+# ---------------------------------------------------------------- inputs, outputs and the record
+
+
+def _check_signature(plain: Program, info: graphs.TraceInfo) -> None:
+    """What the graph takes is what the record and the containers say; their keywords are pasted into code."""
+    count = sum(one.op == "placeholder" for one in plain.nodes)
+    positional, keywords = _arguments(info.in_spec)
+    if not count == len(info.inputs) == info.in_spec.num_leaves:
+        raise ValueError(f"the graph takes {count} values, its record knows {len(info.inputs)}")
+    if plain.tree is None:
+        if keywords or positional != count:
+            raise ValueError("inputs in containers, of which the graph knows nothing")
+        return
+    inside = stored.structure(plain.tree.inside)
+    if inside != info.in_spec or len(set(plain.tree.args)) != len(plain.tree.args):
+        raise ValueError("inputs in other containers than its record says")
+    if len(plain.tree.args) != positional + len(keywords) or "self" in plain.tree.args:
+        raise ValueError("names of inputs that do not fit its containers")
+
+
+def _arguments(spec: pytree.TreeSpec) -> tuple[int, list[str]]:
+    """How many positional arguments, and the names of the others."""
+    pair = spec.children() if spec.type is tuple else []
+    if len(pair) != 2 or pair[0].type is not tuple or pair[1].type is not dict:
+        raise ValueError("inputs are a tuple and a dict")
+    for name in pair[1].context:
+        if not names.is_name(name):
+            raise ValueError(f"an unusable name: {str(name)[:80]!r}")
+    return pair[0].num_children, pair[1].context
+
+
+def _codegen(tree: stored.Tree, given: Any) -> _PyTreeCodeGen:
+    outside = stored.structure(tree.outside)
+    if not isinstance(given, tuple | list) or outside is None or outside.num_leaves != len(given):
+        raise ValueError("outputs that do not fit their containers")
+    return _PyTreeCodeGen(_PyTreeInfo([str(one) for one in tree.args], stored.structure(tree.inside), outside))
+
+
+def _make_info(plain: Program) -> graphs.TraceInfo:
+    known = plain.info
+    found = graphs.TraceInfo(
+        tuple(_input(one) for one in known.inputs),
+        stored.structure(known.in_spec),
+        known.model_class,
+        known.front_end,
+        tuple(known.notes),
+        tuple(known.train_only),
+        tuple(known.untouched),
+        {str(alias): str(path) for alias, path in known.aliases.items()},
+    )
+    found.sizes = sizes.from_plain(known.sizes, found.shapes)
+    return found
+
+
+def _input(plain: Any) -> Any:
+    form = stored.tensor_form(plain)
+    return stored.value(plain, {}) if form is None else _spec(form)
+
+
+def _spec(form: stored.Form) -> graphs.TensorSpec:
+    dtype = stored.value(form.dtype, {})
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"an unknown dtype: {str(dtype)[:80]}")
+    return graphs.TensorSpec(tuple(form.shape), dtype, "cpu", form.high)
+
+
+def _add_aliases(gm: fx.GraphModule, aliases: Mapping[str, str]) -> None:
+    """Second names, none of which lies within what it names: a module that holds itself has no end."""
+    for alias, path in aliases.items():
+        held = graphs.resolve(gm, path)
+        if not isinstance(held, nn.Module | torch.Tensor):
+            raise ExportError(f"the stored program has an alias of something that is no layer or tensor: {path}.")
+        parent = _deepest(gm, alias.split(".")[:-1])
+        if isinstance(held, nn.Module) and any(parent is one for one in held.modules()):
+            raise ValueError(f"a layer {path} that lies within itself")
+        graphs.set_path(gm, alias, held)
+        if sum(1 for _ in islice(gm.named_modules(remove_duplicate=False), _MODULES)) == _MODULES:
+            raise ValueError(f"more than {_MODULES} layers")
+
+
+def _deepest(root: nn.Module, parts: list[str]) -> nn.Module:
+    for part in parts:
+        child = root._modules.get(part)
+        if child is None:
+            break
+        root = child
+    return root

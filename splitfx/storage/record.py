@@ -1,0 +1,48 @@
+"""The record of what the compiler did, beside a saved split: ``explanation.json``.
+
+A graph that is read back from a folder would not know how it was made; with this file `explain` and the
+pages tell it. The graph runs without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+from torch import fx
+
+from splitfx.compiler.pipeline import Step
+from splitfx.compiler.transform import explain
+from splitfx.errors import ExportError
+from splitfx.files import written_whole
+from splitfx.ground.text import shown
+from splitfx.ground.typed import read_typed
+from splitfx.ir.graph import info
+from splitfx.report.explanation import PROMISES
+
+NAME = "explanation.json"
+
+
+def write_record(split: fx.GraphModule, folder: Path) -> None:
+    """Write what `explain` tells of ``split`` into its folder. Raises `ExportError`."""
+    with written_whole(folder / NAME, overwrite=True, error=ExportError) as scratch:
+        scratch.write_text(explain(split).to_json(), encoding="utf-8")
+
+
+def read_record(split: fx.GraphModule, folder: Path) -> None:
+    """Give ``split`` the steps that made it, where the folder tells them. Raises `ExportError` for a
+    damaged file."""
+    path = folder / NAME
+    if info(split).steps or not path.exists():
+        return
+    advice = "; delete it to go on without the record"
+    info(split).steps = read_typed(path, _Record, ExportError, "it is no record", advice).steps
+
+
+class _Record(Struct):
+    steps: list[Step]
+
+    def __post_init__(self) -> None:
+        for one in self.steps:
+            if one.promise not in PROMISES:
+                raise ValueError(f"there is no promise {shown(one.promise)}")

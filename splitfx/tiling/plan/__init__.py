@@ -1,0 +1,1 @@
+"""Which pieces of a stage are computed when, within which memory."""

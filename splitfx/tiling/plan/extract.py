@@ -1,0 +1,123 @@
+"""Taking a stage out of a graph: its nodes become a small graph of their own, called as one module."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from splitfx.analysis.regions import CONSTANT, Regions, constant
+from splitfx.ir.editing import free_path, like, reorder
+from splitfx.ir.graph import attribute, module_of, set_path
+from splitfx.ir.ops import is_size
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.stage import Kind, Roles
+from splitfx.tiling.run.executor import Tiled
+
+if TYPE_CHECKING:
+    from splitfx.tiling.plan.replan import Goal
+
+
+def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]], Roles]:
+    """The regions of a graph that can be tiled, in order: each as its nodes, in order, with at least one that works on
+    rows. Between two of them lies something that reads whole maps."""
+    roles = Roles(graph, regions)
+    level: dict[fx.Node, int] = {}
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        inside = roles.kind[node] not in (None, Kind.SOURCE)
+        before = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
+        level[node] = max((level[n] + _crosses(roles, n, inside) for n in before), default=0)
+        if inside:
+            found.setdefault(level[node], []).append(node)
+    working = [nodes for _, nodes in sorted(found.items()) if any(roles.kind[n] is Kind.ROWS for n in nodes)]
+    return working, roles
+
+
+def _crosses(roles: Roles, operand: fx.Node, inside: bool) -> int:
+    return int(inside and roles.kind[operand] is None and operand.op != "placeholder")
+
+
+def sources_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values from outside that a stage reads, without parameters and sizes."""
+    inside, found = set(nodes), dict[fx.Node, None]()
+    waiting = [n for node in nodes for n in node.all_input_nodes]
+    for operand in waiting:  # grows while it is walked
+        if operand in inside or operand.op == "get_attr":
+            continue
+        if is_size(operand):
+            waiting.extend(operand.all_input_nodes)
+        else:
+            found[operand] = None
+    return list(found)
+
+
+def exits_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values of a stage that are read outside."""
+    inside = set(nodes)
+    return [n for n in nodes if any(u not in inside for u in n.users)]
+
+
+def stage_graph(
+    graph: fx.GraphModule, nodes: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node], dict[fx.Node, fx.Node]]:
+    """(the stage as a graph of its own, the nodes that feed it, the nodes that it gives, node -> node in the stage).
+
+    Modules are shared with the graph.
+    """
+    sources, exits = sources_of(nodes), exits_of(nodes)
+    root, small = nn.Module(), fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    known: dict[fx.Node, bool] = {}
+    for node in sources:
+        name = f"{CONSTANT}{node.name}" if constant(node, known) else node.name
+        copied[node] = like(small.placeholder(name), node)
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copied:
+            for operand in node.all_input_nodes:  # sizes and parameters from outside come along
+                copy(operand)
+            copied[node] = small.node_copy(node, lambda n: copied[n])
+            module = module_of(node)
+            if module is not None:
+                set_path(root, str(node.target), module)
+            elif node.op == "get_attr":
+                set_path(root, str(node.target), attribute(graph, str(node.target)))
+        return copied[node]
+
+    for node in nodes:
+        copy(node)
+    small.output([copied[n] for n in exits])
+    return fx.GraphModule(root, small, "Stage"), sources, exits, copied
+
+
+def install(
+    graph: fx.GraphModule, nodes: Sequence[fx.Node], schedule: Schedule, name: str = "tiled", goal: Goal | None = None
+) -> fx.Node:
+    """Replace the nodes of a stage by one call of a `Tiled` module."""
+    stage, sources, exits, _ = stage_graph(graph, nodes)
+    path = free_path(graph, name)
+    tiled = Tiled(stage, schedule, goal)
+    tiled.training = graph.training
+    graph.add_module(path, tiled)
+    with graph.graph.inserting_after(nodes[-1]):
+        call = graph.graph.call_module(path, tuple(sources))
+    call.meta["layer"] = path
+    after = call
+    for place, node in enumerate(exits):
+        with graph.graph.inserting_after(after):
+            after = like(graph.graph.call_function(operator.getitem, (call, place)), node)
+        inside = set(nodes)
+        node.replace_all_uses_with(after, delete_user_cb=lambda user, inside=inside: user not in inside)
+    moved = {str(n.target) for n in nodes if n.op == "call_module"}
+    for node in reversed(nodes):
+        graph.graph.erase_node(node)
+    for node in reversed(graph.graph.nodes):
+        if is_size(node) and not node.users:
+            graph.graph.erase_node(node)  # the stage has its own
+    for target in moved - {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:
+        graph.delete_submodule(target)  # the stage holds it now
+    reorder(graph, lambda node: ())
+    return call

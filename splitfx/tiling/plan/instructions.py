@@ -1,0 +1,120 @@
+"""What a schedule is, and the instructions that it becomes: registers, rows and columns, in global coordinates.
+
+The executor, the ONNX export and the prediction of the peak read the same list (`splitfx.tiling.plan.schedule` makes
+it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitfx.tiling.plan.stage import Kernel
+
+Interval = tuple[int, int]
+Pads = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stage is run. ``rows``: input rows a step; 0: the whole tile at once. ``every``: for each group of kernels,
+    the steps between two firings (1 where it has no entry). ``tiles``: rows and columns of the grid. ``recompute``: see
+    `stage.compile_stage`; in bytes."""
+
+    rows: int = 0
+    every: tuple[int, ...] = ()
+    tiles: tuple[int, int] = (1, 1)
+    recompute: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """``dst`` = rows (and columns) of ``src``: a view, or, with ``copy``, a tensor of its own."""
+
+    dst: int
+    src: int
+    kernel: Kernel  # whose value src holds
+    rows: Interval | None
+    columns: Interval | None
+    copy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """``dst`` = the pieces, one below the other."""
+
+    dst: int
+    srcs: tuple[int, ...]
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``dst`` = rows ``rows`` and columns ``columns`` of the kernel's value. ``starts``: global position of the first
+    row and column of each piece read; ``pads``: real padding (rows before, after), (columns before, after) of each.
+    ``over``: the operand register whose place the result takes, or -1."""
+
+    dst: int
+    kernel: Kernel
+    srcs: tuple[int, ...]
+    starts: tuple[Interval, ...]
+    pads: tuple[tuple[Pads, Pads], ...]
+    rows: Interval
+    columns: Interval
+    over: int
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """``dst`` = an operation element by element of a piece, which it overwrites, and of another value that lies in
+    several ``parts``: (register, first row in the piece, rows). ``place``: of the overwritten operand in ``reads``."""
+
+    dst: int
+    kernel: Kernel
+    over: int
+    place: int
+    parts: tuple[tuple[int, int, int], ...]
+    rows: Interval
+    columns: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Rows and columns of an output of the stage are there."""
+
+    exit: int
+    src: int
+    kernel: Kernel
+    rows: Interval
+    columns: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """A reduction takes a piece in."""
+
+    kernel: Kernel
+    src: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """``dst`` = the value of a reduction, or of a kernel that runs once."""
+
+    dst: int
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The memory of an output of the stage is taken."""
+
+    exit: int
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    registers: tuple[int, ...]
+
+
+Instruction = Take | Join | Run | Patch | Store | Reduce | Finish | Open | Free

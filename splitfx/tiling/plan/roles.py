@@ -1,0 +1,132 @@
+"""Roles: which nodes of a graph a stage may hold, what each of them is there, and why the others may not.
+
+A node is `ROWS` where a piece of it follows from pieces of its operands, `REDUCE` where it takes a map in row by row,
+`WHOLE` where it reads values without rows only, `SOURCE` where it is given. Everything else stays outside. Besides the
+spatial rules (`splitfx.analysis.regions`) two things keep a node out: gradients that are switched another way, and
+writes through views, which are ordered by position alone.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import fx
+
+from splitfx.analysis.regions import NCHW, Regions
+from splitfx.analysis.taps import adaptive_size
+from splitfx.ir.ops import Spatial, bind, in_place, is_size, op, op_name
+
+
+class Kind(enum.Enum):
+    SOURCE = "source"
+    ROWS = "rows"
+    REDUCE = "reduce"
+    WHOLE = "whole"
+
+
+_REDUCTIONS = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin")
+NORMS = ("group_norm", "instance_norm")
+
+
+def reduction(node: fx.Node, regions: Regions) -> str:
+    """Why a reduction over H and W cannot consume rows; empty where it can. Any other node: why it is none."""
+    name, maps = op_name(node), regions.maps(node)
+    if len(maps) != 1 or (name not in _REDUCTIONS and name not in NORMS):
+        return regions.barrier(node) or f"{name} is no reduction"
+    dims = regions.dims[maps[0]]
+    if name in NORMS:
+        if bind(node).get("running_mean") is not None:
+            return f"{name} uses running statistics"
+        return "" if dims == NCHW else f"{name} does not read a map with channels in front"
+    if any(_index_of_part(user) != 0 for user in node.users) and not isinstance(regions.values[node], torch.Tensor):
+        return f"the places that {name} found are read"
+    if name.startswith("adaptive"):
+        return (
+            ""
+            if adaptive_size(node, regions.values) == (1, 1) and dims == NCHW
+            else f"{name} gives more than one value a channel"
+        )
+    given, rank = bind(node).get("dim"), len(regions.sizes(maps[0]))
+    given = given if isinstance(given, list | tuple) else [given]
+    over = {int(d) % rank for d in given if d is not None}
+    return "" if over == set(dims or ()) and bind(node).get("dtype") is None else f"{name} reduces over other dims"
+
+
+def _index_of_part(node: fx.Node) -> int | None:
+    """Which part of a tuple a node takes; None for any other node."""
+    return int(node.args[1]) if op_name(node) == "getitem" and isinstance(node.args[1], int) else None
+
+
+class Roles:
+    """For every node of a graph: SOURCE (inputs, and what is computed of parameters alone), ROWS, REDUCE, WHOLE, or
+    none, and why."""
+
+    def __init__(self, graph: fx.GraphModule, regions: Regions) -> None:
+        self.kind: dict[fx.Node, Kind | None] = {}
+        self.why: dict[fx.Node, str] = {}
+        apart = _out_of_order(graph)
+        for node in graph.graph.nodes:
+            self.kind[node], self.why[node] = self._role(node, regions)
+            if node in apart and self.kind[node] is not Kind.SOURCE:
+                self.kind[node], self.why[node] = None, apart[node]
+
+    def _role(self, node: fx.Node, regions: Regions) -> tuple[Kind | None, str]:
+        if node.op == "placeholder":
+            value = regions.values[node]
+            return (Kind.SOURCE if regions.dims[node] is not None or isinstance(value, torch.Tensor) else None), ""
+        if node.op in ("get_attr", "output") or is_size(node):
+            return None, ""
+        operands = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
+        if all(regions.constant(n) and self.kind[n] is Kind.SOURCE for n in operands):
+            return (Kind.SOURCE, "") if _is_constant(node, regions) else (None, "reads no feature map")
+        whole = {Kind.WHOLE, Kind.REDUCE}
+        kinds = {self.kind[n] for n in operands}
+        maps = [n for n in operands if regions.dims[n] is not None and self.kind[n] in (Kind.ROWS, Kind.SOURCE)]
+        if None in kinds:
+            maps = []  # it reads what is computed outside
+        elif maps and not reduction(node, regions):
+            return (Kind.ROWS if op_name(node) in NORMS else Kind.REDUCE), ""
+        elif maps and not regions.barrier(node) and not node.meta.get("writes_view"):
+            tall = [n for n in operands if self.kind[n] in whole and max(regions.rows(n, 0), regions.rows(n, 1)) > 1]
+            return (None, "reads a small map that was computed whole") if tall else (Kind.ROWS, "")
+        elif not maps and kinds & whole and kinds <= whole | {Kind.SOURCE} and not _grows(node, operands, regions):
+            return Kind.WHOLE, ""
+        elif not maps and kinds & whole and kinds <= whole and _spreads(node, regions):
+            return Kind.ROWS, ""
+        return None, reduction(node, regions) if maps else regions.barrier(node)
+
+
+def _spreads(node: fx.Node, regions: Regions) -> bool:
+    """Resizes a value that was computed whole to a map."""
+    return op(node).spatial is Spatial.RESIZE and not regions.barrier(node)
+
+
+def _is_constant(node: fx.Node, regions: Regions) -> bool:
+    """One tensor, made of parameters by an operation that draws nothing and overwrites nothing."""
+    known = op(node).name not in ("unknown", "structure") and op_name(node) not in ("leaf", "dropout", "rrelu")
+    return known and isinstance(regions.values[node], torch.Tensor) and not in_place(node)
+
+
+def _out_of_order(graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """Nodes that no stage may take along, because more than their operands ties them to their place, and why."""
+    nodes, found = list(graph.graph.nodes), dict[fx.Node, str]()
+    section, sections = 0, dict[fx.Node, int]()  # between two switches lies one section
+    for node in nodes:
+        section += node.target is torch._C._set_grad_enabled
+        sections[node] = section
+    # A stage reads what nothing outside has computed, so it lies in the first section that has layers.
+    first = next((sections[n] for n in nodes if n.op == "call_module"), 0)
+    for node in nodes if section else ():
+        if sections[node] != first:
+            found[node] = "runs with gradients switched another way than the stage"
+    writes = [n for n in nodes if n.meta.get("writes_view")]
+    for node in nodes if writes else ():
+        if node.op not in ("placeholder", "get_attr"):
+            found[node] = f"{writes[0].name} overwrites a value through a view of it: the order of all nodes matters"
+    return found
+
+
+def _grows(node: fx.Node, operands: list[fx.Node], regions: Regions) -> bool:
+    """A map made of fewer rows, such as a pooled value that is resized to a whole map again."""
+    return regions.dims[node] is not None and regions.rows(node, 0) > max(regions.rows(n, 0) for n in operands)

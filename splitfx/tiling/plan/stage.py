@@ -1,0 +1,355 @@
+"""A stage: the nodes of a graph that are executed together, piece by piece, and what each piece needs.
+
+A stage is compiled from its own small graph and the sizes of its values. Its *kernels* are of three kinds:
+
+- ``ROWS``: the output is a feature map, and a piece of it follows from pieces of the operands (`regions`).
+- ``REDUCE``: consumes the rows of one map (global pool, mean over H and W, statistics of a norm); nothing comes out
+  before the last row has gone in.
+- ``WHOLE``: reads values without rows only (the squeeze of a gate, a classifier); runs once.
+
+A kernel that reads what a reduction gives belongs to a later *phase* than what the reduction reads: the phase starts
+when the one before it is through. Values that a later phase reads are kept, or, where that is cheaper, their producers
+are run again in the later phase from a smaller value (``recompute``: the two passes of a squeeze-and-excitation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from splitfx.analysis.memory import _PASS_THROUGH
+from splitfx.analysis.regions import PARTS, RESHAPES, Dims, Edge, Regions
+from splitfx.analysis.taps import PADS, pad_before
+from splitfx.ground.exclusive import kept
+from splitfx.ir.graph import module_of
+from splitfx.ir.ops import Spatial, Window, bind, op, op_name
+from splitfx.tiling.plan.roles import NORMS, Kind, Roles, reduction
+
+ALIASES = (*_PASS_THROUGH, "contiguous", "detach", "alias", "clone")
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One value of a stage and how it is computed. ``reads`` are the values it takes pieces of, with the edges of
+    both axes; ``takes`` the values that it reads whole. ``role`` is "statistics" or "apply" for the two halves of a
+    norm over H and W, else empty."""
+
+    index: int
+    node: fx.Node
+    kind: Kind
+    dims: Dims | None
+    sizes: tuple[int, int]  # rows and columns of the value; of the map that a reduction consumes
+    row_bytes: int  # bytes of one full row; of the whole value where there are no rows
+    role: str = ""
+    reads: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
+    takes: list[Kernel] = field(default_factory=list)
+    users: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
+    phase: int = 0
+    group: int = 0  # fire at the same steps
+    part: int = 0  # fire one part after the other: between two parts lies a single value
+    exit: int = -1  # position among the stage's outputs
+    macs_per_row: float = 0.0
+    again: bool = False  # a second run of a kernel of an earlier phase
+    rule: Window | None = None
+    before: tuple[int, int] = (0, 0)  # rows and columns that a padding puts in front
+    places: dict[fx.Node, int] = field(default_factory=dict)  # operand node -> place in reads, or -1 - place in takes
+
+    @property
+    def rows(self) -> int:
+        return self.sizes[0]
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @kept
+    def spatial(self) -> Spatial:
+        return op(self.node).spatial
+
+    @kept
+    def operation(self) -> str:
+        return op_name(self.node)
+
+    @kept
+    def overwrites(self) -> tuple[int, ...]:
+        return may_overwrite(self)
+
+    @kept
+    def dense(self) -> bool:
+        """Would copy a strided piece itself, unseen."""
+        return self.spatial is Spatial.WINDOW or self.kind is Kind.REDUCE
+
+
+@dataclass
+class Stage:
+    """Kernels in the order they run; ``sources`` first. Sizes are those of ``values``."""
+
+    graph: fx.GraphModule
+    values: dict[fx.Node, Any]
+    regions: Regions
+    kernels: list[Kernel]
+    sources: list[Kernel]
+    exits: list[Kernel]
+    phases: int
+    groups: int
+
+    @property
+    def clock(self) -> int:
+        """Rows of the first source, in which strips are counted."""
+        return next((k.rows for k in self.sources if k.dims is not None), 1)
+
+
+# ---------------------------------------------------------------- compiling a stage
+
+
+def compile_stage(
+    graph: fx.GraphModule,
+    values: dict[fx.Node, Any],
+    recompute: float = float("inf"),
+    macs: dict[fx.Node, float] | None = None,
+) -> Stage:
+    """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values.
+
+    ``recompute``: maps of this many bytes or more, that wait for a reduction over themselves, are computed a second
+    time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
+    """
+    return _Builder(graph, values, recompute, macs or {}).build()
+
+
+class _Builder:
+    def __init__(
+        self, graph: fx.GraphModule, values: dict[fx.Node, Any], recompute: float, macs: dict[fx.Node, float]
+    ) -> None:
+        self.graph, self.values, self.recompute, self.macs = graph, values, recompute, macs
+        self.regions = Regions(values)
+        self.roles = Roles(graph, self.regions)
+        self.of: dict[fx.Node, Kernel] = {}
+        self.kernels: list[Kernel] = []
+
+    def build(self) -> Stage:
+        for node in self.graph.graph.nodes:
+            kind = self.roles.kind[node]
+            if kind is None:
+                continue
+            source = self._aliased(node, kind)
+            if source is not None:
+                self.of[node] = source
+            elif op_name(node) in NORMS and not reduction(node, self.regions):
+                source = self.of[self.regions.maps(node)[0]]
+                statistics = self._kernel(node, Kind.REDUCE, "statistics")
+                self._read(statistics, source)
+                self.of[node] = applied = self._kernel(node, Kind.ROWS, "apply")
+                applied.takes.append(statistics)
+                self._read(applied, source)
+            else:
+                self.of[node] = kernel = self._kernel(node, kind)
+                for operand in dict.fromkeys(n for n in node.all_input_nodes if n in self.of):
+                    self._read(kernel, self.of[operand])
+        self._place_phases()
+        if self.recompute < float("inf"):
+            self._run_again()
+        exits = self._exits()
+        self._group()
+        sources = [k for k in self.kernels if k.kind is Kind.SOURCE]
+        for i, kernel in enumerate(self.kernels):
+            kernel.index = i
+        phases = max((k.phase for k in self.kernels), default=0) + 1
+        groups = max((k.group for k in self.kernels), default=0) + 1
+        return Stage(self.graph, self.values, self.regions, self.kernels, sources, exits, phases, groups)
+
+    def _aliased(self, node: fx.Node, kind: Kind) -> Kernel | None:
+        """The kernel whose value a node returns as it is, in eval mode, or in parts, of which `getitem` takes one."""
+        operand = self.of.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        if operand is None or node.op == "placeholder":
+            return None
+        name = op_name(node)
+        if name == "getitem" and operand.kind is Kind.REDUCE:
+            return operand  # a max pool over the map, whose second part are places
+        if kind is Kind.WHOLE or name not in (*ALIASES, *PARTS):
+            return None
+        if isinstance(module_of(node), nn.RReLU) or (operand.kind is Kind.SOURCE and self._leaves(node)):
+            return None
+        return operand
+
+    def _leaves(self, node: fx.Node) -> bool:
+        return any(user.op == "output" for user in node.users)
+
+    def _kernel(self, node: fx.Node, kind: Kind, role: str = "") -> Kernel:
+        dims, value = self.regions.dims[node], self.values[node]
+        if kind is Kind.WHOLE or (kind is Kind.SOURCE and dims is None):
+            dims = None
+        of = node if kind is not Kind.REDUCE else self.regions.maps(node)[0]
+        sizes = (self.regions.rows(of, 0), self.regions.rows(of, 1))
+        tensor = value[0] if isinstance(value, list | tuple) else value
+        size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+        if isinstance(value, list | tuple) and kind is not Kind.REDUCE:  # parts of a map lie in the map
+            size = sum(t.numel() * t.element_size() for t in value)
+        if role == "statistics":  # a mean and a scale for each group of channels, in float64
+            size = 16 * tensor.shape[0] * int(bind(node).get("num_groups") or tensor.shape[1])
+        rows = max(1, self.regions.rows(node, 0)) if dims is not None and kind is not Kind.REDUCE else 1
+        dims = dims if kind is not Kind.REDUCE else None
+        kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role)
+        kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
+        if op_name(node) in PADS and not role:
+            kernel.before = (pad_before(node, 0, self.values), pad_before(node, 1, self.values))
+        kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
+        self.kernels.append(kernel)
+        return kernel
+
+    def _read(self, kernel: Kernel, operand: Kernel) -> None:
+        nodes = [n for n in kernel.node.all_input_nodes if self.of.get(n) is operand]
+        if kernel.kind is Kind.WHOLE or operand.dims is None:
+            if operand not in kernel.takes:
+                kernel.takes.append(operand)
+                kernel.places |= dict.fromkeys(nodes, -len(kernel.takes))
+            return
+        if any(operand is known for known, _, _ in kernel.reads):
+            return
+        kernel.places |= dict.fromkeys(nodes, len(kernel.reads))
+        if kernel.kind is Kind.REDUCE:
+            h, w = (_identity(size) for size in operand.sizes)
+        else:
+            h, w = (self.regions.edge(kernel.node, nodes[0], axis) for axis in (0, 1))
+        kernel.reads.append((operand, h, w))
+
+    def _place_phases(self) -> None:
+        for kernel in self.kernels:
+            waits = (Kind.REDUCE, Kind.WHOLE) if kernel.kind is not Kind.WHOLE else ()
+            before = [k.phase + (k.kind in waits) for k in kernel.takes]
+            before += [k.phase for k, _, _ in kernel.reads]
+            kernel.phase = max(before, default=0)
+
+    def _run_again(self) -> None:
+        """Give later phases their own kernels for large maps that would wait for a reduction."""
+        for kernel in list(self.kernels):
+            again: dict[Kernel, Kernel] = {}
+            for place, (operand, h, w) in enumerate(kernel.reads):
+                if operand.kind is Kind.SOURCE or operand.phase >= kernel.phase:
+                    continue
+                if operand.row_bytes * operand.rows < self.recompute:
+                    continue
+                root = self._smallest_before(operand, kernel.phase)
+                if root is not operand:
+                    kernel.reads[place] = (self._clone(operand, root, kernel.phase, again), h, w)
+        ordered: dict[Kernel, None] = {}
+
+        def visit(kernel: Kernel) -> None:
+            if kernel not in ordered:
+                for operand in (*(k for k, _, _ in kernel.reads), *kernel.takes):
+                    visit(operand)
+                ordered[kernel] = None
+
+        for kernel in self.kernels:
+            visit(kernel)
+        self.kernels = list(ordered)
+
+    def _smallest_before(self, kernel: Kernel, phase: int) -> Kernel:
+        """The value on the way back from ``kernel`` that is cheapest to keep until a later phase."""
+        best, cost = kernel, kernel.row_bytes * kernel.rows
+        while kernel.kind is Kind.ROWS and len(kernel.reads) == 1 and not kernel.takes:
+            kernel = kernel.reads[0][0]
+            size = 0 if kernel.kind is Kind.SOURCE else kernel.row_bytes * kernel.rows
+            if size < cost:
+                best, cost = kernel, size
+        return best
+
+    def _clone(self, kernel: Kernel, root: Kernel, phase: int, known: dict[Kernel, Kernel]) -> Kernel:
+        if kernel is root:
+            return kernel
+        if kernel not in known:
+            reads = [(self._clone(k, root, phase, known), h, w) for k, h, w in kernel.reads]
+            twin = Kernel(
+                len(self.kernels), kernel.node, kernel.kind, kernel.dims, kernel.sizes, kernel.row_bytes, kernel.role,
+                reads, list(kernel.takes), phase=phase, macs_per_row=kernel.macs_per_row, again=True,
+                rule=kernel.rule, before=kernel.before, places=kernel.places,
+            )  # fmt: skip
+            known[kernel] = twin
+            self.kernels.append(twin)
+        return known[kernel]
+
+    def _exits(self) -> list[Kernel]:
+        output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
+        exits = [self.of[n] for n in output.all_input_nodes]
+        for place, kernel in enumerate(exits):
+            if kernel.exit < 0:
+                kernel.exit = place
+        return exits
+
+    def _group(self) -> None:
+        """Kernels of one phase whose maps have as many rows, one after another, fire together."""
+        last = -1
+        for phase in range(max((k.phase for k in self.kernels), default=0) + 1):
+            inside = [k for k in self.kernels if k.phase == phase and k.kind in (Kind.ROWS, Kind.REDUCE)]
+            first = last + 1
+            for kernel in inside:
+                kernel.group = first
+                for operand, _, _ in kernel.reads:
+                    if operand.kind is not Kind.SOURCE and operand.phase == phase:
+                        kernel.group = max(kernel.group, operand.group + (operand.rows != kernel.rows))
+            last = max((k.group for k in inside), default=last)
+            _part(inside)
+        for kernel in self.kernels:
+            kernel.users = []
+        for kernel in self.kernels:
+            for operand, h, w in kernel.reads:
+                operand.users.append((kernel, h, w))
+
+
+def _part(kernels: list[Kernel]) -> None:
+    """Number the runs of kernels between values that carry everything, so that no run waits for the next one's halo."""
+    levels: dict[int, list[Kernel]] = {}
+    for kernel in kernels:
+        levels.setdefault(kernel.group, []).append(kernel)
+    for members in levels.values():
+        last = {operand: i for i, kernel in enumerate(members) for operand, _, _ in kernel.reads}
+        crossing, part = -1, 0  # the last reader of anything before the present kernel
+        for i, kernel in enumerate(members):
+            kernel.part = part
+            if crossing <= i:
+                part += 1
+            crossing = max(crossing, last.get(kernel, -1))
+
+
+def _identity(size: int) -> Edge:
+    rows = np.arange(size)
+    return Edge(rows, rows + 1, size, identity=True)
+
+
+def own_padding(rule: Window, axis: int, pads: tuple[int, int], length: int, count: int) -> int | None:
+    """The padding that a conv or pool may add by itself, on both sides, to give ``count`` outputs of ``length`` rows;
+    None where the real padding is another one, and where there are no rows: torch refuses to pad nothing."""
+    if not length:
+        return None
+    if pads[0] == pads[1]:
+        return pads[0]
+    k, s, d, p = rule.kernel[axis], rule.stride[axis], rule.dilation[axis], rule.padding[axis]
+    fits = pads[0] == p == rule.padding_end[axis] and (length + 2 * p - d * (k - 1) - 1) // s + 1 == count
+    return p if fits else None
+
+
+def may_overwrite(kernel: Kernel) -> tuple[int, ...]:
+    """The places in ``reads`` of operands whose memory the result may take: the kernel works element by element."""
+    node = kernel.node
+    if kernel.role or kernel.kind is not Kind.ROWS:
+        return ()
+    if op_name(node) in RESHAPES:
+        return (0,) if kernel.reads else ()
+    if op(node).spatial is not Spatial.POINTWISE:
+        return ()
+    if overwriting(node) is None or not isinstance(node.args[0], fx.Node):
+        return ()
+    both = op_name(node) in ("add", "mul") and not node.kwargs and len(node.args) == 2
+    places = [kernel.places.get(a, -1) for a in (node.args if both else node.args[:1]) if isinstance(a, fx.Node)]
+    return tuple(p for p in places if p >= 0)
+
+
+def overwriting(node: fx.Node) -> Any:
+    """The overload that writes its result over its first operand; None where there is none."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    packet = getattr(torch.ops.aten, op_name(node) + "_", None)
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None

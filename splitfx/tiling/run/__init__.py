@@ -1,0 +1,1 @@
+"""The pieces computed: in eager mode, and with gradients."""

@@ -1,0 +1,66 @@
+"""Reductions over H and W that take a map in piece by piece: pools, means, sums, extremes, statistics of norms."""
+
+from __future__ import annotations
+
+import torch
+
+from splitfx.ir.ops import bind, op_name
+from splitfx.tiling.plan.stage import Kernel, Stage
+
+
+class Reduction:
+    """Takes a map in row by row. Sums are kept in float64; moments are merged by Chan's rule."""
+
+    def __init__(self, kernel: Kernel, stage: Stage) -> None:
+        self.kernel, self.stage, self.name = kernel, stage, op_name(kernel.node)
+        dims = stage.regions.dims[stage.regions.maps(kernel.node)[0]]
+        assert dims is not None
+        self.dims = dims
+        self.total: torch.Tensor | None = None
+        self.squares: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        if self.kernel.role == "statistics":
+            self._moments(x)
+            return
+        if "max" in self.name or "min" in self.name:
+            part = x.amax(self.dims) if "max" in self.name else x.amin(self.dims)
+            join = torch.maximum if "max" in self.name else torch.minimum
+            self.total = part if self.total is None else join(self.total, part)
+            return
+        part = x.sum(self.dims, dtype=_accumulator(x.dtype)).double()
+        self.count += x.shape[self.dims[0]] * x.shape[self.dims[1]]
+        self.total = part if self.total is None else self.total + part
+
+    def _moments(self, x: torch.Tensor) -> None:
+        given = bind(self.kernel.node)
+        groups = int(given.get("num_groups") or x.shape[1])
+        y = x.reshape(x.shape[0], groups, -1).to(_accumulator(x.dtype))
+        count = y.shape[2]
+        mean = y.mean(2)
+        squares = torch.linalg.vector_norm(y - mean[:, :, None], dim=2).double().square()
+        mean = mean.double()
+        if self.total is None or self.squares is None:
+            self.total, self.squares, self.count = mean, squares, count
+            return
+        both, apart = self.count + count, mean - self.total
+        self.total = self.total + apart * (count / both)
+        self.squares = self.squares + squares + apart.square() * (self.count * count / both)
+        self.count = both
+
+    def value(self) -> torch.Tensor:
+        assert self.total is not None, f"{self.kernel.name} was given no rows"
+        if self.kernel.role == "statistics":
+            assert self.squares is not None
+            eps = float(bind(self.kernel.node)["eps"])
+            return torch.stack([self.total, (self.squares / self.count + eps).rsqrt()])
+        wanted = self.stage.values[self.kernel.node]
+        wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
+        mean = self.name in ("mean", "adaptive_avg_pool2d")
+        total = self.total / self.count if mean else self.total
+        return total.reshape([int(s) for s in wanted.shape]).to(wanted.dtype)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,350 @@
+"""Stream: an image that is never whole in memory through a tiled network, rows in and, where wanted, rows out.
+
+The first tiled stage reads the rows that it needs from a `RowSource` and forgets them; what it gives is small (a
+pooled vector, a deep map) or goes to a ``sink`` row by row. Memory grows with the width of the image, not its area.
+
+Refuses: graphs whose image is read outside the tiled stage; strips that come once for a stage that reads them twice.
+Promises: the same result as the graph on the whole image, at any size that the stage accepts; a source that ends too
+early is an error, and a file that is being written gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import fx
+
+from splitfx.errors import PlanError, UnsupportedError
+from splitfx.files import written_whole
+from splitfx.ir.graph import TensorSpec, info, layer, module_of
+from splitfx.ir.ops import is_size
+from splitfx.report.table import dims
+from splitfx.tiling.plan.instructions import Instruction, Open, Patch, Reduce, Run, Store, Take
+from splitfx.tiling.plan.stage import Kernel
+from splitfx.tiling.run.executor import _ACTIONS, Execution, Program, Tiled, acts_in_training
+from splitfx.tiling.stream.sources import RowSource
+
+Say = Callable[[str], None]
+
+
+def stream(
+    split: fx.GraphModule,
+    source: Any,
+    sink: str | os.PathLike[str] | Callable[[int, torch.Tensor], object] | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Say = lambda text: None,
+) -> Any:
+    """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
+
+    ``source``: a `RowSource`, or what one is made of (array, memory map, path; floats as they are, 8 bit values
+    divided by 255). Its size may be another one than the traced; the steps stay those that were planned. Returns what
+    the graph returns, for a batch of one.
+
+    ``sink`` takes the map that the stage gives instead, as in ``Tile(until="layer4")``: a path ending in ``.npy``, or
+    a function called with the first row and a tensor [1, C, rows, W], top to bottom. The graph behind the stage is
+    not run then; the path is returned, or None.
+
+    ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
+    """
+    given = source if isinstance(source, RowSource) else RowSource(source)
+    call, tiled = _stage_of(split)
+    image = _Image(given, *_number_type(split))
+    _check_channels(split, given)
+    program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
+    if not given.raw.again:
+        image.forget_after = _forgettable(program, given)
+    with torch.no_grad(), _opened(sink, program, overwrite) as writer:
+        results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
+        given.raw.finish()
+    if sink is not None:
+        return Path(sink) if isinstance(sink, str | os.PathLike) else None
+    with torch.no_grad():
+        return _Rest(split, call, results).outputs(image.shape)
+
+
+# ---------------------------------------------------------------- the graph around the stage
+
+
+def _stage_of(split: fx.GraphModule) -> tuple[fx.Node, Tiled]:
+    """The first tiled stage, which must be the only reader of the one image."""
+    specs = info(split).inputs
+    nodes = [n for n in split.graph.nodes if n.op == "placeholder"]
+    images = [n for n, spec in zip(nodes, specs, strict=True) if isinstance(spec, TensorSpec)]
+    if len(images) != 1:
+        raise PlanError(f"streaming needs a model with one input, an image; this one has {len(images)}")
+    readers = [n for n in images[0].users if not is_size(n)]
+    stages = [n for n in readers if isinstance(module_of(n), Tiled)]
+    if not stages:
+        raise PlanError("no tiled stage reads the image: transform the model with Tile first, as in Tile(rows=16)")
+    if len(readers) > 1:
+        other = next(n for n in readers if n is not stages[0])
+        raise PlanError(
+            f"layer {layer(other)} reads the whole image too, outside the tiled stage: it cannot be streamed"
+        )
+    if list(stages[0].args) != images:
+        raise PlanError("the tiled stage reads something besides the image: it cannot be streamed")
+    tiled = module_of(stages[0])
+    assert isinstance(tiled, Tiled)
+    training = [name for name, m in tiled.stage.named_modules() if m.training and acts_in_training(m)]
+    if training:
+        raise UnsupportedError(
+            f"layer {training[0]} is in train mode and reads the whole map at once: call model.eval()"
+        )
+    return stages[0], tiled
+
+
+def _number_type(split: fx.GraphModule) -> tuple[torch.dtype, torch.device]:
+    """That of the weights, which may have been moved since the model was traced."""
+    weight = next((p for p in split.parameters() if p.dtype.is_floating_point), None)
+    if weight is not None:
+        return weight.dtype, weight.device
+    spec = next(s for s in info(split).inputs if isinstance(s, TensorSpec))
+    return spec.dtype, torch.device(spec.device)
+
+
+def _check_channels(split: fx.GraphModule, source: RowSource) -> None:
+    spec = next(s for s in info(split).inputs if isinstance(s, TensorSpec))
+    if len(spec.shape) != 4 or spec.shape[1] != source.shape[0]:
+        raise PlanError(f"the model reads images of {dims(spec.shape)}; {source} has {source.shape[0]} channels")
+
+
+class _Rest(fx.Interpreter):
+    """The graph with the stage's results given; the image is there by its sizes only."""
+
+    def __init__(self, split: fx.GraphModule, call: fx.Node, results: list[torch.Tensor]) -> None:
+        super().__init__(split)
+        self.call, self.results = call, results
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self.results if n is self.call else super().run_node(n)
+
+    def outputs(self, shape: tuple[int, ...]) -> Any:
+        split = self.module
+        assert isinstance(split, fx.GraphModule)
+        image = torch.empty(1, device="meta").expand(shape)
+        given = [image if isinstance(spec, TensorSpec) else spec for spec in info(split).inputs]
+        return split.graph.process_outputs(self.run(*given, enable_io_processing=False))
+
+
+# ---------------------------------------------------------------- the image
+
+
+class _Image:
+    """Stands for the image among the tensors of an execution, and gives the pieces of it that are taken."""
+
+    def __init__(self, source: RowSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        self.shape = (1, *source.shape)
+        self.forget_after: list[int] = []  # for every read the first row that is read later
+        self.reads = 0
+
+    def piece(self, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor:
+        start, stop = rows if rows is not None else (0, self.shape[2])
+        found = self.source.read(start, stop, columns, self.dtype, self.device)
+        if self.forget_after:
+            self.source.raw.forget(self.forget_after[self.reads])
+        self.reads += 1
+        return found
+
+
+def _forgettable(program: Program, source: RowSource) -> list[int]:
+    """After every read of the image, the first row that a later one needs. Rows come once: raises `PlanError` where all
+    of them would have to be kept."""
+    height = source.shape[1]
+    spans = [rows or (0, height) for rows in _image_reads(program)]
+    found = [height] * len(spans)
+    for i in reversed(range(len(spans) - 1)):
+        found[i] = min(found[i + 1], spans[i + 1][0])
+    for (start, stop), later in zip(spans, found, strict=True):
+        if stop == height and later < start:
+            raise PlanError(
+                "the tiled stage reads the image more than once (it holds a reduction that is applied to the map, or "
+                "runs in columns), and strips come only once: give an array or a file"
+            )
+    return found
+
+
+def _image_reads(program: Program) -> Iterator[tuple[int, int] | None]:
+    for one in program.instructions():
+        if isinstance(one, Take) and one.src == 0:
+            yield one.rows
+        elif 0 in _operands(one):
+            yield None
+
+
+def _operands(one: Instruction) -> tuple[int, ...]:
+    """The registers that an instruction reads as they are."""
+    if isinstance(one, Patch):
+        return tuple(part for part, _, _ in one.parts)
+    return one.srcs if isinstance(one, Run) else (one.src,) if isinstance(one, Reduce) else ()
+
+
+# ---------------------------------------------------------------- running
+
+
+def perform(execution: Execution, instruction: Instruction) -> None:
+    """One instruction, by the method of the execution's own class."""
+    getattr(execution, _ACTIONS[type(instruction)].__name__)(instruction)
+
+
+class Streaming(Execution):
+    """An execution whose first source is an `_Image`, and whose map goes to a writer where there is one."""
+
+    def __init__(self, program: Program, image: _Image, writer: Writer | None, clock: _Clock) -> None:
+        super().__init__(program, functional=False)
+        self.image, self.writer, self.clock = image, writer, clock
+
+    def run_all(self) -> list[torch.Tensor]:
+        source = self.stage.sources[0]
+        self.registers[0] = self.image  # type: ignore[assignment]
+        self.wholes[source] = 0
+        for instruction in self.program.instructions():
+            perform(self, instruction)
+        return [] if self.writer is not None else [self._result(k) for k in self.stage.exits]
+
+    def take(self, one: Take) -> None:
+        if one.src == 0:
+            self.registers[one.dst] = self.image.piece(one.rows, one.columns)
+        else:
+            super().take(one)
+
+    def compute(self, one: Run) -> None:
+        with self._whole_image(0 in _operands(one)):
+            super().compute(one)
+        self.clock.tick()
+
+    def patch(self, one: Patch) -> None:
+        with self._whole_image(0 in _operands(one)):
+            super().patch(one)
+        self.clock.tick()
+
+    def reduce(self, one: Reduce) -> None:
+        with self._whole_image(0 in _operands(one)):
+            super().reduce(one)
+        self.clock.tick()
+
+    @contextmanager
+    def _whole_image(self, wanted: bool) -> Iterator[None]:
+        """A kernel that reads the whole image at once, as where the image is not larger than a step."""
+        if wanted:
+            self.registers[0] = self.image.piece(None, None)
+        yield
+        if wanted:
+            self.registers[0] = self.image  # type: ignore[assignment]
+
+    def open(self, one: Open) -> None:
+        if self.writer is None:
+            super().open(one)
+
+    def store(self, one: Store) -> None:
+        if self.writer is None:
+            super().store(one)
+        else:
+            self.writer.write(one.rows, one.columns, self.registers[one.src])
+
+
+class _Clock:
+    """Says how much of the work is done and how long the rest will take."""
+
+    def __init__(self, program: Program, say: Say) -> None:
+        self.total, self.done, self.say = max(1, program.firings), 0, say
+        # A moving line may change often; where every word stays, seldom.
+        self.pause = 0.2 if getattr(say, "moving", False) else 10.0
+        self.started = self.last = time.monotonic()
+
+    def tick(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last >= self.pause:
+            self.last = now
+            left = (now - self.started) * (self.total - self.done) / self.done
+            self.say(f"streaming: {100 * self.done / self.total:.0f} % done, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+# ---------------------------------------------------------------- sinks
+
+
+class Writer(Protocol):
+    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None: ...
+
+
+@contextmanager
+def _opened(sink: Any, program: Program, overwrite: bool) -> Iterator[Writer | None]:
+    if sink is None:
+        yield None
+        return
+    kernel = _the_map(program)
+    shape, dtype = (
+        tuple(int(s) for s in program.stage.values[kernel.node].shape),
+        program.stage.values[kernel.node].dtype,
+    )
+    if callable(sink):
+        if program.schedule.tiles[1] > 1:
+            raise PlanError("a function takes full rows, and this stage runs in columns: give a .npy path as the sink")
+        yield _Handed(sink)
+        return
+    if not isinstance(sink, str | os.PathLike) or Path(sink).suffix != ".npy":
+        raise PlanError(f"a sink is a path ending in .npy or a function of (row, tensor); got {sink!r}")
+    numbers = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+    if dtype not in numbers:
+        raise UnsupportedError(f"a .npy file cannot hold {dtype}: convert the model to float32, or give a function")
+    with written_whole(sink, overwrite=overwrite) as scratch, scratch.open("w+b", buffering=0) as file:
+        yield _Npy(file, shape, np.dtype(numbers[dtype]), kernel)
+
+
+def _the_map(program: Program) -> Kernel:
+    exits = program.stage.exits
+    if len(exits) != 1 or exits[0].dims != (2, 3):
+        given = ", ".join(layer(k.node) for k in exits)
+        raise PlanError(
+            f"a sink takes one map, and the tiled stage gives {given}: choose where it ends, as in Tile(until='layer4')"
+        )
+    return exits[0]
+
+
+@dataclass
+class _Handed:
+    """Rows for a function of the caller's."""
+
+    function: Callable[[int, torch.Tensor], object]
+
+    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+        self.function(rows[0], piece.clone())  # the memory of the piece is used again
+
+
+class _Npy:
+    """Rows into an array file, written and not mapped, so that its pages do not count as memory of the process."""
+
+    def __init__(self, file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], kernel: Kernel) -> None:
+        self.file, self.shape, self.dtype = file, shape, dtype
+        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, head)
+        self.offset = file.tell()
+        file.truncate(self.offset + int(np.prod(shape)) * dtype.itemsize)
+
+    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+        _, _, height, width = self.shape
+        for channel, plane in enumerate(piece[0].cpu().contiguous().numpy()):
+            full = columns == (0, width)
+            for first, block in [(rows[0], plane)] if full else enumerate(plane, rows[0]):
+                place = (channel * height + first) * width + columns[0]
+                self.file.seek(self.offset + place * self.dtype.itemsize)
+                self._all(np.ascontiguousarray(block).data.cast("B"))
+
+    def _all(self, data: memoryview) -> None:
+        while data:  # one call of the system may take less than given
+            data = data[self.file.write(data) :]

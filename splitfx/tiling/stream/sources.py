@@ -1,0 +1,280 @@
+"""Row sources: an image that need not fit into memory, handed out row by row as the model wants it.
+
+Reads: numpy arrays and memory maps, torch tensors, files by windows (.npy, PPM and PGM, uncompressed TIFF in strips;
+BigTIFF too), and any iterable of row strips. Refuses: compressed pictures (PNG, JPEG, compressed or tiled TIFF), which
+no part can be read of without decoding the rest; number types other than 8 and 16 bit unsigned integers and floats.
+Promises: only the rows asked for are read, and an image with fewer rows than it promises is an error.
+
+Files are read, never mapped, so that their pages do not count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from splitfx.errors import PlanError, SplitfxError, UnsupportedError
+from splitfx.report.table import dims
+
+Layout = Literal["HWC", "CHW", "HW"]
+LAYOUTS: tuple[Layout, ...] = ("HWC", "CHW", "HW")
+LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # what white is; floats are taken as they are
+FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64))
+
+
+class Rows(Protocol):
+    """Where raw rows come from. ``again``: any rows may be read at any time, not only forward."""
+
+    channels: int
+    height: int
+    width: int
+    dtype: np.dtype[Any]
+    again: bool
+    name: str
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) as [channels, rows, width], in a memory of their own or not."""
+        ...
+
+    def forget(self, before: int) -> None:
+        """Rows in front of this one are not read again."""
+        ...
+
+    def finish(self) -> None:
+        """All rows have been read; raises where there are more than promised."""
+        ...
+
+
+class RowSource:
+    """An image as rows, brought into the numbers that a model was trained on.
+
+    ``data``: an array [H, W, C], [C, H, W] or [H, W] (numpy, memory map, torch), a path, or an iterable of such strips
+    from top to bottom, for which ``size`` = (H, W) says what is promised. Values are multiplied by ``scale`` (left out:
+    8 and 16 bit integers become 0 to 1, floats stay), then ``mean`` is taken away and ``std`` divides, per channel.
+    ``layout`` says where the channels are; left out, the axis of at most 4 values is taken.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        scale: float | None = None,
+        layout: Layout | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        if layout is not None and layout not in LAYOUTS:
+            raise PlanError(f"a layout is one of {', '.join(LAYOUTS)}; got {layout!r}")
+        self.raw = _rows(data, layout, size)
+        self.mean, self.std, self.scale = mean, std, scale
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != self.raw.channels:
+                raise PlanError(f"{self.raw.name}: {name} has {len(values)} values for {self.raw.channels} channels")
+        if std is not None and min(std) <= 0:
+            raise PlanError(f"{self.raw.name}: every std must be more than 0; got {list(std)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, rows, columns)."""
+        return self.raw.channels, self.raw.height, self.raw.width
+
+    def __repr__(self) -> str:
+        return f"RowSource({self.raw.name}, {dims(self.shape)} {self.raw.dtype})"
+
+    def read(
+        self,
+        start: int,
+        stop: int,
+        columns: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """Rows [start, stop) as a batch of one image, [1, C, rows, columns], normalised."""
+        raw = self.raw.read(start, stop)
+        if columns is not None:
+            raw = raw[:, :, columns[0] : columns[1]]
+        raw = raw.to(device)
+        x = torch.empty((1, *raw.shape), dtype=dtype, device=device)
+        x[0].copy_(raw)
+        if self.scale is not None:
+            x.mul_(self.scale)
+        elif self.raw.dtype in LARGEST:
+            x.div_(LARGEST[self.raw.dtype])  # a product with 1/255 rounds otherwise than torchvision does
+        for values, change in ((self.mean, x.sub_), (self.std, x.div_)):
+            if values is not None:
+                change(torch.tensor(values, dtype=dtype, device=device)[:, None, None])
+        return x
+
+    def whole(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The whole image as one tensor, for a comparison with the model itself."""
+        return self.read(0, self.raw.height, None, dtype, device)
+
+
+def _rows(data: Any, layout: Layout | None, size: tuple[int, int] | None) -> Rows:
+    if isinstance(data, str | os.PathLike):
+        if size is not None:
+            raise PlanError(f"{data}: size is for strips; a file says its own")
+        from splitfx.tiling.stream.image_files import file_rows
+
+        return file_rows(Path(data), layout)
+    if isinstance(data, np.ndarray | torch.Tensor):
+        if size is not None:
+            raise PlanError("size is for strips; an array has its own")
+        return _Array(data, layout)
+    if isinstance(data, Iterable):
+        return _Strips(data, layout, size)
+    raise PlanError(f"an image is an array, a path or an iterable of row strips, not {type(data).__name__}")
+
+
+# ---------------------------------------------------------------- arrays
+
+
+class _Array:
+    again = True
+
+    def __init__(self, data: np.ndarray | torch.Tensor, layout: Layout | None, name: str = "the image") -> None:
+        if data.ndim == 4 and data.shape[0] == 1:
+            data = data[0]  # a batch of one
+        self.name, self.dtype = name, _dtype_of(data, name)
+        self.layout: Layout | None = layout_of(tuple(data.shape), layout, name)
+        self.data = data
+        shape = tuple(int(s) for s in data.shape)
+        self.channels = 1 if self.layout == "HW" else shape[self.layout.index("C")]
+        self.height, self.width = shape[self.layout.index("H")], shape[self.layout.index("W")]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        part = self.data[:, start:stop] if self.layout == "CHW" else self.data[start:stop]
+        x = part.detach() if isinstance(part, torch.Tensor) else tensor_of(part)
+        if self.layout == "HW":
+            return x[None]
+        return x.permute(2, 0, 1) if self.layout == "HWC" else x
+
+    def forget(self, before: int) -> None:
+        """The array is the caller's."""
+
+    def finish(self) -> None:
+        """An array has the rows that its shape says."""
+
+
+def tensor_of(part: np.ndarray) -> torch.Tensor:
+    """A copy: the array may be read-only, in another byte order, or lie in a file."""
+    wide = part.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(part, dtype=np.dtype(np.int32) if wide == np.uint16 else wide))
+
+
+def _dtype_of(data: np.ndarray | torch.Tensor, name: str) -> np.dtype[Any]:
+    dtype = data.dtype
+    if isinstance(dtype, torch.dtype):
+        known = {torch.uint8: np.uint8, torch.float16: np.float16, torch.bfloat16: np.float32}
+        known |= {torch.float32: np.float32, torch.float64: np.float64}
+        return checked(np.dtype(known[dtype]) if dtype in known else dtype, name)
+    return checked(dtype, name)
+
+
+def checked(dtype: Any, name: str) -> np.dtype[Any]:
+    plain = dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+    if plain not in LARGEST and plain not in FLOATS:
+        raise UnsupportedError(f"{name}: its numbers are {dtype}; convert them to uint8, uint16 or a float type first")
+    return plain
+
+
+def layout_of(shape: tuple[int, ...], given: Layout | None, name: str) -> Layout:
+    """Where H, W and C are; raises `PlanError` where the shape leaves it open."""
+    if given is not None:
+        if len(given) != len(shape):
+            raise PlanError(f"{name}: layout {given} does not fit its shape {dims(shape)}")
+        return given
+    if len(shape) == 2:
+        return "HW"
+    if len(shape) != 3:
+        raise PlanError(f"{name}: its shape {dims(shape)} is no image; give [H, W, C], [C, H, W] or [H, W]")
+    last, first = shape[2] <= 4 < shape[0], shape[0] <= 4 < shape[2]
+    if last == first:
+        raise PlanError(f"{name}: shape {dims(shape)} does not say where the channels are; give layout='HWC' or 'CHW'")
+    return "HWC" if last else "CHW"
+
+
+# ---------------------------------------------------------------- strips as they come
+
+
+class _Strips:
+    """Rows from an iterable, forward only; those that may be read again wait in a buffer."""
+
+    again = False
+
+    def __init__(self, strips: Iterable[Any], layout: Layout | None, size: tuple[int, int] | None) -> None:
+        self.name = "the strips"
+        if size is None or len(size) != 2 or min(size) < 1:
+            raise PlanError("strips do not say how many rows will come: give RowSource(strips, size=(rows, columns))")
+        self.height, self.width = size
+        self.layout: Layout | None = layout
+        self.strips: Iterator[Any] = iter(strips)
+        self.buffer: list[torch.Tensor] = []
+        self.first = self.there = 0  # rows [first, there) are in the buffer
+        opening = self._next()
+        if opening is None:
+            raise SplitfxError(f"{self.name}: there is none, and {self.height} rows were promised")
+        self.channels, self.dtype = opening.channels, opening.dtype
+        self._keep(opening)
+
+    def _next(self) -> _Array | None:
+        strip = next(self.strips, None)
+        if strip is None:
+            return None
+        name = f"the strip at row {self.there}"
+        if not isinstance(strip, np.ndarray | torch.Tensor):
+            raise PlanError(f"{name}: is no array but {type(strip).__name__}")
+        # The first strip settles it, and the promised width helps: a strip of 3 rows could be read either way.
+        self.layout = self.layout or self._by_width(tuple(strip.shape)) or layout_of(tuple(strip.shape), None, name)
+        return _Array(strip, self.layout, name)
+
+    def _by_width(self, shape: tuple[int, ...]) -> Layout | None:
+        if len(shape) != 3:
+            return None
+        last, first = shape[1] == self.width and shape[2] <= 4, shape[2] == self.width and shape[0] <= 4
+        return None if last == first else "HWC" if last else "CHW"
+
+    def _keep(self, strip: _Array) -> None:
+        if (strip.channels, strip.width, strip.dtype) != (self.channels, self.width, self.dtype):
+            raise PlanError(
+                f"{strip.name}: has {strip.channels} channels and {strip.width} columns of {strip.dtype}; "
+                f"promised are {self.channels} and {self.width} of {self.dtype}"
+            )
+        if self.there + strip.height > self.height:
+            raise SplitfxError(
+                f"{self.name}: more rows came than the {self.height} that were promised; give size=(rows, columns)"
+            )
+        self.buffer.append(strip.read(0, strip.height).clone())  # the caller may fill the same array again
+        self.there += strip.height
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        assert start >= self.first, f"row {start} has been forgotten"
+        while self.there < stop:
+            strip = self._next()
+            if strip is None:
+                raise SplitfxError(f"{self.name}: ended after {self.there} of {self.height} promised rows")
+            self._keep(strip)
+        return self._joined().narrow(1, start - self.first, stop - start)
+
+    def _joined(self) -> torch.Tensor:
+        if len(self.buffer) > 1:
+            self.buffer = [torch.cat(self.buffer, 1)]
+        return self.buffer[0]
+
+    def forget(self, before: int) -> None:
+        before = min(before, self.there)
+        if before > self.first:
+            self.buffer = [self._joined()[:, before - self.first :].clone()]
+            self.first = before
+
+    def finish(self) -> None:
+        if self.there < self.height:
+            self.read(self.height - 1, self.height)
+        if next(self.strips, None) is not None:
+            raise SplitfxError(f"{self.name}: more rows came than the {self.height} that were promised")
