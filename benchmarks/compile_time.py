@@ -29,8 +29,8 @@ from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.errors import SplitfxError
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import seconds, shorten
 from splitfx.passes import Group
-from splitfx.report.table import seconds, shorten
 
 NAME = "compile_time"
 COLUMNS = (

@@ -21,10 +21,10 @@ import splitfx
 from splitfx.export.onnx import export_onnx
 from splitfx.export.sessions import CPU, open_session, session_options
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import number, seconds, size
 from splitfx.passes import Group
-from splitfx.report.table import number, seconds, size
+from splitfx.report.profile import profile
 from splitfx.runtime.measuring import alternate, measure
-from splitfx.runtime.profiling import profile
 
 NAME = "dense_vs_split"
 SHAPE = (1, 3, 224, 224)

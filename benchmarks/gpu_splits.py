@@ -14,14 +14,14 @@ from benchmarks.gpu_common import PARITY, Row, Setting, model_of, row
 from benchmarks.networks import WideResNet
 from splitfx.compiler.transform import transform
 from splitfx.errors import ExportError, UnsupportedError
+from splitfx.export.bundles.submodels import export_bundle
+from splitfx.export.bundles.submodels_runner import Bundle
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import seconds
 from splitfx.parallel import Streams
 from splitfx.passes import SplitNet, SubNetworks
-from splitfx.report.table import seconds
 from splitfx.runtime.measuring import alternate
-from splitfx.subnetworks.bundle import export_bundle
 from splitfx.subnetworks.model import SubNetworksGraph
-from splitfx.subnetworks.runner import Bundle
 from splitfx.train.data import load_data
 from splitfx.train.finetune import finetune
 from splitfx.train.recipe import Recipe

@@ -22,10 +22,10 @@ from benchmarks.results_format import record, write
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.transform import transform
 from splitfx.errors import SplitfxError
+from splitfx.ground.table import seconds, size
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.report.table import seconds, size
+from splitfx.report.profile import profile
 from splitfx.runtime.measuring import alternate, measure
-from splitfx.runtime.profiling import profile
 
 NETWORKS = ("resnet18", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b0")
 TYPES: dict[str, dict[str, Any]] = {

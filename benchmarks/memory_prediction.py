@@ -13,9 +13,9 @@ import torch
 import torchvision
 
 from splitfx.frontend.trace import trace
-from splitfx.report.table import size
+from splitfx.ground.table import size
+from splitfx.report.profile import profile
 from splitfx.runtime.measuring import measure
-from splitfx.runtime.profiling import profile
 
 NAME = "memory_prediction"
 MODELS = (

@@ -31,10 +31,10 @@ import torch.distributed as dist
 import splitfx
 from benchmarks.networks import WideResNet
 from benchmarks.tile import ALLOCATORS
+from splitfx.ground.table import number, seconds
 from splitfx.parallel import Ranks
 from splitfx.passes import SplitNet
-from splitfx.report.table import number, seconds
-from splitfx.runtime.profiling import profile
+from splitfx.report.profile import profile
 
 NAME = "parallel"
 LEVELS, BATCH, CLASSES = {"stage[23].*": 2, "fc": 2}, 100, 100

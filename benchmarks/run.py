@@ -20,7 +20,7 @@ from typing import Any
 import benchmarks
 from benchmarks.results_format import record, write
 from splitfx.errors import nearest
-from splitfx.report.table import table
+from splitfx.ground.table import table
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,9 +29,9 @@ import splitfx
 from splitfx.analysis.memory import memory
 from splitfx.analysis.shapes import shapes
 from splitfx.ground.progress import Progress
+from splitfx.ground.table import seconds, size
 from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
-from splitfx.report.table import seconds, size
 from splitfx.tiling.stream import stream
 from splitfx.tiling.stream.sources import RowSource
 

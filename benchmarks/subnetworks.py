@@ -17,8 +17,8 @@ from torch import nn
 import splitfx
 from benchmarks.fusion_training import network
 from splitfx import MultiModelLoss, Recipe
+from splitfx.ground.table import number
 from splitfx.passes import SubNetworks
-from splitfx.report.table import number
 from splitfx.train.data import load_data
 from splitfx.train.finetune import evaluate
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import splitfx
 from benchmarks import fusion_training
+from splitfx.ground.table import number, seconds, size
 from splitfx.passes import SubNetworks
-from splitfx.report.table import number, seconds, size
 
 NAME = "subnetworks_latency"
 RUNS = 60

@@ -27,9 +27,9 @@ import splitfx
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import SplitfxError
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import seconds, shorten, size
 from splitfx.ir.graph import info
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.report.table import seconds, shorten, size
 from splitfx.runtime.measuring import timed
 
 NAME = "tile"

@@ -26,9 +26,9 @@ import torchvision
 import splitfx
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
+from splitfx.ground.table import size
 from splitfx.ir.graph import info
 from splitfx.passes import Tile
-from splitfx.report.table import size
 
 NAME = "tile_growth"
 # (network, image size, allocator)

@@ -24,8 +24,8 @@ from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.onnx import export_onnx
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import seconds, shorten, size
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.report.table import seconds, shorten, size
 
 NAME = "tile_onnx"
 CASES = (("resnet18", 1024), ("mobilenet_v2", 1024))

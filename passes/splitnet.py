@@ -29,7 +29,7 @@ from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import op_name
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
-from splitfx.splitnet.branches.padding import Padding
+from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import WHOLE, Structure
 from splitfx.splitnet.weights import heaviest, second_moments

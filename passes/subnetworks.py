@@ -22,14 +22,15 @@ from splitfx.analysis.cost import cost
 from splitfx.analysis.shapes import shapes
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError
-from splitfx.frontend.raising import FunctionalBatchNorm
 from splitfx.ir.editing import free_path, insert_after
-from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, module_of
+from splitfx.ir.graph import Staged, TensorSpec, copy_graph, dress, layer, module_of
+from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.ops import bind, op_name
 from splitfx.subnetworks.build import make_entry, words
 from splitfx.subnetworks.choose import closest_below, latencies, parse_budget
 from splitfx.subnetworks.entry import Entry, entries
-from splitfx.subnetworks.model import detached, dress
+from splitfx.subnetworks.model import detached
+from splitfx.subnetworks.oracle import require_models
 from splitfx.subnetworks.sites import Site, Sites
 
 _FORM = {"closed": "fits every size", "static": "fits the traced size only", "embedding": "the model's embedding anew"}
@@ -74,6 +75,10 @@ class SubNetworks(Pass):
         for cut in self.cuts:
             if isinstance(cut, int) and cut < 1:
                 raise PlanError(f"pass 'subnetworks': a number is that of the convs dropped, 1 or more; got {cut}")
+
+    def held(self, before: fx.GraphModule, after: fx.GraphModule) -> float:
+        """Every model against the model's own layers, fed by its step-down (`splitfx.subnetworks.oracle`)."""
+        return require_models(self.name, before, after)
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         sites = Sites(facts)

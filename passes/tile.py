@@ -21,16 +21,17 @@ from splitfx.analysis import Facts
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
-from splitfx.ground.text import shown
+from splitfx.ground.table import size as words
 from splitfx.ir.graph import TensorSpec, layer, module_of
 from splitfx.ir.ops import op_name
-from splitfx.report.table import size as words
+from splitfx.text import shown
 from splitfx.tiling.plan import planner
-from splitfx.tiling.plan.extract import install, sources_of, stages
+from splitfx.tiling.plan.extract import sources_of, stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Candidates
 from splitfx.tiling.plan.replan import HALF, Goal, sizes_of
 from splitfx.tiling.plan.stage import Kind
+from splitfx.tiling.run.install import install
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 
 Nodes = list[fx.Node]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitfx.compiler.plan import Plan
-    from splitfx.compiler.transform import Comparison, Explanation, compare, explain, transform
+    from splitfx.compiler.transform import transform
     from splitfx.errors import (
         ExportError,
         MissingExtraError,
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
         UnsupportedError,
         VerificationError,
     )
+    from splitfx.export.bundles.submodels import export_bundle
+    from splitfx.export.bundles.submodels_runner import Bundle
     from splitfx.export.onnx import export_onnx
     from splitfx.export.report import RuntimeReport
     from splitfx.export.runtime import check_onnx
     from splitfx.export.sessions import session_options
     from splitfx.frontend.trace import trace
+    from splitfx.report.compare_halo import HaloComparison, compare_halo
+    from splitfx.report.explain import Comparison, Explanation, compare, explain
     from splitfx.report.html import inspect_html
+    from splitfx.report.pareto import Curve, pareto
+    from splitfx.report.profile import Profile, profile
     from splitfx.runtime.doctor import diagnose
     from splitfx.runtime.measuring import Measurement, measure
-    from splitfx.runtime.profiling import Profile, profile
     from splitfx.storage import load, save
-    from splitfx.subnetworks.bundle import export_bundle
-    from splitfx.subnetworks.runner import Bundle
-    from splitfx.tiling.compare_halo import HaloComparison, compare_halo
-    from splitfx.tiling.plan.pareto import Curve, pareto
     from splitfx.tiling.stream import stream
     from splitfx.tiling.stream.sources import RowSource
     from splitfx.train.finetune import finetune
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "splitfx.compiler.transform": ["transform", "explain", "compare", "Explanation", "Comparison"],
+    "splitfx.compiler.transform": ["transform"],
+    "splitfx.report.explain": ["explain", "compare", "Explanation", "Comparison"],
     "splitfx.runtime.doctor": ["diagnose"],
     "splitfx.errors": [
         "SplitfxError",
@@ -70,13 +72,13 @@ _HOME = {
     "splitfx.export.sessions": ["session_options"],
     "splitfx.runtime.measuring": ["measure", "Measurement"],
     "splitfx.compiler.plan": ["Plan"],
-    "splitfx.runtime.profiling": ["profile", "Profile"],
+    "splitfx.report.profile": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
-    "splitfx.subnetworks.bundle": ["export_bundle"],
-    "splitfx.subnetworks.runner": ["Bundle"],
-    "splitfx.tiling.compare_halo": ["compare_halo", "HaloComparison"],
-    "splitfx.tiling.plan.pareto": ["pareto", "Curve"],
+    "splitfx.export.bundles.submodels": ["export_bundle"],
+    "splitfx.export.bundles.submodels_runner": ["Bundle"],
+    "splitfx.report.compare_halo": ["compare_halo", "HaloComparison"],
+    "splitfx.report.pareto": ["pareto", "Curve"],
     "splitfx.tiling.stream.sources": ["RowSource"],
     "splitfx.tiling.stream": ["stream"],
     "splitfx.frontend.trace": ["trace"],

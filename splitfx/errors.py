@@ -1,7 +1,7 @@
 """The errors of splitfx: one root, one class per thing that can go wrong.
 
 Every message is one line in the user's words: which layer, plan or file, what was found, what to do next. Whatever a
-file or a model puts into it, it is printable and of bounded length (`splitfx.ground.text`).
+file or a model puts into it, it is printable and of bounded length (`splitfx.text`).
 Catching `SplitfxError` catches everything that splitfx raises on purpose; anything else is a bug in splitfx.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from splitfx.ground.text import one_line
+from splitfx.text import one_line
 
 _WORD = 100  # characters; what is longer is no misspelt name
 

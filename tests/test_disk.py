@@ -17,10 +17,10 @@ from torch import nn
 
 import splitfx
 from splitfx.errors import SplitfxError
+from splitfx.export.bundles.branches import export_branches
+from splitfx.export.bundles.submodels import export_bundle
 from splitfx.passes import SubNetworks, Tile
 from splitfx.report.html import inspect_html, inspect_svg
-from splitfx.splitnet.branches.bundle import export_branches
-from splitfx.subnetworks.bundle import export_bundle
 from splitfx.train import checkpoint
 from splitfx.train.picture import chart
 from tests.splitnet.carved import Chain, carved

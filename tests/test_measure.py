@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from splitfx.errors import UnsupportedError
-from splitfx.report.table import WIDTH
+from splitfx.ground.table import WIDTH
 from splitfx.runtime.measuring import alternate, measure
 
 MIB = 2**20

@@ -14,9 +14,9 @@ from torch import nn
 
 from splitfx.errors import MissingExtraError, SplitfxError, UnsupportedError
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import dims, number, seconds, shorten, size, table
 from splitfx.report.fold import fold
-from splitfx.report.table import dims, number, seconds, shorten, size, table
-from splitfx.runtime.profiling import Profile, profile
+from splitfx.report.profile import Profile, profile
 
 
 @pytest.fixture(scope="module")

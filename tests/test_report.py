@@ -12,13 +12,13 @@ from torch import nn
 import splitfx
 from splitfx.compiler.pipeline import Figures, Step
 from splitfx.compiler.protocol import Note
-from splitfx.compiler.transform import Explanation
 from splitfx.frontend.trace import trace
 from splitfx.passes import Group
+from splitfx.report.explain import Explanation
 from splitfx.report.explanation import explanation_text, folded, ratio
 from splitfx.report.html import inspect_text
 from splitfx.report.html.boxes import boxes
-from splitfx.runtime.profiling import profile
+from splitfx.report.profile import profile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>"

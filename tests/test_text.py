@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import splitfx
-from splitfx.compiler.transform import Explanation
 from splitfx.errors import PlanError, SplitfxError
-from splitfx.ground.text import MESSAGE, VALUE, cut, one_line, printable, shown
+from splitfx.ground.table import table, wrap
 from splitfx.ir.notes import Note
-from splitfx.report.table import table, wrap
+from splitfx.report.explain import Explanation
+from splitfx.text import MESSAGE, VALUE, cut, one_line, printable, shown
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.\u2028\ud800\x00\x7f"
 

@@ -27,8 +27,8 @@ from torch import fx, nn
 
 from splitfx.analysis.shapes import shape
 from splitfx.analysis.taps import PADS, adaptive_size, pad_before, padded_rows, padding_mode, pads, resize_taps
-from splitfx.frontend.raising import FunctionalBatchNorm
 from splitfx.ir.graph import module_of
+from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, slices_all, window
 
 Dims = tuple[int, int]

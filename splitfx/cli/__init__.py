@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from splitfx.errors import SplitfxError, VerificationError, nearest
-from splitfx.ground.text import cut, one_line
+from splitfx.text import cut, one_line
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130
 

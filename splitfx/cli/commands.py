@@ -28,9 +28,10 @@ from splitfx.frontend.models import load_model
 from splitfx.frontend.trace import trace
 from splitfx.ground import limits
 from splitfx.ground.progress import Progress
-from splitfx.ground.text import printable
+from splitfx.ground.table import size
 from splitfx.ir.graph import random_inputs
-from splitfx.report.table import size
+from splitfx.report.explain import compare, explain
+from splitfx.text import printable
 
 
 def run(given: Namespace) -> int:
@@ -45,7 +46,7 @@ def run(given: Namespace) -> int:
 
 def profile(given: Namespace, progress: Progress) -> int:
     from splitfx.report.html import inspect_html
-    from splitfx.runtime.profiling import profile as profiled
+    from splitfx.report.profile import profile as profiled
 
     for path in filter(None, (given.html, given.plot)):
         _free_file(path, given.overwrite)
@@ -68,7 +69,7 @@ def transform(given: Namespace, progress: Progress) -> int:
     split = api.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
     progress("saving")
     storage.save(split, folder, overwrite=given.overwrite)
-    told = api.explain(split)
+    told = explain(split)
     total = sum(one.stat().st_size for one in folder.iterdir())
     made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
     return _print(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
@@ -115,11 +116,11 @@ def _export_folder(given: Namespace, progress: Progress) -> int:
     write: Any
     read: Any
     if given.bundle:
-        from splitfx.subnetworks.bundle import export_bundle as write
-        from splitfx.subnetworks.runner import Bundle as read
+        from splitfx.export.bundles.submodels import export_bundle as write
+        from splitfx.export.bundles.submodels_runner import Bundle as read
     else:
-        from splitfx.splitnet.branches.bundle import export_branches as write
-        from splitfx.splitnet.branches.runner import Branches as read
+        from splitfx.export.bundles.branches import export_branches as write
+        from splitfx.export.bundles.branches_runner import Branches as read
     kind, target = ("bundle", given.bundle) if given.bundle else ("branches", given.branches)
     split = _saved(given.split, progress)
     free = False if given.fixed_batch else None
@@ -152,7 +153,7 @@ def compare(given: Namespace, progress: Progress) -> int:
     model = _model(given, progress)
     inputs = _inputs(given) or random_inputs(split, given.seed)
     progress("comparing")
-    found = api.compare(model, split, inputs)
+    found = compare(model, split, inputs)
     return _print(given, found.to_json(), str(found))
 
 
@@ -170,7 +171,7 @@ def measure(given: Namespace, progress: Progress) -> int:
 
 
 def explain(given: Namespace, progress: Progress) -> int:
-    found = api.explain(_saved(given.split, progress))
+    found = explain(_saved(given.split, progress))
     return _print(given, found.to_json(), str(found))
 
 

@@ -14,7 +14,7 @@ from splitfx.compiler import registry
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.ground import limits
-from splitfx.ground.text import shown
+from splitfx.text import shown
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 

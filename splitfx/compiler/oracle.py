@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.carving.division import Masked
 from splitfx.errors import VerificationError
-from splitfx.frontend.canonical import is_opaque
+from splitfx.frontend.canonical import module_has_mode
 from splitfx.ground.exclusive import exclusive, reseed, twin
 from splitfx.ir.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
 
@@ -290,9 +290,3 @@ def _alike(tensor: torch.Tensor) -> bool:
 
 def in_eval(model: nn.Module) -> bool:
     return not any(m.training for m in model.modules() if module_has_mode(m))
-
-
-def module_has_mode(module: nn.Module) -> bool:
-    """Modules that act on train() and eval()."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    return isinstance(module, kinds) or is_opaque(module)

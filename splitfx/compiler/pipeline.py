@@ -31,7 +31,6 @@ from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PassError, UnsupportedError
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info, take_apart
-from splitfx.subnetworks.oracle import require_models
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _held_to_promise(
     if step.promise is Promise.EQUAL:
         return _equal(step, before, after)
     if step.promise is Promise.RESHAPE:
-        return require_models(step.name, before, after)
+        return step.held(before, after)
     if reference is None:
         raise PassError(
             f"pass '{step.name}' promises {step.promise.value} and changed the graph, but gave no "

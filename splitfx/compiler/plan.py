@@ -24,7 +24,7 @@ from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError, nearest
 from splitfx.files import read_text, written_whole
 from splitfx.ground import limits
-from splitfx.ground.text import cut, shown
+from splitfx.text import cut, shown
 
 FORMAT = 1
 BOM = "\ufeff"  # byte order mark, which editors put in front

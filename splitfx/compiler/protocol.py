@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from splitfx.compiler import options
 from splitfx.errors import PassError, PlanError, nearest
-from splitfx.ground.text import cut, shown
 from splitfx.ir.notes import Note
+from splitfx.text import cut, shown
 
 if TYPE_CHECKING:
     from torch import fx
@@ -85,6 +85,12 @@ class Pass:
         Refusing one site is a note; refusing the whole job raises `PassError` or `UnsupportedError`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no run()")
+
+    def held(self, before: fx.GraphModule, after: fx.GraphModule) -> float:
+        """The oracle of a pass that promises RESHAPE: every model of the result against a reference that is made
+        without `run`. Returns the largest relative difference in float64; raises `VerificationError` where that is
+        too large."""
+        raise PassError(f"pass '{self.name}' promises reshape and defines no held() to be checked by")
 
     def to_dict(self) -> dict[str, Any]:
         """The options that differ from their defaults, as plain TOML types (lists, dicts, numbers, texts)."""

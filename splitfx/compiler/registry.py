@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from splitfx.compiler.protocol import Pass, Promise, check_options
 from splitfx.errors import PassError, PlanError, nearest
-from splitfx.ground.text import cut
+from splitfx.text import cut
 
 ENTRY_POINTS = "splitfx.passes"
 

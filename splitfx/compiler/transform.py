@@ -1,28 +1,23 @@
-"""What users call: `transform`, `explain`, `compare`. The rest of the public face lives where it works."""
+"""`transform`: a model and a plan in, the rewritten graph out."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from splitfx.compiler.pipeline import Step, run_plan
+from splitfx.compiler.pipeline import run_plan
 from splitfx.compiler.plan import Plan
-from splitfx.compiler.protocol import Note, Pass
-from splitfx.errors import PlanError, UnsupportedError
-from splitfx.frontend.example_inputs import split_inputs
+from splitfx.compiler.protocol import Pass
+from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
 from splitfx.ground import limits
 from splitfx.ground.exclusive import fresh
-from splitfx.ground.text import shown
-from splitfx.ir.graph import info, is_canonical
-from splitfx.runtime.profiling import Profile, profile
+from splitfx.ir.graph import is_canonical
+from splitfx.text import shown
 
 
 @fresh()
@@ -66,87 +61,3 @@ def inputs_for(model: nn.Module, plan: Plan) -> tuple[torch.Tensor, ...]:
         f"input_shape {shown(given)}",
     )
     return tuple(torch.zeros(s, dtype=owned.dtype, device=owned.device) for s in shapes)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What the compiler did to a graph: how it was traced, and every pass with its notes and figures."""
-
-    model: str
-    front_end: str
-    notes: tuple[Note, ...]
-    steps: tuple[Step, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, default=str)
-
-    def __str__(self) -> str:
-        from splitfx.report.explanation import explanation_text
-
-        return explanation_text(self)
-
-
-def explain(split: nn.Module) -> Explanation:
-    """The record of every step that made ``split``. Raises `UnsupportedError` for a model that splitfx did not make."""
-    known = info(split)  # type: ignore[arg-type]
-    return Explanation(known.model_class, known.front_end, known.notes, tuple(known.steps))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models side by side on the same inputs; differences are of the outputs, in the models' own type."""
-
-    before: Profile
-    after: Profile
-    max_abs: float
-    max_rel: float
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "max_abs": self.max_abs,
-                "max_rel": self.max_rel,
-                "before": json.loads(self.before.to_json()),
-                "after": json.loads(self.after.to_json()),
-            }
-        )
-
-    def __str__(self) -> str:
-        from splitfx.report.explanation import comparison_text
-
-        return comparison_text(self)
-
-
-def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparison:
-    """Profiles of both, and how far their outputs (in eval mode) are apart on ``example_inputs``.
-
-    ``max_rel`` is relative to the largest magnitude of each of ``model``'s outputs. A split network is not the
-    dense one before it is fine-tuned, so a large difference is no fault. Raises `UnsupportedError` when the outputs
-    have different shapes.
-    """
-    first, second = outputs(model, example_inputs), outputs(split, example_inputs)
-    if [t.shape for t in first] != [t.shape for t in second]:
-        raise UnsupportedError(
-            f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and {[tuple(t.shape) for t in second]}"
-        )
-    far = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in zip(first, second, strict=True) if a.numel()]
-    return Comparison(
-        profile(model, example_inputs),
-        profile(split, example_inputs),
-        max((d for d, _ in far), default=0.0),
-        max((d / max(s, 1e-30) for d, s in far), default=0.0),
-    )
-
-
-def outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
-    """The output tensors in eval mode, as float64; the model's modes are restored."""
-    args, kwargs = split_inputs(example_inputs)
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.inference_mode():
-            found = model(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return [t.double() for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]

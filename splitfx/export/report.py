@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from splitfx.ground.text import cut, printable
+from splitfx.text import cut, printable
 
 HEAD = (
     "provider",

@@ -35,7 +35,8 @@ from splitfx.ir import graph as graphs
 from splitfx.ir.ops import Spatial, Window, bind, op, op_name, out_of_place
 from splitfx.tiling.plan.instructions import Instruction, Schedule
 from splitfx.tiling.plan.stage import Stage, compile_stage
-from splitfx.tiling.run.executor import Execution, Program, Tiled
+from splitfx.tiling.run.execution import Execution, Program
+from splitfx.tiling.run.executor import Tiled
 
 LIMIT = 3000  # instructions of one stage; the exporter takes about 20 ms for each
 COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # strips that are tried

@@ -24,7 +24,7 @@ from splitfx.errors import SplitfxError
 from splitfx.files.drafts import draft_of, recover, replace_folder
 from splitfx.files.renames import put
 from splitfx.ground import limits
-from splitfx.ground.text import shown
+from splitfx.text import shown
 
 
 @contextmanager
@@ -163,7 +163,7 @@ class FolderKind:
         return {self.manifest, *(name for name in _named(self.read_manifest(folder)) if name == Path(name).name)}
 
     def read_manifest(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a folder of this kind; its entries are `splitfx.ground.typed`'s to check. Raises
+        """The manifest of a folder of this kind; its entries are `splitfx.files.typed`'s to check. Raises
         ``error``."""
         path = folder / self.manifest
         recover(Path(os.path.abspath(folder)))

@@ -22,14 +22,16 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from splitfx.frontend.behaviour import Behaviour
+from splitfx.frontend.called import CanonicalGraph
 from splitfx.frontend.raising import Raiser, mark_view_writes
 from splitfx.ir.graph import (
     INFO,
-    CanonicalGraph,
     Staged,
     TensorSpec,
     TraceInfo,
+    Whole,
     by_path,
+    dress,
     dressed,
     info,
     is_canonical,
@@ -38,8 +40,6 @@ from splitfx.ir.graph import (
 )
 from splitfx.ir.notes import Note
 from splitfx.ir.schema import mutates
-from splitfx.subnetworks.entry import Entry
-from splitfx.subnetworks.model import dress
 
 
 @torch.library.custom_op("splitfx::leaf", mutates_args=())
@@ -76,7 +76,7 @@ def is_opaque(module: nn.Module) -> bool:
     """A parameterless leaf that acts on ``self.training`` (DropPath, StochasticDepth): one tensor in, one
     out.
     """
-    if isinstance(module, nn.RReLU | Entry):
+    if isinstance(module, nn.RReLU | Whole):
         return True
     if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None:
         return False
@@ -84,6 +84,12 @@ def is_opaque(module: nn.Module) -> bool:
         return False
     wanted = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
     return len(wanted) == 2 and _reads_training(module)
+
+
+def module_has_mode(module: nn.Module) -> bool:
+    """Modules that act on train() and eval()."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return isinstance(module, kinds) or is_opaque(module)
 
 
 def leaf_paths(model: nn.Module) -> set[str]:

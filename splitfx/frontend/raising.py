@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from splitfx.frontend.behaviour import Behaviour
 from splitfx.frontend.places import memory, places
 from splitfx.ir.copies import unhooked
+from splitfx.ir.graph import Whole
+from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.schema import arguments, aten_name, mutates, sharing, written
-from splitfx.subnetworks.entry import Entry
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -44,17 +44,6 @@ _DROPOUTS = {
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 Recipe = tuple[type[nn.Module], dict[str, Any]]
-
-
-class FunctionalBatchNorm(nn.Module):
-    """``F.batch_norm`` on tensors that the user keeps under other names; follows train() and eval()."""
-
-    def __init__(self, momentum: float, eps: float) -> None:
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-
-    def forward(self, x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> torch.Tensor:
-        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
 def _plain(value: Any) -> Any:
@@ -256,7 +245,7 @@ class Raiser:
             return None
         if node.target is torch.ops.splitfx.leaf.default:
             path = str(node.args[1])
-            if isinstance(self.users[path], Entry):
+            if isinstance(self.users[path], Whole):
                 self.modules[path] = self.owners[path]  # private all the way down, as a stage is
             elif path not in self.modules:
                 self.modules[path] = unhooked(self.users[path])  # what a hook computes is traced

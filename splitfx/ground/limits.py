@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from splitfx.errors import SplitfxError
-from splitfx.ground.text import shown
+from splitfx.text import shown
 
 PLAN_BYTES = 2 * 2**20  # of a plan or a taxonomy: read by a parser that takes about a second for so much
 JSON_BYTES = 512 * 2**20  # of the description of a saved graph

@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from splitfx.ground.text import one_line
+from splitfx.text import one_line
 
 
 class Progress:

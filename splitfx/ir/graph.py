@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx.errors import SplitfxError, UnsupportedError
+from splitfx.errors import UnsupportedError
 from splitfx.ir.notes import Note
-from splitfx.ir.sizes import Sizes, refusal
+from splitfx.ir.sizes import Sizes
 
 INFO = "splitfx"
 
@@ -93,87 +93,6 @@ class TraceInfo:
         return tuple(s.shape if isinstance(s, TensorSpec) else None for s in self.inputs)
 
 
-class CanonicalGraph(fx.GraphModule):
-    """A graph that knows for which sizes it is right: a call at any other raises `UnsupportedError`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        known: Any = self.meta.get(INFO)
-        leaves: Any = _leaves(self, known, args, kwargs) if known is not None else None
-        if known is None or leaves is None:
-            return super().__call__(*args, **kwargs)
-        if known.sizes.bound or _ranks(leaves) != [len(s) if s is not None else None for s in known.shapes]:
-            why = known.sizes.broken(known.shapes, _shapes(leaves))
-            if why:
-                raise refusal(known.model_class, known.shapes, _shapes(leaves), why, known.sizes)
-        if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
-        try:
-            return super().__call__(*args, **kwargs)
-        except (RuntimeError, ValueError, IndexError) as error:
-            given = _shapes(leaves)
-            why = "" if isinstance(error, SplitfxError) or given == known.shapes else _misfit(self, known, given)
-            if not why:
-                raise
-            raise refusal(known.model_class, known.shapes, given, why, known.sizes) from error
-
-    def __copy__(self) -> fx.GraphModule:
-        made = type(self).__mro__[1](self, self.graph)  # the first is a class of this instance alone
-        made.meta, made._deepcopy_hooks = self.meta, list(self._deepcopy_hooks)
-        made.register_load_state_dict_pre_hook(load_by_users_names)
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (super().__reduce__(), type(self).__mro__[1], self.meta)
-
-
-def _unpickled(made: tuple[Any, tuple[Any, ...]], kind: type[fx.GraphModule], meta: dict[str, Any]) -> fx.GraphModule:
-    """A pickled graph, with its class and its record, which fx leaves out."""
-    graph = made[0](*made[1])
-    graph.__class__ = type("GraphModuleImpl", (kind,), {"__qualname__": "GraphModuleImpl"})
-    graph.meta = meta
-    dressed(graph)
-    restore_aliases(graph)
-    graph.recompile()
-    return graph
-
-
-def _leaves(graph: fx.GraphModule, known: TraceInfo, args: Any, kwargs: Any) -> list[Any] | None:
-    """What a graph is called with, one for each of its inputs; None where that is something else."""
-    if kwargs:
-        names = known.in_spec.children()[1].context if known.in_spec.num_children == 2 else []
-        if set(names) != set(kwargs):
-            names = [n.target for n in graph.graph.nodes if n.op == "placeholder"][len(args) :]
-        if set(names) != set(kwargs):
-            return None
-        args = (*args, *(kwargs[name] for name in names))
-    leaves = list(args) if all(isinstance(a, torch.Tensor) for a in args) else pytree.tree_leaves(args)
-    if len(leaves) != len(known.inputs) or any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-        return None
-    return leaves
-
-
-def _ranks(leaves: list[Any]) -> list[int | None]:
-    return [leaf.dim() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-
-
-def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
-
-
-def _misfit(graph: fx.GraphModule, known: TraceInfo, given: tuple[Any, ...]) -> str:
-    """Which layer the sizes do not fit; empty where they fit all, and something else is wrong."""
-    from splitfx.analysis.shapes import shapes
-    from splitfx.frontend.behaviour import quiet
-
-    sized = lambda spec, shape: replace(spec, shape=shape) if isinstance(spec, TensorSpec) else spec  # noqa: E731
-    try:
-        with quiet():
-            shapes(graph, tuple(sized(spec, shape) for spec, shape in zip(known.inputs, given, strict=True)))
-    except UnsupportedError as error:
-        return str(error).rstrip(".")
-    return ""
-
-
 class Staged(nn.Module):
     """A module of a rewritten graph that runs a part of it, ``stage``, in a way of its own: the same inputs and
     outputs, a list. Tracing keeps it whole. In a state_dict its layers have the names that they have in the user's
@@ -185,6 +104,25 @@ class Staged(nn.Module):
         above = prefix.removesuffix(".").rpartition(".")[0]
         above = f"{above}." if above else ""
         return self.stage.state_dict(*args, destination=destination, prefix=above, keep_vars=keep_vars)
+
+
+class Whole(nn.Module):
+    """A module of a rewritten graph that tracing keeps whole: one tensor in, one out. ``graph_class``: what a graph
+    that holds one is, in place of an ordinary canonical graph."""
+
+    graph_class: type[fx.GraphModule] | None = None
+
+
+def dress(graph: fx.GraphModule) -> fx.GraphModule:
+    """Give a graph the class that one of its `Whole` modules asks for, in place."""
+    asked = (m.graph_class for m in graph.children() if isinstance(m, Whole) and m.graph_class is not None)
+    kind = next(asked, None)
+    if kind is None or isinstance(graph, kind):
+        return graph
+    # As fx does it: a class of its own for every instance, since `recompile` puts forward into the class.
+    graph.__class__ = type("GraphModuleImpl", (kind,), {"__qualname__": "GraphModuleImpl"})
+    graph.recompile()
+    return graph
 
 
 def info(graph: fx.GraphModule) -> TraceInfo:

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from splitfx.frontend.raising import FunctionalBatchNorm
 from splitfx.ir.graph import module_of
+from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.schema import arguments, aten_name, mutates
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from splitfx.errors import UnsupportedError
-from splitfx.ground.text import one_line
+from splitfx.text import one_line
 
 Expr = Any  # a number, or a tuple: ("size", input, dim) or (name in FUNCTIONS, operand, ...)
 

@@ -18,10 +18,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import SplitfxError
+from splitfx.ground.table import seconds
 from splitfx.ir.graph import random_inputs
 from splitfx.parallel.link import ParallelError
 from splitfx.parallel.ranks import Ranks
-from splitfx.report.table import seconds
 from splitfx.storage import load
 
 PARITY = 1e-4  # relative to the largest output

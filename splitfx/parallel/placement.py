@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitfx.errors import UnsupportedError
-from splitfx.report.table import number, size, table
-from splitfx.splitnet.branches.tree import STEM, Tree
+from splitfx.ground.table import number, size, table
+from splitfx.splitnet.tree import STEM, Tree
 
 MACS_PER_BYTE = 40.0  # what a process computes in the time in which one byte crosses: 40 GMAC/s and 1 GB/s
 Stem = Literal["auto", "duplicate", "own"]

@@ -23,7 +23,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.placement import Placement, Stem, place
-from splitfx.splitnet.branches.tree import STEM, Part, Tree
+from splitfx.splitnet.tree import STEM, Part, Tree
 
 __all__ = ["ParallelError", "Ranks"]
 

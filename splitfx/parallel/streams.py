@@ -15,7 +15,7 @@ from torch import fx
 
 from splitfx.compiler.oracle import in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.splitnet.branches.tree import Tree, run
+from splitfx.splitnet.tree import Tree, run
 
 
 class Streams:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from splitfx.ground.text import printable
-from splitfx.report.table import WIDTH, number, seconds, size, table, wrap
+from splitfx.ground.table import WIDTH, number, seconds, size, table, wrap
+from splitfx.text import printable
 
 if TYPE_CHECKING:
     from splitfx.compiler.pipeline import Figures, Step
-    from splitfx.compiler.transform import Comparison, Explanation
     from splitfx.ir.notes import Note
+    from splitfx.report.explain import Comparison, Explanation
 
 PROMISES = {
     "equal": "the same function",

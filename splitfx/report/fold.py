@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitfx.runtime.profiling import Row
+    from splitfx.report.profile import Row
 
 _MOST = "alive is the most in a line"
 

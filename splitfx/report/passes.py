@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitfx.compiler.protocol import Pass
+from splitfx.ground.table import wrap
 from splitfx.report.explanation import PROMISES
-from splitfx.report.table import wrap
 
 
 def passes_text(known: Mapping[str, type[Pass]]) -> str:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
-from splitfx.report.table import seconds, size
+from splitfx.ground.table import seconds, size
 
 WARM_UP = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

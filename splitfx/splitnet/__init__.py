@@ -17,9 +17,9 @@ from splitfx.splitnet.sources import clustering, random, semantic
 from splitfx.splitnet.weights import weights
 
 if TYPE_CHECKING:
+    from splitfx.export.bundles.branches import export_branches
+    from splitfx.export.bundles.branches_runner import Branches
     from splitfx.report.plots.splitnet import plot_classes, plot_curves, plot_weights
-    from splitfx.splitnet.branches.bundle import export_branches
-    from splitfx.splitnet.branches.runner import Branches
 
 __all__ = [
     "Assignment",
@@ -39,8 +39,8 @@ __all__ = [
 ]
 _HOME = {
     **dict.fromkeys(("plot_classes", "plot_curves", "plot_weights"), "splitfx.report.plots.splitnet"),
-    "export_branches": "splitfx.splitnet.branches.bundle",
-    "Branches": "splitfx.splitnet.branches.runner",
+    "export_branches": "splitfx.export.bundles.branches",
+    "Branches": "splitfx.export.bundles.branches_runner",
 }
 
 

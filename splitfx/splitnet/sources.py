@@ -21,12 +21,12 @@ from torch import fx
 from splitfx.errors import MissingExtraError, PlanError
 from splitfx.files import read_text
 from splitfx.ground import limits
-from splitfx.ground.text import shown
 from splitfx.ir.graph import layer
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import drawn
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
+from splitfx.text import shown
 
 Taxonomy = Mapping[str, Any] | str | os.PathLike[str]
 Labels = dict[str, np.ndarray]

@@ -26,12 +26,12 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note
 from splitfx.errors import ExportError, PlanError
 from splitfx.files import FolderKind, read_json
+from splitfx.files.typed import Count, typed
 from splitfx.ground.exclusive import fresh
-from splitfx.ground.text import cut
-from splitfx.ground.typed import Count, typed
 from splitfx.ir import graph as graphs
 from splitfx.storage import program, rebuild
 from splitfx.storage.record import read_record, write_record
+from splitfx.text import cut
 
 KIND = FolderKind("splitfx.save", "splitfx.json", 1, ExportError)
 PLAN, PROGRAM = "plan.toml", "program.json"

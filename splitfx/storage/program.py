@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
-from splitfx.frontend.raising import FunctionalBatchNorm
 from splitfx.ir import graph as graphs
 from splitfx.ir import sizes
+from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.storage import operators, stored
 from splitfx.subnetworks.entry import Entry
 from splitfx.tiling.run.executor import Tiled

@@ -23,14 +23,15 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError
 from splitfx.frontend.behaviour import quiet
+from splitfx.frontend.called import CanonicalGraph
 from splitfx.frontend.raising import mark_view_writes
 from splitfx.ground import names
 from splitfx.ir import graph as graphs
 from splitfx.ir import sizes
+from splitfx.ir.graph import dress
 from splitfx.storage import operators, rehearsal, stored
 from splitfx.storage.layers import installed, made
 from splitfx.storage.stored import Node, Program
-from splitfx.subnetworks.model import dress
 
 Values = Mapping[str, tuple[str, torch.Tensor]]
 
@@ -110,7 +111,7 @@ def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
         nodes[one.name] = _make_node(graph, one, nodes)
     if [n.op for n in graph.nodes].count("output") != 1 or next(iter(reversed(graph.nodes))).op != "output":
         raise ValueError("a graph ends with its one output")
-    gm = graphs.CanonicalGraph(root, graph, name)
+    gm = CanonicalGraph(root, graph, name)
     for path, (kind, _) in values.items():
         if kind == "constant":  # fx registers every buffer it copies as persistent
             parent, _, last = path.rpartition(".")

@@ -12,13 +12,13 @@ from msgspec import Struct
 from torch import fx
 
 from splitfx.compiler.pipeline import Step
-from splitfx.compiler.transform import explain
 from splitfx.errors import ExportError
 from splitfx.files import written_whole
-from splitfx.ground.text import shown
-from splitfx.ground.typed import read_typed
+from splitfx.files.typed import read_typed
 from splitfx.ir.graph import info
+from splitfx.report.explain import explain
 from splitfx.report.explanation import PROMISES
+from splitfx.text import shown
 
 NAME = "explanation.json"
 

@@ -19,8 +19,8 @@ from msgspec import Meta, Struct
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from splitfx.files.typed import require_ordinary
 from splitfx.ground import names
-from splitfx.ground.typed import require_ordinary
 from splitfx.ir.notes import Note
 from splitfx.storage.operators import LARGEST
 

@@ -4,3 +4,5 @@
 where a cut can lie, `build` makes the step-down, `entry` is its place in the graph, `model` what a user calls,
 `choose` keeps budgets, `oracle` checks, `bundle` and `runner` are ONNX files over one file of weights.
 """
+
+from splitfx.subnetworks import model as model  # gives `Entry` the class of a graph that holds one

@@ -15,8 +15,8 @@ from torch import fx
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.ground.table import number, seconds, size, table
 from splitfx.ir.graph import random_inputs
-from splitfx.report.table import number, seconds, size, table
 from splitfx.runtime.measuring import alternate
 from splitfx.subnetworks.entry import entries
 from splitfx.tiling.plan.planner import parse_bytes

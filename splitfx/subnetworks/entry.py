@@ -12,11 +12,13 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from splitfx.ir.graph import Whole
+
 FORMS = ("closed", "static", "embedding")
 Form = Literal["closed", "static", "embedding"]
 
 
-class Entry(nn.Module):
+class Entry(Whole):
     """Returns its input; holds what a sub-model has of its own.
 
     ``step_down``: a graph from the image to the cut's tensor. ``reads``: which of the model's placeholders it takes.

@@ -1,8 +1,8 @@
 """The result of `SubNetworks`: a graph that is the base model, and gives its sub-models.
 
-`dress` gives a graph with entries the methods of `SubNetworksGraph`; copies keep them, and tracing and loading put them
-back. Nothing is stored twice: a sub-model is made from the graph as it is, when it is asked for, over the same
-parameters and buffers.
+`splitfx.ir.graph.dress` gives a graph with entries the methods of `SubNetworksGraph`; copies keep them, and tracing and
+loading put them back. Nothing is stored twice: a sub-model is made from the graph as it is, when it is asked for,
+over the same parameters and buffers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 
 from splitfx.errors import UnsupportedError
+from splitfx.frontend.called import CanonicalGraph
 from splitfx.ir.graph import (
     INFO,
-    CanonicalGraph,
     attribute,
     dressed,
     info,
@@ -90,14 +90,7 @@ class SubNetworksGraph(CanonicalGraph):
         return select(self, max_macs, max_latency, max_peak)
 
 
-def dress(graph: fx.GraphModule) -> fx.GraphModule:
-    """Give a graph that has entries the methods of `SubNetworksGraph`, in place."""
-    if isinstance(graph, SubNetworksGraph) or not entries(graph):
-        return graph
-    # As fx does it: a class of its own for every instance, since `recompile` puts forward into the class.
-    graph.__class__ = type("GraphModuleImpl", (SubNetworksGraph,), {"__qualname__": "GraphModuleImpl"})
-    graph.recompile()
-    return graph
+Entry.graph_class = SubNetworksGraph
 
 
 def _checked(graph: fx.GraphModule, number: int) -> int:

@@ -16,9 +16,9 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.errors import PlanError, nearest
+from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
 from splitfx.ir.ops import is_size, op, op_name
-from splitfx.report.table import dims
 from splitfx.subnetworks.trunk import Spread, spreads
 
 

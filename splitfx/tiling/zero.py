@@ -23,13 +23,14 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape, shapes
 from splitfx.errors import PlanError
+from splitfx.ground.table import dims
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, set_path
 from splitfx.ir.ops import Spatial, in_place, is_size, op
-from splitfx.report.table import dims
-from splitfx.tiling.plan.extract import exits_of, install, sources_of
+from splitfx.tiling.plan.extract import exits_of, sources_of
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.run.install import install
 
 Grid = tuple[int, int]
 

@@ -22,9 +22,9 @@ from torch import fx, nn
 from splitfx.errors import TrainingError
 from splitfx.files import written_whole
 from splitfx.files.drafts import sweep
-from splitfx.ground.text import one_line, shown
-from splitfx.ground.typed import Count, reason, require_ordinary
+from splitfx.files.typed import Count, reason, require_ordinary
 from splitfx.ir.graph import info, is_canonical
+from splitfx.text import one_line, shown
 from splitfx.train.history import Epoch, Score
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe

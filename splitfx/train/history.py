@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import asdict, dataclass
 
-from splitfx.report.table import table
+from splitfx.ground.table import table
 
 
 @dataclass(frozen=True)

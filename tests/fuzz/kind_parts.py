@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import splitfx
-from splitfx.splitnet.branches import runner as branches
-from splitfx.subnetworks import bundle
+from splitfx.export.bundles import branches_runner as branches
+from splitfx.export.bundles import submodels as bundle
 from tests.fuzz.kind_program import Folder, written
 from tests.fuzz.mutate import edited
 

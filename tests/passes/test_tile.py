@@ -22,7 +22,8 @@ from splitfx.passes.tile import Tile
 from splitfx.tiling.plan.instructions import Run
 from splitfx.tiling.plan.planner import parse_bytes
 from splitfx.tiling.run import executor
-from splitfx.tiling.run.executor import Execution, Tiled
+from splitfx.tiling.run.execution import Execution
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import ZOO, Head, Residual, conv_bn, image
 

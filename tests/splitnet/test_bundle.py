@@ -15,12 +15,12 @@ from torch import fx, nn
 import splitfx
 from splitfx import cli, splitnet
 from splitfx.errors import ExportError, UnsupportedError
+from splitfx.export.bundles import branches as writing
+from splitfx.export.bundles.branches import PARITY, export_branches
+from splitfx.export.bundles.branches_runner import KIND, Branches
 from splitfx.ir.graph import copy_graph
 from splitfx.passes import SplitNet
-from splitfx.splitnet.branches import bundle as writing
-from splitfx.splitnet.branches.bundle import PARITY, export_branches
-from splitfx.splitnet.branches.runner import KIND, Branches
-from splitfx.splitnet.branches.tree import MERGE, STEM, Tree
+from splitfx.splitnet.tree import MERGE, STEM, Tree
 from tests.splitnet.carved import NESTED, Chain, carved, image, off, wide
 
 pytest.importorskip("onnxruntime")

@@ -14,7 +14,7 @@ import splitfx
 from splitfx.compiler.pipeline import run_pass
 from splitfx.passes import SplitNet
 from splitfx.splitnet import structure
-from splitfx.splitnet.branches.padding import Padding
+from splitfx.splitnet.padding import Padding
 from tests.splitnet.networks import ragged
 from tests.splitnet.test_carving import EXACT, error, masked_by_hand
 

@@ -16,7 +16,7 @@ from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import VerificationError
 from splitfx.passes import SplitNet
 from splitfx.splitnet import Assignment, random, structure
-from splitfx.splitnet.branches.padding import Padding
+from splitfx.splitnet.padding import Padding
 from tests.splitnet.networks import CASES, ragged, traced
 from tests.splitnet.test_carving import EXACT, each, error, masked_by_hand
 

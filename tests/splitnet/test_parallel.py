@@ -26,7 +26,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.parallel import ParallelError, Ranks, Streams, place, placement
 from splitfx.parallel import __main__ as command
 from splitfx.parallel.placement import spread
-from splitfx.splitnet.branches.tree import STEM, Tree
+from splitfx.splitnet.tree import STEM, Tree
 from tests.splitnet.carved import EXACT, FLAT, NESTED, Chain, carved, image, off, wide
 
 TIMEOUT = 3.0

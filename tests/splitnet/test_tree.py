@@ -16,7 +16,7 @@ from splitfx.ir.graph import copy_graph
 from splitfx.passes import FoldBatchNorm, SplitNet, Tile
 from splitfx.splitnet import boundary
 from splitfx.splitnet.branches import tree as trees
-from splitfx.splitnet.branches.tree import MERGE, STEM, Tree, run
+from splitfx.splitnet.tree import MERGE, STEM, Tree, run
 from tests.splitnet.carved import (
     CLASSES,
     EXACT,

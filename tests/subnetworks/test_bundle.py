@@ -15,9 +15,9 @@ import torch
 
 import splitfx
 from splitfx.errors import ExportError, UnsupportedError
+from splitfx.export.bundles import submodels as bundles
 from splitfx.export.data_files import data_files
 from splitfx.passes import SubNetworks, Tile
-from splitfx.subnetworks import bundle as bundles
 from splitfx.subnetworks.model import SubNetworksGraph
 from splitfx.train.data import load_data
 from tests import oracle

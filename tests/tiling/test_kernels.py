@@ -14,7 +14,7 @@ from splitfx.analysis import taps
 from splitfx.analysis.regions import Edge
 from splitfx.tiling.plan.instructions import Run, Schedule
 from splitfx.tiling.run import executor, kernels
-from splitfx.tiling.run.executor import Execution
+from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.reductions import Reduction
 from tests import oracle
 from tests.tiling import cases

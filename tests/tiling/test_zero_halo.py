@@ -20,8 +20,8 @@ from splitfx.errors import PlanError, SplitfxError, UnsupportedError, Verificati
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph
 from splitfx.passes import Tile
+from splitfx.report.compare_halo import compare_halo, halo_table
 from splitfx.report.plots import plot_halo, plot_pareto
-from splitfx.tiling.compare_halo import compare_halo, halo_table
 from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Point

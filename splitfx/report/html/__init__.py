@@ -16,6 +16,7 @@ from torch import fx
 from splitfx.compiler.pipeline import Figures, Step, figures
 from splitfx.errors import SplitfxError
 from splitfx.files import check_target, written_whole
+from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ir.graph import info
 from splitfx.ir.notes import Note
 from splitfx.report.explanation import by_kind, promise, ratio, title
@@ -23,8 +24,7 @@ from splitfx.report.html.boxes import Box, boxes
 from splitfx.report.html.drawing import graph_svg, memory_svg, picture_svg
 from splitfx.report.html.splitnet import splitnet_html
 from splitfx.report.html.style import CSS, JS
-from splitfx.report.table import dims, number, seconds, size
-from splitfx.runtime.profiling import Profile, profile
+from splitfx.report.profile import Profile, profile
 
 
 def inspect_html(split: fx.GraphModule, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -17,9 +17,9 @@ from torch import fx, nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.shapes import shape
+from splitfx.ground.table import dims, number, size
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import is_size, op_name
-from splitfx.report.table import dims, number, size
 
 LIMIT = 80
 _TOLD = ("cat", "relu", "relu6", "add", "mul", "silu", "gelu", "sigmoid", "hardswish")

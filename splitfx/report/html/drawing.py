@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from splitfx.ground.table import shorten, size
 from splitfx.report.html.boxes import Box
 from splitfx.report.html.style import COLOURS, GRAPH
-from splitfx.report.table import shorten, size
-from splitfx.runtime.profiling import Row
+from splitfx.report.profile import Row
 
 WIDE, HIGH, GAP, ROWS = 190, 42, 10, 72
 _NARROW = 84

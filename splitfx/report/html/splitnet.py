@@ -15,10 +15,10 @@ from html import escape
 import numpy as np
 from torch import fx
 
+from splitfx.ground.table import shorten
 from splitfx.ir.graph import info
 from splitfx.report.plots.splitnet_classes import UNNAMED, Classes, carved_classes
 from splitfx.report.plots.splitnet_matrices import carved_blocks, diagonal, reduced
-from splitfx.report.table import shorten
 
 BAND, CELL, NAME = 50, 20, 24  # classes beside each other, pixels of a class, letters of its name
 LAYERS, PIXELS, SIDE = 8, 96, 200  # layers drawn, rows and columns of each in the data and on the page

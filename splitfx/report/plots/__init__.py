@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from splitfx.errors import PlanError
 from splitfx.files import written_whole
+from splitfx.ground.table import seconds, shorten, size
 from splitfx.report.html.style import COLOURS
-from splitfx.report.table import seconds, shorten, size
 
 if TYPE_CHECKING:
-    from splitfx.tiling.compare_halo import HaloRow
+    from splitfx.report.compare_halo import HaloRow
     from splitfx.tiling.plan.planner import Point
 
 WIDTH, HEIGHT = 760, 440

@@ -18,10 +18,10 @@ from torch import fx
 
 from splitfx.errors import MissingExtraError, PlanError, SplitfxError
 from splitfx.files import check_target, written_whole
+from splitfx.ground.table import shorten
 from splitfx.report.html.style import COLOURS
 from splitfx.report.plots.splitnet_classes import Agreement, Classes, agreement, grouped_classes
 from splitfx.report.plots.splitnet_matrices import Matrix, matrices, reduced
-from splitfx.report.table import shorten
 from splitfx.splitnet.assignment import OPTIONS, Assignment, structure
 from splitfx.splitnet.learn import Groups
 from splitfx.splitnet.sources import Taxonomy

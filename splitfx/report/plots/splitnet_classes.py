@@ -14,8 +14,8 @@ import numpy as np
 from torch import fx
 
 from splitfx.errors import PlanError, nearest
+from splitfx.ground.table import wrap
 from splitfx.ir.graph import info, layer, module_of, output_node
-from splitfx.report.table import wrap
 from splitfx.splitnet.assignment import Assignment, group_lines
 from splitfx.splitnet.sources import Taxonomy, checked_taxonomy, leaves, read_taxonomy
 

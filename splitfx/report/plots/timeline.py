@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from splitfx.errors import MissingExtraError, SplitfxError
 from splitfx.files import written_whole
+from splitfx.ground.table import number, shorten, size
 from splitfx.report.fold import fold
-from splitfx.report.table import number, shorten, size
 
 if TYPE_CHECKING:
     from splitfx.report.fold import Line
-    from splitfx.runtime.profiling import Profile
+    from splitfx.report.profile import Profile
 
 _INK, _SOFT, _LIVE, _INPUT, _MACS, _PARAMS = "#1f2933", "#9aa5b1", "#3b82c4", "#b6d0ea", "#e07a3f", "#4c9f70"
 _BARS = 40

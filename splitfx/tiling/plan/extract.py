@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from splitfx.analysis.regions import CONSTANT, Regions, constant
-from splitfx.ir.editing import free_path, like, reorder
+from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, module_of, set_path
 from splitfx.ir.ops import is_size
-from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.stage import Kind, Roles
-from splitfx.tiling.run.executor import Tiled
-
-if TYPE_CHECKING:
-    from splitfx.tiling.plan.replan import Goal
 
 
 def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]], Roles]:
@@ -91,33 +84,3 @@ def stage_graph(
         copy(node)
     small.output([copied[n] for n in exits])
     return fx.GraphModule(root, small, "Stage"), sources, exits, copied
-
-
-def install(
-    graph: fx.GraphModule, nodes: Sequence[fx.Node], schedule: Schedule, name: str = "tiled", goal: Goal | None = None
-) -> fx.Node:
-    """Replace the nodes of a stage by one call of a `Tiled` module."""
-    stage, sources, exits, _ = stage_graph(graph, nodes)
-    path = free_path(graph, name)
-    tiled = Tiled(stage, schedule, goal)
-    tiled.training = graph.training
-    graph.add_module(path, tiled)
-    with graph.graph.inserting_after(nodes[-1]):
-        call = graph.graph.call_module(path, tuple(sources))
-    call.meta["layer"] = path
-    after = call
-    for place, node in enumerate(exits):
-        with graph.graph.inserting_after(after):
-            after = like(graph.graph.call_function(operator.getitem, (call, place)), node)
-        inside = set(nodes)
-        node.replace_all_uses_with(after, delete_user_cb=lambda user, inside=inside: user not in inside)
-    moved = {str(n.target) for n in nodes if n.op == "call_module"}
-    for node in reversed(nodes):
-        graph.graph.erase_node(node)
-    for node in reversed(graph.graph.nodes):
-        if is_size(node) and not node.users:
-            graph.graph.erase_node(node)  # the stage has its own
-    for target in moved - {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:
-        graph.delete_submodule(target)  # the stage holds it now
-    reorder(graph, lambda node: ())
-    return call

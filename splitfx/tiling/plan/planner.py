@@ -18,9 +18,9 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.errors import PlanError
 from splitfx.ground import limits
-from splitfx.ground.text import shown
+from splitfx.ground.table import size as words
 from splitfx.ir.graph import layer, module_of
-from splitfx.report.table import size as words
+from splitfx.text import shown
 from splitfx.tiling.plan.extract import sources_of, stage_graph
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.schedule import Scheduler

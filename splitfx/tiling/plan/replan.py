@@ -16,9 +16,9 @@ from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shapes
+from splitfx.ground.table import size as words
 from splitfx.ir.graph import TensorSpec
 from splitfx.ir.ops import is_size
-from splitfx.report.table import size as words
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Candidates

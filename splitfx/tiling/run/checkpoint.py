@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -28,12 +28,14 @@ from splitfx.analysis.shapes import shapes
 from splitfx.ground.exclusive import Autocast, autocasts, exclusive, twin
 from splitfx.ir.graph import TensorSpec, attribute, output_node, set_path
 from splitfx.tiling.plan.extract import stage_graph
-from splitfx.tiling.plan.instructions import Finish, Instruction, Reduce, Schedule, Store, Take
+from splitfx.tiling.plan.instructions import Finish, Reduce, Schedule, Store, Take
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.plan.segments import Plan, divided, is_mean, overwrites
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
-from splitfx.tiling.run.executor import Execution, Program, Tiled
-from splitfx.tiling.stream import perform
+from splitfx.tiling.run.execution import Execution, Program
+
+if TYPE_CHECKING:
+    from splitfx.tiling.run.executor import Tiled
 
 PIECE = 2**20  # bytes of the largest piece of a step of the forward pass, about
 
@@ -155,9 +157,6 @@ class _Forward(Execution):
         super().finish(one)
         if one.kernel.kind is Kind.REDUCE:
             self.reduced[one.kernel] = self.registers[one.dst]
-
-    def act(self, instruction: Instruction) -> None:
-        perform(self, instruction)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -299,7 +298,7 @@ class _Band(Execution):
             self.registers[place] = leaf
             self.wholes[kernel] = place
         for instruction in self.scheduler.band(self.number):
-            perform(self, instruction)
+            self.act(instruction)
         self.registers.clear()
         self.pieces.clear()
 

@@ -24,12 +24,13 @@ from torch import fx
 
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
+from splitfx.ground.table import dims
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
 from splitfx.ir.ops import is_size
-from splitfx.report.table import dims
 from splitfx.tiling.plan.instructions import Instruction, Open, Patch, Reduce, Run, Store, Take
 from splitfx.tiling.plan.stage import Kernel
-from splitfx.tiling.run.executor import _ACTIONS, Execution, Program, Tiled, acts_in_training
+from splitfx.tiling.run.execution import Execution, Program
+from splitfx.tiling.run.executor import Tiled, acts_in_training
 from splitfx.tiling.stream.sources import RowSource
 
 Say = Callable[[str], None]
@@ -191,11 +192,6 @@ def _operands(one: Instruction) -> tuple[int, ...]:
 # ---------------------------------------------------------------- running
 
 
-def perform(execution: Execution, instruction: Instruction) -> None:
-    """One instruction, by the method of the execution's own class."""
-    getattr(execution, _ACTIONS[type(instruction)].__name__)(instruction)
-
-
 class Streaming(Execution):
     """An execution whose first source is an `_Image`, and whose map goes to a writer where there is one."""
 
@@ -208,7 +204,7 @@ class Streaming(Execution):
         self.registers[0] = self.image  # type: ignore[assignment]
         self.wholes[source] = 0
         for instruction in self.program.instructions():
-            perform(self, instruction)
+            self.act(instruction)
         return [] if self.writer is not None else [self._result(k) for k in self.stage.exits]
 
     def take(self, one: Take) -> None:

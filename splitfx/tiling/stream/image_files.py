@@ -18,8 +18,8 @@ import torch
 
 from splitfx.errors import SplitfxError, UnsupportedError
 from splitfx.ground import limits
-from splitfx.ground.text import shown
-from splitfx.tiling.stream.sources import Layout, Rows, checked, layout_of, tensor_of
+from splitfx.text import shown
+from splitfx.tiling.stream.rows import Layout, Rows, checked, layout_of, tensor_of
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from splitfx.errors import PlanError
-from splitfx.report.table import number, size, table
+from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
 from splitfx.train.search.inherit import extended
 from splitfx.train.search.preview import preview

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.transform import transform
-from splitfx.report.table import number, size, table
+from splitfx.ground.table import number, size, table
 from splitfx.train.search.inherit import kept_weight
 from splitfx.train.search.space import Space, changed, figures
 from splitfx.train.search.trend import Figures

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from splitfx.compiler.plan import Plan
-from splitfx.report.table import number, size, table
+from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import size, table
 from splitfx.ir.graph import is_canonical
-from splitfx.report.table import size, table
 from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.planner import Candidates, Mode, Point, front
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from splitfx.errors import SplitfxError
 from splitfx.files import read_json
-from splitfx.ground.text import one_line
+from splitfx.text import one_line
 
 DEEPEST = 100  # containers in containers
 SHOWN = 200  # characters of a reason

@@ -2,8 +2,8 @@
 
 Does: writes ``stem.onnx``, ``branch-0.onnx`` …, ``merge.onnx`` and ``branches.json``: what each part reads and gives,
 its groups, multiply-accumulates and parameters, the classes of each group in the order of its logits, size and SHA-256
-of every file. The folder is run under onnxruntime (`splitfx.splitnet.branches.runner`) and held to the model before it
-is there.
+of every file. The folder is run under onnxruntime (`splitfx.export.bundles.branches_runner`) and held to the model
+before it is there.
 Refuses (`ExportError`): a folder that is there already; files that disagree with the model.
 Promises: a folder is there whole or not at all. A branch's weights are in its own file only, so that a machine needs
 no more than the stem and its own branches.
@@ -22,10 +22,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError
+from splitfx.export.bundles.branches_runner import KIND, Branches, OnnxPart, fingerprint
 from splitfx.export.onnx import export_onnx
 from splitfx.ir import graph as graphs
-from splitfx.splitnet.branches.runner import KIND, Branches, OnnxPart, fingerprint
-from splitfx.splitnet.branches.tree import Tree
+from splitfx.splitnet.tree import Tree
 
 PARITY = 1e-4  # of the largest output: onnxruntime in float32 against torch
 

@@ -21,15 +21,16 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis import facts
 from splitfx.analysis.memory import memory
 from splitfx.analysis.shapes import shapes
-from splitfx.compiler.transform import outputs
 from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import dims, size, table
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
-from splitfx.report.table import dims, size, table
-from splitfx.tiling.plan.extract import install, stages
+from splitfx.report.explain import outputs
+from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run.install import install
 from splitfx.tiling.zero import Grid, combine_layers, install_zero, leading_to
 
 STRIPS = 16  # steps in which the exact halo is run

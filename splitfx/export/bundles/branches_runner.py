@@ -22,11 +22,11 @@ from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.data_files import data_files
 from splitfx.files import FolderKind
-from splitfx.ground.text import shown
-from splitfx.ground.typed import Count, Text, typed
-from splitfx.report.table import number, size, table
-from splitfx.splitnet.branches.arguments import bound
-from splitfx.splitnet.branches.tree import MERGE
+from splitfx.files.typed import Count, Text, typed
+from splitfx.ground.table import number, size, table
+from splitfx.splitnet.arguments import bound
+from splitfx.splitnet.tree import MERGE
+from splitfx.text import shown
 
 KIND = FolderKind("export_branches", "branches.json", 1, ExportError)
 

@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis import facts
 from splitfx.compiler.oracle import require_equal
 from splitfx.errors import UnsupportedError
+from splitfx.ground.table import number, size, table
 from splitfx.ir import graph as graphs
 from splitfx.ir.editing import readers_of_memory
 from splitfx.ir.graph import TensorSpec, TraceInfo, attribute, layer, output_node
 from splitfx.ir.ops import Channel, bind, in_place, is_size, op, op_name, out_of_place
-from splitfx.report.table import number, size, table
 from splitfx.splitnet import boundary
-from splitfx.splitnet.branches.arguments import arguments_of, bound
+from splitfx.splitnet.arguments import arguments_of, bound
 from splitfx.tiling.plan.extract import stage_graph
 
 STEM, MERGE = "stem", "merge"

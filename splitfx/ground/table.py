@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from splitfx.ground.text import printable
+from splitfx.text import printable
 
 WIDTH = 100
 GAP = "  "

@@ -22,10 +22,10 @@ from splitfx.analysis.shapes import shapes as shapes_of
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
+from splitfx.ground.table import dims, number, size, table, wrap
 from splitfx.ir.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ir.ops import is_size, op_name
 from splitfx.report.fold import fold
-from splitfx.report.table import dims, number, size, table, wrap
 
 FORMAT = 1
 ROWS = 60  # lines of the printed table

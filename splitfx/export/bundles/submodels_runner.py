@@ -22,10 +22,10 @@ from msgspec import Meta, Struct
 
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
-from splitfx.ground.text import shown
-from splitfx.ground.typed import Count, Text, typed
-from splitfx.report.table import number, seconds, size, table
-from splitfx.subnetworks.bundle import KIND
+from splitfx.export.bundles.submodels import KIND
+from splitfx.files.typed import Count, Text, typed
+from splitfx.ground.table import number, seconds, size, table
+from splitfx.text import shown
 
 REMEMBERED = 50  # latest calls of a model that its time is judged by
 Sizes = tuple[tuple[int, ...], ...]

@@ -1,0 +1,1 @@
+"""Folders of ONNX files that belong together: the branches of a carved model, the models of a sub-network graph."""

@@ -1,1 +1,0 @@
-"""A carved model as its tree: parts, their files, and their runner."""

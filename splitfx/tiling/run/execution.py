@@ -1,0 +1,202 @@
+"""Execution: the instructions of a stage, acted out on tensors.
+
+One run-time for eager calls, export, streaming and the bands of a backward pass: those that take or store pieces in
+another way override the method of that instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from splitfx.ir.ops import out_of_place
+from splitfx.tiling.plan.instructions import (
+    Finish,
+    Free,
+    Instruction,
+    Join,
+    Open,
+    Patch,
+    Reduce,
+    Run,
+    Schedule,
+    Store,
+    Take,
+)
+from splitfx.tiling.plan.schedule import Scheduler
+from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting
+from splitfx.tiling.run.kernels import Calls
+from splitfx.tiling.run.reductions import Reduction
+
+KEPT = 20_000  # instructions of one input size that are kept; longer lists are made anew at every call
+
+
+class Program:
+    """A stage at one size of its inputs: kernels and the instructions that run them."""
+
+    def __init__(self, stage: Stage, schedule: Schedule) -> None:
+        self.stage, self.schedule, self.calls = stage, schedule, Calls(stage)
+        self._kept: list[Instruction] | None = None
+        counted = Scheduler(stage, schedule)
+        found: list[Instruction] = []
+        for instruction in counted.instructions():
+            if len(found) <= KEPT:
+                found.append(instruction)
+        self.peak, self.binding, self.firings = counted.peak, counted.binding, counted.firings
+        if len(found) <= KEPT:
+            self._kept = found
+
+    def instructions(self) -> Iterable[Instruction]:
+        return self._kept if self._kept is not None else Scheduler(self.stage, self.schedule).instructions()
+
+
+class Execution:
+    """One run of a program on tensors. ``functional``: nothing is overwritten, for autograd and export."""
+
+    def __init__(self, program: Program, functional: bool) -> None:
+        self.program, self.stage, self.functional = program, program.stage, functional
+        self.registers: dict[int, torch.Tensor] = {}
+        self.wholes: dict[Kernel, int] = {}
+        self.reductions: dict[Kernel, Reduction] = {}
+        self.results: dict[int, torch.Tensor] = {}
+        self.pieces: dict[int, list[tuple[Any, Any, torch.Tensor]]] = {}
+
+    def run(self, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        for place, (kernel, tensor) in enumerate(zip(self.stage.sources, inputs, strict=True)):
+            self.registers[place] = tensor
+            self.wholes[kernel] = place
+        for instruction in self.program.instructions():
+            self.act(instruction)
+        return [self._result(k) for k in self.stage.exits]
+
+    def act(self, instruction: Instruction) -> None:
+        getattr(self, _ACTIONS[type(instruction)])(instruction)
+
+    def _result(self, kernel: Kernel) -> torch.Tensor:
+        if kernel.exit in self.results:
+            return self.results[kernel.exit]
+        assert kernel.dims is not None
+        if kernel.users and self.program.schedule.tiles != (1, 1):  # tiles of it overlap: what is read in them
+            found = self.results[kernel.exit] = self._canvas(kernel)
+            return found
+        bands: dict[Any, list[torch.Tensor]] = {}
+        for _, columns, piece in self.pieces[kernel.exit]:
+            bands.setdefault(columns, []).append(piece)
+        joined = [_cat(pieces, kernel.dims[0]) for pieces in bands.values()]
+        found = self.results[kernel.exit] = _cat(joined, kernel.dims[1])
+        return found
+
+    def _canvas(self, kernel: Kernel) -> torch.Tensor:
+        """The pieces of an output that are there, each in its place."""
+        assert kernel.dims is not None
+        pieces, (h, w) = self.pieces[kernel.exit], kernel.dims
+        found = pieces[0][2].new_zeros(tuple(self.stage.values[kernel.node].shape))
+        for rows, columns, piece in pieces:
+            found.narrow(h, rows[0], rows[1] - rows[0]).narrow(w, columns[0], columns[1] - columns[0]).copy_(piece)
+        return found
+
+    # ------------------------------------------------------------ instructions
+
+    def take(self, one: Take) -> None:
+        x, dims = self.registers[one.src], one.kernel.dims
+        assert dims is not None
+        if one.rows is not None:
+            x = x.narrow(dims[0], one.rows[0], one.rows[1] - one.rows[0])
+        if one.columns is not None:
+            x = x.narrow(dims[1], one.columns[0], one.columns[1] - one.columns[0])
+        self.registers[one.dst] = x.clone() if one.copy and not self.functional else x
+
+    def join(self, one: Join) -> None:
+        assert one.kernel.dims is not None
+        self.registers[one.dst] = torch.cat([self.registers[s] for s in one.srcs], one.kernel.dims[0])
+
+    def compute(self, one: Run) -> None:
+        pieces = [self.registers[s] for s in one.srcs]
+        wholes = [self.registers[self.wholes[k]] for k in one.kernel.takes]
+        y = self.program.calls[one.kernel](one if not self.functional else replace(one, over=-1), pieces, wholes)
+        if one.over >= 0:
+            del self.registers[one.over]
+        self.registers[one.dst] = y
+
+    def patch(self, one: Patch) -> None:
+        node, dims = one.kernel.node, one.kernel.dims
+        assert dims is not None
+        base = self.registers.pop(one.over)
+        if self.functional:
+            other = _cat([self.registers[part] for part, _, _ in one.parts], dims[0])
+            given = (base, other) if one.place == 0 else (other, base)
+            self.registers[one.dst] = out_of_place(node.target)(*given)
+            return
+        for part, first, count in one.parts:
+            overwriting(node)(base.narrow(dims[0], first, count), self.registers[part])
+        self.registers[one.dst] = base
+
+    def open(self, one: Open) -> None:
+        if self.functional:
+            return
+        value = self.stage.values[one.kernel.node]
+        like = next(iter(self.registers.values()))
+        self.results[one.exit] = torch.empty(tuple(value.shape), dtype=value.dtype, device=like.device)
+        self.registers[-1 - one.exit] = self.results[one.exit]
+
+    def store(self, one: Store) -> None:
+        kernel, piece = one.kernel, self.registers[one.src]
+        if kernel.dims is None:
+            self.results[one.exit] = piece
+        elif self.functional:
+            self.pieces.setdefault(one.exit, []).append((one.rows, one.columns, piece))
+            self.registers[-1 - one.exit] = self._so_far(one)
+        else:
+            place = self.results[one.exit].narrow(kernel.dims[0], one.rows[0], one.rows[1] - one.rows[0])
+            place = place.narrow(kernel.dims[1], one.columns[0], one.columns[1] - one.columns[0])
+            place.copy_(piece)
+
+    def _so_far(self, one: Store) -> torch.Tensor:
+        """An output that kernels of the stage read again, as far as it is there."""
+        if not one.kernel.users:
+            return self.registers[one.src]
+        assert one.kernel.dims is not None
+        if self.program.schedule.tiles != (1, 1):
+            return self._canvas(one.kernel)
+        return _cat([piece for _, _, piece in self.pieces[one.exit]], one.kernel.dims[0])
+
+    def reduce(self, one: Reduce) -> None:
+        if one.kernel not in self.reductions:
+            self.reductions[one.kernel] = Reduction(one.kernel, self.stage)
+        self.reductions[one.kernel].add(self.registers[one.src])
+
+    def finish(self, one: Finish) -> None:
+        kernel = one.kernel
+        if kernel.kind is Kind.REDUCE:
+            found = self.reductions.pop(kernel).value()
+        else:
+            wholes = [self.registers[self.wholes[k]] for k in kernel.takes]
+            run = Run(one.dst, kernel, (), (), (), (0, 0), (0, 0), -1)
+            found = self.program.calls[kernel](run, (), wholes)
+        self.registers[one.dst] = found
+        self.wholes[kernel] = one.dst
+
+    def free(self, one: Free) -> None:
+        for register in one.registers:
+            self.registers.pop(register, None)
+
+
+def _cat(pieces: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+# By name, so that a class that acts in another way has its own methods called.
+_ACTIONS: dict[type, str] = {
+    Take: "take",
+    Join: "join",
+    Run: "compute",
+    Patch: "patch",
+    Open: "open",
+    Store: "store",
+    Reduce: "reduce",
+    Finish: "finish",
+    Free: "free",
+}
