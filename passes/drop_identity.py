@@ -19,8 +19,8 @@ import torch
 from torch import fx, nn
 
 from splitfx.analysis import Facts
+from splitfx.analysis.oracle import in_eval
 from splitfx.analysis.shapes import shape, shapes
-from splitfx.compiler.oracle import in_eval
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import UnsupportedError
 from splitfx.ir.editing import bypass

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitfx.cli.doctor import diagnose
     from splitfx.compiler.plan import Plan
     from splitfx.compiler.transform import transform
     from splitfx.errors import (
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from splitfx.report.html import inspect_html
     from splitfx.report.pareto import Curve, pareto
     from splitfx.report.profile import Profile, profile
-    from splitfx.runtime.doctor import diagnose
     from splitfx.runtime.measuring import Measurement, measure
     from splitfx.storage import load, save
     from splitfx.tiling.stream import stream
@@ -54,7 +54,7 @@ __version__ = "0.1.0"
 _HOME = {
     "splitfx.compiler.transform": ["transform"],
     "splitfx.report.explain": ["explain", "compare", "Explanation", "Comparison"],
-    "splitfx.runtime.doctor": ["diagnose"],
+    "splitfx.cli.doctor": ["diagnose"],
     "splitfx.errors": [
         "SplitfxError",
         "TraceError",

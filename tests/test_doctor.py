@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from splitfx.runtime import doctor
-from splitfx.runtime.doctor import Provider, diagnose
+from splitfx.cli import doctor
+from splitfx.cli.doctor import Provider, diagnose
 
 ALL = dict.fromkeys(doctor.PACKAGES, "1.0") | {"onnxruntime": None}
 CPU, CUDA, NO_CUDA = (

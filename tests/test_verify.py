@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx.compiler.oracle import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
+from splitfx.analysis.oracle import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
 from splitfx.errors import VerificationError
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec, copy_graph, info

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from splitfx.carving import narrow
 from splitfx.ir.graph import copy_graph, module_of, set_path
+from splitfx.ir.layers import Masked
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def alike(a: Division | None, b: Division | None) -> bool:
     return all(np.array_equal(x, y) for x, y in zip((*a.ins, *a.outs), (*b.ins, *b.outs), strict=True))
 
 
-class Masked(nn.Module):
+class Divided(Masked):
     """A layer whose weights outside the blocks count as zero: masked when it is called, so it takes no memory."""
 
     def __init__(self, layer: nn.Module, division: Division) -> None:
@@ -84,12 +85,6 @@ class Masked(nn.Module):
         self.division.clear(weight.transpose(0, 1) if narrow.transposed(self.layer) else weight)
         return weight
 
-    def weight(self) -> torch.Tensor:
-        return self.clear(self.layer.weight.detach().clone())  # type: ignore[operator, union-attr]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
-
 
 def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
     """The dense reference of a graph that is about to be carved: a copy that shares every weight.
@@ -100,6 +95,6 @@ def masked(graph: fx.GraphModule, divisions: Divisions) -> fx.GraphModule:
     for node, division in divisions.items():
         layer = copied.get_submodule(str(node.target))
         whole = len(division.outs) == 1 or getattr(layer, "groups", 1) > 1
-        if not whole and not isinstance(layer, Masked):
-            set_path(copied, str(node.target), Masked(layer, division))
+        if not whole and not isinstance(layer, Divided):
+            set_path(copied, str(node.target), Divided(layer, division))
     return copied

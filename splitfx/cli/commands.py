@@ -30,7 +30,7 @@ from splitfx.ground import limits
 from splitfx.ground.progress import Progress
 from splitfx.ground.table import size
 from splitfx.ir.graph import random_inputs
-from splitfx.report.explain import compare, explain
+from splitfx.report import explain as explaining
 from splitfx.text import printable
 
 
@@ -69,7 +69,7 @@ def transform(given: Namespace, progress: Progress) -> int:
     split = api.transform(model, plan, _inputs(given), verify=not given.no_verify, progress=progress)
     progress("saving")
     storage.save(split, folder, overwrite=given.overwrite)
-    told = explain(split)
+    told = explaining.explain(split)
     total = sum(one.stat().st_size for one in folder.iterdir())
     made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
     return _print(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
@@ -153,7 +153,7 @@ def compare(given: Namespace, progress: Progress) -> int:
     model = _model(given, progress)
     inputs = _inputs(given) or random_inputs(split, given.seed)
     progress("comparing")
-    found = compare(model, split, inputs)
+    found = explaining.compare(model, split, inputs)
     return _print(given, found.to_json(), str(found))
 
 
@@ -171,7 +171,7 @@ def measure(given: Namespace, progress: Progress) -> int:
 
 
 def explain(given: Namespace, progress: Progress) -> int:
-    found = explain(_saved(given.split, progress))
+    found = explaining.explain(_saved(given.split, progress))
     return _print(given, found.to_json(), str(found))
 
 
@@ -209,7 +209,7 @@ def passes(given: Namespace, progress: Progress) -> int:
 
 
 def doctor(given: Namespace, progress: Progress) -> int:
-    from splitfx.runtime.doctor import diagnose
+    from splitfx.cli.doctor import diagnose
 
     progress("starting each provider once")
     found = diagnose()

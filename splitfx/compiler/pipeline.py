@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from splitfx.analysis import carry_over, facts, version
-from splitfx.compiler.oracle import (
+from splitfx.analysis.oracle import (
     TOLERANCE,
     cuda_devices,
     difference,

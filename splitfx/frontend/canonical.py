@@ -10,7 +10,6 @@ torch that this project leans on (``ExportedProgram.module(check_guards=...)``, 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -29,7 +28,6 @@ from splitfx.ir.graph import (
     Staged,
     TensorSpec,
     TraceInfo,
-    Whole,
     by_path,
     dress,
     dressed,
@@ -63,37 +61,6 @@ def _stage(inputs: list[torch.Tensor], path: str) -> list[torch.Tensor]:
 @_stage.register_fake
 def _stage_shapes(inputs: list[torch.Tensor], path: str) -> list[torch.Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _STAGES[path](*inputs)]
-
-
-def _reads_training(module: nn.Module) -> bool:
-    try:
-        return "self.training" in inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return False  # a forward without source is C code or generated; torch.export looks into it anyway
-
-
-def is_opaque(module: nn.Module) -> bool:
-    """A parameterless leaf that acts on ``self.training`` (DropPath, StochasticDepth): one tensor in, one
-    out.
-    """
-    if isinstance(module, nn.RReLU | Whole):
-        return True
-    if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None:
-        return False
-    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
-        return False
-    wanted = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
-    return len(wanted) == 2 and _reads_training(module)
-
-
-def module_has_mode(module: nn.Module) -> bool:
-    """Modules that act on train() and eval()."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    return isinstance(module, kinds) or is_opaque(module)
-
-
-def leaf_paths(model: nn.Module) -> set[str]:
-    return {path for path, module in model.named_modules() if is_opaque(module)}
 
 
 @contextmanager

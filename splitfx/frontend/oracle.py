@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx.compiler.oracle import ROUNDING, TOLERANCE
+from splitfx.analysis.oracle import ROUNDING, TOLERANCE
 from splitfx.errors import TraceError
 from splitfx.frontend.failures import reason
 from splitfx.frontend.first_call import FirstCall, own_copy, run

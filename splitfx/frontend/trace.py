@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import TraceError, UnsupportedError
 from splitfx.frontend.behaviour import Behaviour, differences, observe, quiet
-from splitfx.frontend.canonical import canonicalise, input_specs, is_opaque, leaf_paths, opaque_leaves, whole_stages
+from splitfx.frontend.canonical import canonicalise, input_specs, opaque_leaves, whole_stages
 from splitfx.frontend.example_inputs import Inputs, by_name, free_sizes, larger, split_inputs, widen_batch
 from splitfx.frontend.failures import check_inputs, check_model, failure, reason
 from splitfx.frontend.first_call import FirstCall, first_call, own_copy, run, undisturbed, unfused
@@ -36,6 +36,7 @@ from splitfx.frontend.size_rules import Heard, SizeOfOne, TooLong, listening, si
 from splitfx.ground.exclusive import exclusive
 from splitfx.ir.copies import anew
 from splitfx.ir.graph import Staged, TensorSpec, TraceInfo, info
+from splitfx.ir.modes import is_opaque, leaf_paths
 from splitfx.ir.notes import Note
 from splitfx.ir.sizes import Sizes
 

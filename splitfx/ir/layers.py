@@ -18,3 +18,19 @@ class FunctionalBatchNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> torch.Tensor:
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+class Masked(nn.Module):
+    """A layer of which a part of the weights counts as zero: `clear` sets that part to zero in a tensor of the weight's
+    size. Masked when it is called, so it takes no memory."""
+
+    layer: nn.Module
+
+    def clear(self, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def weight(self) -> torch.Tensor:
+        return self.clear(self.layer.weight.detach().clone())  # type: ignore[operator, union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))

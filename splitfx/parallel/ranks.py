@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from splitfx.compiler.oracle import in_eval
+from splitfx.analysis.oracle import in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError

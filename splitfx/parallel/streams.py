@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from splitfx.compiler.oracle import in_eval
+from splitfx.analysis.oracle import in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.splitnet.tree import Tree, run
 

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis import facts
-from splitfx.compiler.oracle import require_equal
+from splitfx.analysis.oracle import require_equal
 from splitfx.errors import UnsupportedError
 from splitfx.ground.table import number, size, table
 from splitfx.ir import graph as graphs

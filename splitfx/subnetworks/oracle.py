@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from splitfx.compiler.oracle import TOLERANCE, Exact, random_flat, require_equal, run_exact
+from splitfx.analysis.oracle import TOLERANCE, Exact, random_flat, require_equal, run_exact
 from splitfx.errors import VerificationError
 from splitfx.ground.exclusive import reseed
 from splitfx.ir.graph import by_path, layer

@@ -106,7 +106,7 @@ def test_nothing_is_put_into_the_layers_while_others_run_them(monkeypatch: pytes
         return called(self, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__call__", watching)
-    from splitfx.compiler.oracle import run_exact
+    from splitfx.analysis.oracle import run_exact
 
     run_exact(graph, [image(32, 32).double()])
     assert facts(graph).memory.peak_bytes > 0

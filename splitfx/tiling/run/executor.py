@@ -17,9 +17,9 @@ from torch import fx, nn
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
-from splitfx.frontend.canonical import module_has_mode
 from splitfx.ground.exclusive import Autocast, autocasts, exclusive
 from splitfx.ir.graph import Staged, TensorSpec
+from splitfx.ir.modes import module_has_mode
 from splitfx.tiling.plan.instructions import (
     Schedule,
 )

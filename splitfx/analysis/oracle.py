@@ -18,11 +18,11 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from splitfx.carving.division import Masked
 from splitfx.errors import VerificationError
-from splitfx.frontend.canonical import module_has_mode
 from splitfx.ground.exclusive import exclusive, reseed, twin
 from splitfx.ir.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
+from splitfx.ir.layers import Masked
+from splitfx.ir.modes import module_has_mode
 
 TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
 ROUNDING = {
