@@ -21,9 +21,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError, UnsupportedError
-from splitfx.exclusive import reseed
 from splitfx.export import sessions
 from splitfx.export.report import OutputError
+from splitfx.ground.exclusive import reseed
 from splitfx.ir import graph as graphs
 
 # Largest error allowed, relative to the output's largest absolute value; other dtypes must be equal.

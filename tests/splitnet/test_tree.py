@@ -15,7 +15,7 @@ from splitfx.ir.editing import check, like
 from splitfx.ir.graph import copy_graph
 from splitfx.passes import FoldBatchNorm, SplitNet, Tile
 from splitfx.splitnet import boundary
-from splitfx.splitnet.branches import tree as trees
+from splitfx.splitnet import tree as trees
 from splitfx.splitnet.tree import MERGE, STEM, Tree, run
 from tests.splitnet.carved import (
     CLASSES,
