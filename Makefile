@@ -43,6 +43,7 @@ bench-parallel: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --check --quiet .
+	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pyright --pythonpath $(PY)
 
 env: $(STAMP)

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from splitfx.errors import ExportError
 from splitfx.export import sessions
 from splitfx.export.data_files import data_files
-from splitfx.files import FolderKind
+from splitfx.files import FolderKind, is_file_name
 from splitfx.files.typed import Count, Text, typed
 from splitfx.ground.table import number, size, table
 from splitfx.splitnet.arguments import bound
