@@ -10,7 +10,6 @@ from torch import nn
 import splitfx
 from splitfx import Recipe
 from splitfx.ground.progress import Progress
-from splitfx.train.data import load_data
 from splitfx.train.search import search_factors
 
 SHAPE = (1, 16, 16)
@@ -30,7 +29,7 @@ def network(widths: tuple[int, ...] = (16, 32, 48)) -> nn.Module:
 
 def main(out: Path = Path("demo-out/search"), epochs: int = 8, tuned: int = 3) -> splitfx.SearchResult:
     out.parent.mkdir(parents=True, exist_ok=True)
-    digits = load_data("digits", SHAPE)
+    digits = splitfx.load_data("digits", SHAPE)
     model = network().eval()
     print(f"training the unsplit network, {epochs} epochs")
     print(splitfx.finetune(model, digits.train, digits.val, Recipe(epochs=epochs, lr=0.05), progress=False))

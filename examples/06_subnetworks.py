@@ -11,7 +11,6 @@ from torch import nn
 import splitfx
 from splitfx import MultiModelLoss, Recipe
 from splitfx.passes import SubNetworks
-from splitfx.train.data import load_data
 from splitfx.train.finetune import evaluate
 
 SHAPE = (1, 16, 16)
@@ -32,7 +31,7 @@ def network(widths: tuple[int, ...] = (24, 48, 48)) -> nn.Module:
 def main(out: Path = Path("demo-out/subnetworks"), epochs: int = 5) -> dict[str, float]:
     """The accuracy of every model, in percent."""
     out.mkdir(parents=True, exist_ok=True)
-    digits = load_data("digits", SHAPE)
+    digits = splitfx.load_data("digits", SHAPE)
     plan = splitfx.Plan([SubNetworks(cuts=(2, 4), statistics="private")], input_shape=(1, *SHAPE))
     split: Any = splitfx.transform(network().eval(), plan)  # a SubNetworksGraph
     print(splitfx.explain(split))

@@ -12,8 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitfx.analysis import Facts
     from splitfx.cli.doctor import diagnose
     from splitfx.compiler.plan import Plan
+    from splitfx.compiler.protocol import Outcome, Pass, Promise
     from splitfx.compiler.transform import transform
     from splitfx.errors import (
         ExportError,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         VerificationError,
     )
+    from splitfx.export.bundles.branches import export_branches
+    from splitfx.export.bundles.branches_runner import Branches
     from splitfx.export.bundles.submodels import export_bundle
     from splitfx.export.bundles.submodels_runner import Bundle
     from splitfx.export.onnx import export_onnx
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from splitfx.export.runtime import check_onnx
     from splitfx.export.sessions import session_options
     from splitfx.frontend.trace import trace
+    from splitfx.ir.notes import Note
     from splitfx.report.compare_halo import HaloComparison, compare_halo
     from splitfx.report.explain import Comparison, Explanation, compare, explain
     from splitfx.report.html import inspect_html
@@ -42,8 +47,9 @@ if TYPE_CHECKING:
     from splitfx.storage import load, save
     from splitfx.tiling.stream import stream
     from splitfx.tiling.stream.sources import RowSource
-    from splitfx.train.finetune import finetune
-    from splitfx.train.history import History
+    from splitfx.train.data import Data, load_data
+    from splitfx.train.finetune import evaluate, finetune
+    from splitfx.train.history import History, Score
     from splitfx.train.multi_model import MultiModelLoss
     from splitfx.train.recipe import Recipe
     from splitfx.train.search import search_factors
@@ -71,10 +77,15 @@ _HOME = {
     "splitfx.export.runtime": ["check_onnx"],
     "splitfx.export.sessions": ["session_options"],
     "splitfx.runtime.measuring": ["measure", "Measurement"],
+    "splitfx.analysis": ["Facts"],
     "splitfx.compiler.plan": ["Plan"],
+    "splitfx.compiler.protocol": ["Pass", "Promise", "Outcome"],
+    "splitfx.ir.notes": ["Note"],
     "splitfx.report.profile": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
+    "splitfx.export.bundles.branches": ["export_branches"],
+    "splitfx.export.bundles.branches_runner": ["Branches"],
     "splitfx.export.bundles.submodels": ["export_bundle"],
     "splitfx.export.bundles.submodels_runner": ["Bundle"],
     "splitfx.report.compare_halo": ["compare_halo", "HaloComparison"],
@@ -82,8 +93,9 @@ _HOME = {
     "splitfx.tiling.stream.sources": ["RowSource"],
     "splitfx.tiling.stream": ["stream"],
     "splitfx.frontend.trace": ["trace"],
-    "splitfx.train.finetune": ["finetune"],
-    "splitfx.train.history": ["History"],
+    "splitfx.train.data": ["load_data", "Data"],
+    "splitfx.train.finetune": ["finetune", "evaluate"],
+    "splitfx.train.history": ["History", "Score"],
     "splitfx.train.multi_model": ["MultiModelLoss"],
     "splitfx.train.recipe": ["Recipe"],
     "splitfx.train.search": ["search_factors"],
@@ -92,23 +104,31 @@ _HOME = {
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Branches",
     "Bundle",
     "Comparison",
     "Curve",
-    "ExportError",
+    "Data",
     "Explanation",
+    "ExportError",
+    "Facts",
     "HaloComparison",
     "History",
     "Measurement",
     "MissingExtraError",
     "MultiModelLoss",
+    "Note",
+    "Outcome",
+    "Pass",
     "PassError",
     "Plan",
     "PlanError",
     "Profile",
+    "Promise",
     "Recipe",
     "RowSource",
     "RuntimeReport",
+    "Score",
     "SearchResult",
     "SplitfxError",
     "TraceError",
@@ -119,12 +139,15 @@ __all__ = [
     "compare",
     "compare_halo",
     "diagnose",
+    "evaluate",
     "explain",
+    "export_branches",
     "export_bundle",
     "export_onnx",
     "finetune",
     "inspect_html",
     "load",
+    "load_data",
     "measure",
     "pareto",
     "profile",
@@ -146,4 +169,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

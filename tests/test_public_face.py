@@ -11,6 +11,22 @@ from torch import nn
 import splitfx
 from splitfx.passes import Group
 
+FACE = """
+trace transform explain compare profile measure save load export_onnx check_onnx inspect_html diagnose
+Plan Pass Promise Outcome Note Facts
+stream pareto compare_halo session_options RowSource Curve HaloComparison
+export_bundle Bundle export_branches Branches
+finetune evaluate search_factors load_data Data History Score MultiModelLoss Recipe SearchResult
+Comparison Explanation Measurement Profile RuntimeReport
+SplitfxError TraceError PlanError UnsupportedError PassError VerificationError ExportError MissingExtraError
+TrainingError
+"""
+
+
+def test_the_face_is_as_written_down() -> None:
+    assert sorted(splitfx.__all__) == sorted(FACE.split())
+    assert sorted(dir(splitfx)) == sorted([*FACE.split(), "__version__"])
+
 
 def test_every_public_name_resolves_and_is_no_module() -> None:
     for name in splitfx.__all__:
