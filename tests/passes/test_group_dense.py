@@ -18,14 +18,16 @@ from splitfx.frontend.trace import trace
 from splitfx.ir.ops import text
 from splitfx.passes import Group
 from tests.passes.grouping import assert_masked_dense, chain, grouped, in_double, notes, per_block
+from tests.sampled import sampled
 from tests.strategies import networks
 
 SMALL = ["plain", "residual", "concats", "squeeze_excite", "depthwise", "grouped", "channel_shuffle", "norms"]
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("lowering", ["grouped", "branches"])
-@pytest.mark.parametrize("order", ["given", "mass"])
+@pytest.mark.parametrize(
+    ("lowering", "order"), sampled([(how, order) for how in ("grouped", "branches") for order in ("given", "mass")], 3)
+)
 def test_odd_models(name: str, lowering: Any, order: Any) -> None:
     graph, x = in_double(name)
     for factor, fusion in ((2, "widen"), (3, "none")):

@@ -15,6 +15,7 @@ from splitfx.compiler.pipeline import run_pass
 from splitfx.passes import SplitNet
 from splitfx.splitnet import structure
 from splitfx.splitnet.padding import Padding
+from tests.sampled import sampled
 from tests.splitnet.networks import ragged
 from tests.splitnet.test_carving import EXACT, error, masked_by_hand
 
@@ -79,7 +80,7 @@ CASES = {**SAME, **TOGETHER, **WIDER}
 
 
 @pytest.mark.parametrize("lowering", ["branches", "padded"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, 2))
 def test_carved_is_the_masked_model(name: str, lowering: Any) -> None:
     torch.manual_seed(0)
     model = Middle(CASES[name], 2 if name in WIDER else 1).eval()

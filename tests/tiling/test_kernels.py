@@ -17,6 +17,7 @@ from splitfx.tiling.run import kernels
 from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.reductions import Reduction
 from tests import oracle
+from tests.sampled import sampled
 from tests.tiling import cases
 from tests.tiling.cases import PHASES, RULES, SPLIT
 from tests.tiling.trial import GRIDS, STREAMS, STRICT, assert_equal, error, peaks, tile, traced
@@ -69,7 +70,7 @@ def test_every_schedule(name: str) -> None:
         assert_equal(tile(graph, schedule).split, graph, inputs)
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", sampled(EVERYTHING, 3))
 def test_predicted_bytes_are_held(name: str) -> None:
     """In float32, to the byte but for tables of indices and numbers per channel."""
     graph, inputs = case(name)
@@ -93,7 +94,7 @@ def test_resizes_round_as_torch_does(mode: str, options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in EVERYTHING if not n.startswith("in place")]
+    "name", sampled([n for n in EVERYTHING if not n.startswith("in place")], 3)
 )  # which has no gradient, tiled or not
 def test_with_gradients(name: str) -> None:
     """Where gradients are wanted nothing may be overwritten, and other code runs; the gradients are the same."""

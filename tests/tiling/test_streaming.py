@@ -50,13 +50,13 @@ def assert_peak(tiled: Any, x: torch.Tensor, schedule: Schedule) -> None:
 
 
 @given(tileable(whole=False), schedules(grids=True))
-@settings(relaxed, max_examples=25)
+@settings(relaxed, max_examples=12)
 def test_grids(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
 
 
 @given(tileable(whole=True), schedules(grids=False))
-@settings(relaxed, max_examples=25)
+@settings(relaxed, max_examples=12)
 def test_streams(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
 
@@ -75,7 +75,7 @@ class Joined(nn.Module):
 
 
 @given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
-@settings(relaxed, max_examples=15)
+@settings(relaxed, max_examples=8)
 def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
     assume(runs(*one) and runs(*other))
     inputs = (one[1], other[1])
