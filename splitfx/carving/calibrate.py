@@ -26,6 +26,7 @@ from splitfx.carving.narrow import BatchNorm
 from splitfx.errors import PlanError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ir.graph import info, layer, module_of
+from splitfx.ir.modes import in_eval
 
 Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by the name of a norm's node: mean and variance per channel
 SAMPLES = 65_536  # positions per solve: enough for thousands of channels, small enough to hold
@@ -105,19 +106,14 @@ def target(graph: fx.GraphModule, nodes: list[fx.Node], divided: Iterable[fx.Nod
 def run_watched(watch: fx.Interpreter, graph: fx.GraphModule, inputs: Any) -> None:
     """Run an interpreter of the graph on example inputs, in eval mode. Raises `PlanError` where they do not fit."""
     args, kwargs = split_inputs(inputs)
-    modes = {m: m.training for m in graph.modules()}
     flat = pytree.tree_leaves((args, kwargs))
     if len(flat) != len(info(graph).inputs):
         raise PlanError(f"calibration has {len(flat)} inputs, the model takes {len(info(graph).inputs)}")
     try:
-        graph.eval()
-        with torch.no_grad():
+        with in_eval(graph), torch.no_grad():
             watch.run(*flat, enable_io_processing=False)
     except (RuntimeError, ValueError, TypeError) as error:
         raise PlanError(f"calibration inputs do not fit the model: {str(error).splitlines()[0]}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _norms_behind(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -30,6 +30,7 @@ from splitfx.export import agreement, sessions
 from splitfx.export.probe import timed
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 from splitfx.ir import graph as graphs
+from splitfx.ir.modes import in_eval
 
 SECONDS = 600.0
 Progress = Callable[[str], None]
@@ -113,17 +114,13 @@ def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, full float32 on a GPU; every module's own flag is put back."""
-    training = [one for one in model.modules() if one.training]
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
-        model.eval()
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        with torch.no_grad():
+        with in_eval(model), torch.no_grad():
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
-        for one in training:
-            one.training = True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from splitfx.errors import TraceError
 from splitfx.frontend.failures import reason
 from splitfx.frontend.first_call import FirstCall, own_copy, run
 from splitfx.ir.graph import Staged, layer
+from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
 
 _ODD = 1e-3  # of the integers of an output: where two values are near, their order is a matter of rounding
@@ -33,7 +34,7 @@ def require_same(graph: fx.GraphModule, model: nn.Module, inputs: Any, seen: Fir
     limit = _limit(model, inputs)
     outputs: Any = None
     try:
-        with _in_eval(graph), _own_buffers(graph) as buffers:
+        with in_eval(graph), _own_buffers(graph) as buffers:
             outputs, after = run(graph, inputs)
             what = _unlike(outputs, seen.outputs, limit, "output") or _unlike(after, seen.inputs, limit, "input")
             what = what or _unlike_buffers(buffers, seen.buffers, limit)
@@ -80,17 +81,6 @@ def _limit(model: nn.Module, inputs: Any) -> float:
     given = (t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor))
     types = {t.dtype for ts in (model.parameters(), model.buffers(), given) for t in ts}
     return max((ROUNDING.get(dtype, TOLERANCE) for dtype in types), default=TOLERANCE)
-
-
-@contextmanager
-def _in_eval(graph: fx.GraphModule) -> Iterator[None]:
-    modes = {module: module.training for module in graph.modules()}
-    try:
-        graph.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -215,7 +205,7 @@ def _listened(graph: fx.GraphModule, inputs: Any) -> tuple[_Listening, str]:
     """The graph, run; and the layer in which it fails."""
     listening = _Listening(graph)
     try:
-        with _in_eval(graph), _own_buffers(graph):
+        with in_eval(graph), _own_buffers(graph):
             run(listening, inputs)
     except Exception as error:
         return listening, f"It fails in {layer(listening.last) if listening.last else 'its inputs'} ({reason(error)})"

@@ -36,7 +36,7 @@ from splitfx.frontend.size_rules import Heard, SizeOfOne, TooLong, listening, si
 from splitfx.ground.exclusive import exclusive
 from splitfx.ir.copies import anew
 from splitfx.ir.graph import Staged, TensorSpec, TraceInfo, info
-from splitfx.ir.modes import is_opaque, leaf_paths
+from splitfx.ir.modes import is_opaque, kept_modes, leaf_paths
 from splitfx.ir.notes import Note
 from splitfx.ir.sizes import Sizes
 
@@ -241,18 +241,14 @@ class _Attempt:
         return seen
 
     def in_train(self, wide: Inputs) -> Behaviour | None:
-        modes = {module: module.training for module in self.private.modules()}
         problem: Exception | None = None
-        try:
+        with kept_modes(self.private):
             self.private.train()
             for inputs in (wide, self.inputs):  # two of a batch, because a norm may need more than one value
                 try:
                     return observe(self.private, *inputs, self.leaves)
                 except Exception as error:
                     problem = problem or error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         assert problem is not None
         self.note(
             "model",

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from splitfx.ir.graph import Whole
+
+
+@contextmanager
+def kept_modes(*models: nn.Module) -> Iterator[None]:
+    """However the block ends, every module's own flag comes back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def in_eval(*models: nn.Module) -> Iterator[None]:
+    """Eval mode within; see `kept_modes`."""
+    with kept_modes(*models):
+        for model in models:
+            model.eval()
+        yield
 
 
 def _reads_training(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from splitfx.compiler.pipeline import Step
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ir.graph import info
+from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
 from splitfx.report.profile import Profile, profile
 
@@ -91,12 +92,6 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparis
 def outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The output tensors in eval mode, as float64; the model's modes are restored."""
     args, kwargs = split_inputs(example_inputs)
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.inference_mode():
-            found = model(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval(model), torch.inference_mode():
+        found = model(*args, **kwargs)
     return [t.double() for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]

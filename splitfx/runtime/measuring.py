@@ -14,8 +14,7 @@ import ctypes
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ground.table import seconds, size
+from splitfx.ir.modes import in_eval
 
 WARM_UP = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,7 +81,7 @@ def measure(model: nn.Module, example_inputs: Any, device: str | torch.device = 
         raise UnsupportedError(f"runs must be at least 1; got {runs}")
     place = _device(device)
     args, kwargs = split_inputs(example_inputs)
-    with _evaluating(model), torch.no_grad():
+    with in_eval(model), torch.no_grad():
         there = _placed(model, place)
         if place.type == "cuda":
             torch.cuda.synchronize(place)
@@ -137,18 +137,6 @@ def _device(device: str | torch.device) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("there is no CUDA device here (torch.cuda.is_available() is False); use device='cpu'")
     return place
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within; every module's own flag comes back."""
-    training = [one for one in model.modules() if one.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for one in training:
-            one.training = True
 
 
 def _placed(model: nn.Module, place: torch.device) -> nn.Module:

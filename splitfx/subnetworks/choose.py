@@ -17,6 +17,7 @@ from splitfx.analysis import facts
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.ground.table import number, seconds, size, table
 from splitfx.ir.graph import random_inputs
+from splitfx.ir.modes import in_eval
 from splitfx.runtime.measuring import alternate
 from splitfx.subnetworks.entry import entries
 from splitfx.tiling.plan.planner import parse_bytes
@@ -68,18 +69,12 @@ def figures(split: SubNetworksGraph, runs: int = 0) -> Figures:
 def latencies(graphs: Sequence[fx.GraphModule], runs: int = RUNS) -> list[float]:
     """Median seconds of each graph in eval mode on random inputs of the traced sizes, called in turn."""
     args, kwargs = random_inputs(graphs[0])
-    modes = [(m, m.training) for graph in graphs for m in graph.modules()]
-    try:
-        for graph in graphs:
-            graph.eval()
-        calls: dict[str, Callable[[], Any]] = {
-            str(i): (lambda graph=graph: graph(*args, **kwargs)) for i, graph in enumerate(graphs)
-        }
-        device = next((p.device for p in graphs[0].parameters()), "cpu")
+    calls: dict[str, Callable[[], Any]] = {
+        str(i): (lambda graph=graph: graph(*args, **kwargs)) for i, graph in enumerate(graphs)
+    }
+    device = next((p.device for p in graphs[0].parameters()), "cpu")
+    with in_eval(*graphs):
         found = alternate(calls, runs, device)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return [found[str(i)] for i in range(len(graphs))]
 
 

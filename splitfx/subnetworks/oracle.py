@@ -18,6 +18,7 @@ from splitfx.analysis.oracle import TOLERANCE, Exact, random_flat, require_equal
 from splitfx.errors import VerificationError
 from splitfx.ground.exclusive import reseed
 from splitfx.ir.graph import by_path, layer
+from splitfx.ir.modes import in_eval
 from splitfx.ir.ops import is_size
 from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
@@ -133,11 +134,8 @@ def _stepped(entry: Entry, image: torch.Tensor) -> torch.Tensor:
 
 def _in_double(module: torch.nn.Module, args: Any) -> Any:
     held = {n: t.detach().double() if t.is_floating_point() else t for n, t in by_path(module).items()}
-    mode = module.training
-    try:
-        return torch.func.functional_call(module.eval(), held, args)
-    finally:
-        module.training = mode
+    with in_eval(module):
+        return torch.func.functional_call(module, held, args)
 
 
 def _require_shared(name: str, whole: fx.GraphModule, made: fx.GraphModule, entry: Entry) -> None:

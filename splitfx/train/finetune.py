@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from splitfx.errors import TrainingError
 from splitfx.ir.graph import info, is_canonical
+from splitfx.ir.modes import kept_modes
 from splitfx.train import batches, checkpoint
 from splitfx.train.batches import Process
 from splitfx.train.fit import Data, check, first_line, not_empty
@@ -356,11 +357,9 @@ def _may_own_more(split: nn.Module) -> bool:
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Modes and place of a model are the user's."""
-    modes = {m: m.training for m in model.modules()}
     place = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    try:
-        yield
-    finally:
-        model.to(place)
-        for module, mode in modes.items():
-            module.training = mode
+    with kept_modes(model):
+        try:
+            yield
+        finally:
+            model.to(place)

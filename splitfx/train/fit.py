@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from splitfx.errors import TrainingError
 from splitfx.ir.graph import info, is_canonical
+from splitfx.ir.modes import in_eval
 from splitfx.train import batches
 from splitfx.train.objective import logits
 
@@ -41,18 +42,14 @@ def _first(split: nn.Module, name: str, data: Data) -> tuple[Any, Any]:
     """Targets of the first two samples, and what the model gives for their inputs."""
     inputs, targets, _, _ = next(batches.once(data, 2, batches.Process(), 0))
     device = next((p.device for p in split.parameters()), torch.device("cpu"))
-    modes = {m: m.training for m in split.modules()}
     try:
-        with torch.no_grad():
-            out = split.eval()(batches.to(inputs, device))
+        with in_eval(split), torch.no_grad():
+            out = split(batches.to(inputs, device))
     except Exception as error:  # whatever a model says to an input of the wrong shape
         shape = list(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
         raise TrainingError(
             f"the {name} set gives inputs {shape}, which the model does not take{_wanted(split)}: {first_line(error)}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return targets, out
 
 
