@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,23 +33,6 @@ from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, slices_a
 Dims = tuple[int, int]
 NCHW: Dims = (2, 3)
 AXES = ("rows", "columns")
-
-
-@dataclass(frozen=True)
-class Region:
-    """Rows ``start`` to ``stop`` (exclusive); ``before`` and ``after`` count rows of padding outside the map."""
-
-    start: int
-    stop: int
-    before: int = 0
-    after: int = 0
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def hull(self, other: Region) -> Region:
-        """The least interval that holds both."""
-        return Region(min(self.start, other.start), max(self.stop, other.stop))
 
 
 class Edge:
@@ -120,20 +102,6 @@ class Regions:
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The operands that are feature maps; parameters, numbers and plain vectors are read whole."""
         return [n for n in node.all_input_nodes if self.dims[n] is not None]
-
-    def needs(self, node: fx.Node, axis: int, piece: Region) -> dict[fx.Node, Region]:
-        """The rows of each feature-map operand that output rows ``piece`` need.
-
-        Operands that are broadcast along the axis are needed whole: [0, size). Raises `ValueError` at a barrier.
-        """
-        if self.barrier(node):
-            raise ValueError(self.barrier(node))
-        return {n: Region(*self.edge(node, n, axis).need(piece.start, piece.stop)) for n in self.maps(node)}
-
-    def ready(self, node: fx.Node, axis: int, done: dict[fx.Node, int]) -> int:
-        """Output rows that can be computed once each operand n has its first ``done[n]`` rows."""
-        reached = [self.edge(node, n, axis).reach(done[n]) for n in self.maps(node)]
-        return min([self.rows(node, axis), *reached])
 
     def edge(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
         """The tables of a node that is no barrier and one of its feature maps."""

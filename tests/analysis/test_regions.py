@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from splitfx.analysis import facts
-from splitfx.analysis.regions import Edge, Region, Regions
+from splitfx.analysis.regions import Edge, Regions
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import output_node
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows ``start`` to ``stop`` (exclusive); ``before`` and ``after`` count rows of padding outside the map."""
+
+    start: int
+    stop: int
+    before: int = 0
+    after: int = 0
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def hull(self, other: Region) -> Region:
+        """The least interval that holds both."""
+        return Region(min(self.start, other.start), max(self.stop, other.stop))
+
+
+def needs(regions: Regions, node: fx.Node, axis: int, piece: Region) -> dict[fx.Node, Region]:
+    """The rows of each feature-map operand that output rows ``piece`` need."""
+    if regions.barrier(node):
+        raise ValueError(regions.barrier(node))
+    return {n: Region(*regions.edge(node, n, axis).need(piece.start, piece.stop)) for n in regions.maps(node)}
+
+
+def ready(regions: Regions, node: fx.Node, axis: int, done: dict[fx.Node, int]) -> int:
+    """Output rows that can be computed once each operand n has its first ``done[n]`` rows."""
+    return min([regions.rows(node, axis), *(regions.edge(node, n, axis).reach(done[n]) for n in regions.maps(node))])
 
 
 class Call(nn.Module):
@@ -87,7 +118,7 @@ def walk_back(regions: Regions, node: fx.Node, axis: int, piece: Region) -> Regi
     for n in reversed(node.graph.nodes):
         if n not in need or n.op in ("placeholder", "output", "get_attr"):
             continue
-        for operand, region in regions.needs(n, axis, need[n]).items():
+        for operand, region in needs(regions, n, axis, need[n]).items():
             need[operand] = need[operand].hull(region) if operand in need else region
     return next(r for n, r in need.items() if n.op == "placeholder")
 
@@ -113,18 +144,18 @@ def test_forward_is_the_inverse_of_backward(name: str) -> None:
     regions = facts(graph).regions
     operand = next(n for n in node.all_input_nodes if n.op != "get_attr")
     for done in range(regions.rows(operand, 0) + 1):
-        ready = regions.ready(node, 0, dict.fromkeys(node.all_input_nodes, done))
-        needs = [regions.needs(node, 0, Region(r, r + 1))[operand].stop for r in range(regions.rows(node, 0))]
-        assert all(n <= done for n in needs[:ready])
-        assert ready == len(needs) or max(needs[: ready + 1]) > done
+        first = ready(regions, node, 0, dict.fromkeys(node.all_input_nodes, done))
+        stops = [needs(regions, node, 0, Region(r, r + 1))[operand].stop for r in range(regions.rows(node, 0))]
+        assert all(n <= done for n in stops[:first])
+        assert first == len(stops) or max(stops[: first + 1]) > done
 
 
 def test_padding_is_counted_only_at_borders() -> None:
     graph, node = last_map(CASES["3x3"])
     regions, operand = facts(graph).regions, node.all_input_nodes[0]
-    assert regions.needs(node, 0, Region(0, 4))[operand] == Region(0, 5, 1, 0)
-    assert regions.needs(node, 0, Region(4, 6))[operand] == Region(3, 7, 0, 0)
-    assert regions.needs(node, 0, Region(8, 11))[operand] == Region(7, 11, 0, 1)
+    assert needs(regions, node, 0, Region(0, 4))[operand] == Region(0, 5, 1, 0)
+    assert needs(regions, node, 0, Region(4, 6))[operand] == Region(3, 7, 0, 0)
+    assert needs(regions, node, 0, Region(8, 11))[operand] == Region(7, 11, 0, 1)
 
 
 def test_rows_of_padding_alone_need_the_row_beside_it() -> None:
@@ -162,7 +193,7 @@ def test_barriers_say_why() -> None:
     node = output_node(pooled).all_input_nodes[0]
     assert "reduces over the whole map" in facts(pooled).regions.barrier(node)
     with pytest.raises(ValueError, match="reduces"):
-        facts(pooled).regions.needs(node, 0, Region(0, 1))
+        needs(facts(pooled).regions, node, 0, Region(0, 1))
 
 
 def test_sabotage_a_halo_one_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
