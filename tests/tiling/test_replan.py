@@ -22,6 +22,7 @@ from splitfx.passes import Tile
 from splitfx.storage.layers import _goal
 from splitfx.tiling.plan import replan
 from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.run import executor
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn, image
@@ -82,7 +83,7 @@ def test_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(specs)
         return honest(graph, specs, goal)
 
-    monkeypatch.setattr(replan, "replanned", counted)
+    monkeypatch.setattr(executor, "replanned", counted)
     for _ in range(2):
         for size in range(40, 60, 2):  # more sizes than programs are kept
             split(image(1, 3, size, 48))
