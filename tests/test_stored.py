@@ -87,6 +87,7 @@ def runs(target: str, *args: Any, **kwargs: Any) -> Change:
 
 EVIL = "y': __import__('pathlib').Path('pwned').touch() or y, 'z"
 NAMES: dict[str, Change] = {
+    "arguments in another order": lambda plain: plain["tree"]["args"].reverse(),
     "keyword": keyword(EVIL),
     "a keyword of Python": keyword("class"),
     "no name": keyword(""),
@@ -127,6 +128,9 @@ def test_sabotage_without_the_grammar_code_runs(pair: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     place = changed(pair, tmp_path / "s", keyword(EVIL))
     monkeypatch.setattr(names, "is_name", lambda given: True)
+    with pytest.raises(ExportError, match="names of inputs"):  # the second check: keywords are the graph's arguments
+        load(place)
+    monkeypatch.setattr(rebuild, "_check_signature", lambda plain, info: None)
     with pytest.raises(Exception, match=r".*"):
         load(place)(torch.ones(2, 3, 6, 6), y=torch.ones(2, 4, 1, 1))
     assert Path("pwned").exists(), "the check above is not what keeps the code from running"

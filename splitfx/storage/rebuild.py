@@ -172,7 +172,7 @@ def _check_signature(plain: Program, info: graphs.TraceInfo) -> None:
     inside = stored.structure(plain.tree.inside)
     if inside != info.in_spec or len(set(plain.tree.args)) != len(plain.tree.args):
         raise ValueError("inputs in other containers than its record says")
-    if len(plain.tree.args) != positional + len(keywords) or "self" in plain.tree.args:
+    if sorted(plain.tree.args[positional:]) != sorted(keywords) or "self" in plain.tree.args:
         raise ValueError("names of inputs that do not fit its containers")
 
 
