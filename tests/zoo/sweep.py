@@ -144,10 +144,15 @@ def at_another_size(graph: nn.Module, model: nn.Module, shape: tuple[int, ...]) 
             try:
                 wrong = oracle.difference(graph(inputs), wanted)
             except SplitfxError as error:
-                return f"refused: {one_line(error)}"
+                return f"refused: {why_refused(error)}"
         where = "x".join(map(str, size))
         return f"differs: at {where} {wrong}" if wrong else where
     return "one size only"
+
+
+def why_refused(error: Exception) -> str:
+    """The reason in the one line for sizes that do not fit."""
+    return one_line(Exception(str(error).partition(": ")[2].partition(". It takes")[0])).partition(": ")[2][:80]
 
 
 def tried(name: str, model_name: str, row: Row) -> str:
