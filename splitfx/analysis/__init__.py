@@ -6,6 +6,7 @@ changes any of it, `facts` starts afresh, so no stale fact survives on a node.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -27,6 +28,12 @@ class Facts:
     def __init__(self, graph: fx.GraphModule, known_version: int | None = None) -> None:
         self.graph = graph
         self.version = version(graph) if known_version is None else known_version
+        self.nodes = list(graph.graph.nodes)
+
+    def still_hold(self, now: int) -> bool:
+        """Of these very nodes: a rewrite may put another in the place of one, with its name."""
+        nodes = list(self.graph.graph.nodes)
+        return self.version == now and len(nodes) == len(self.nodes) and all(map(operator.is_, nodes, self.nodes))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _forgotten, ()
@@ -95,7 +102,7 @@ def facts(graph: fx.GraphModule) -> Facts:
     """The facts of a graph as it is now."""
     with exclusive():  # two callers are given the same
         known, now = vars(graph).get(_KEPT), version(graph)
-        if known is None or known.version != now:
+        if known is None or not known.still_hold(now):
             known = vars(graph)[_KEPT] = Facts(graph, now)
         return known
 
