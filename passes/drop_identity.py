@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.analysis import Facts
-from splitfx.analysis.oracle import in_eval
+from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.analysis.shapes import shape, shapes
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import UnsupportedError
@@ -49,7 +49,7 @@ class DropIdentity(Pass):
     eval_only: bool = False
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
-        if self.eval_only and not in_eval(graph):
+        if self.eval_only and not acts_as_in_eval(graph):
             raise UnsupportedError(
                 "pass 'drop_identity' with eval_only needs the model in eval mode: call model.eval() first"
             )

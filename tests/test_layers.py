@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.layers import FOLDERS, PAGE, ROOT, arrows, circles, folders, placed, sources
+from tests.layers import PAGE, ROOT, arrows, circles, folders, modules, placed, sources
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -30,7 +30,6 @@ def test_the_drawing_is_of_these_imports() -> None:
 def test_no_folder_is_long() -> None:
     """About a dozen entries on a level, so that a path leads to a line."""
     wide = {ROOT / "splitfx": 24, ROOT / "splitfx" / "train": 16}
-    below = [p for p in (ROOT / "splitfx").rglob("*") if p.is_dir() and not p.is_symlink()]
-    for folder in (*FOLDERS.values(), *below):
+    for folder in {path.parent for path in modules().values()}:
         entries = [p for p in folder.iterdir() if p.name != "__pycache__"]
         assert len(entries) <= wide.get(folder, 14), f"{folder.name} has {len(entries)} entries"

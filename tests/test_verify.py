@@ -10,7 +10,16 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from splitfx.analysis.oracle import Exact, Misfit, difference, in_double, in_eval, random_flat, require_equal, run_exact
+from splitfx.analysis.oracle import (
+    Exact,
+    Misfit,
+    acts_as_in_eval,
+    difference,
+    in_double,
+    random_flat,
+    require_equal,
+    run_exact,
+)
 from splitfx.errors import VerificationError
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec, copy_graph, info
@@ -146,10 +155,10 @@ def test_a_model_that_draws_is_equal_to_itself() -> None:
 
 def test_in_eval() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    assert in_eval(model)
+    assert acts_as_in_eval(model)
     model[1].train()
-    assert not in_eval(model)
-    assert in_eval(nn.Sequential(nn.Conv2d(3, 4, 1)).train())  # it acts alike in both modes
+    assert not acts_as_in_eval(model)
+    assert acts_as_in_eval(nn.Sequential(nn.Conv2d(3, 4, 1)).train())  # it acts alike in both modes
 
 
 def test_exact_names_the_layer() -> None:

@@ -154,8 +154,8 @@ def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
 
 
-def cuda_devices(graph: fx.GraphModule) -> list[torch.device]:
-    """Where a graph draws random numbers besides the CPU."""
+def cuda_devices(graph: nn.Module) -> list[torch.device]:
+    """Where a graph or a model draws random numbers besides the CPU."""
     return sorted({p.device for p in graph.parameters() if p.device.type == "cuda"}, key=str)
 
 
@@ -288,5 +288,6 @@ def _alike(tensor: torch.Tensor) -> bool:
     return bool((tensor == tensor.flatten()[0]).all())
 
 
-def in_eval(model: nn.Module) -> bool:
+def acts_as_in_eval(model: nn.Module) -> bool:
+    """No module is in train mode that acts on it."""
     return not any(m.training for m in model.modules() if module_has_mode(m))

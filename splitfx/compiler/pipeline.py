@@ -17,11 +17,11 @@ from torch import fx
 from splitfx.analysis import carry_over, facts, version
 from splitfx.analysis.oracle import (
     TOLERANCE,
+    acts_as_in_eval,
     cuda_devices,
     difference,
     has_constants,
     in_double,
-    in_eval,
     require_equal,
     rounding,
     varied,
@@ -94,7 +94,7 @@ def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx
 
 def _run(graph: fx.GraphModule, step: Pass, verify: bool) -> tuple[fx.GraphModule, Pass]:
     """As `run_pass`; what the pass left as it was may still be the very tensors of ``graph``."""
-    if step.needs_eval and not in_eval(graph):
+    if step.needs_eval and not acts_as_in_eval(graph):
         raise UnsupportedError(f"pass '{step.name}' needs the model in eval mode: call model.eval() first")
     before = figures(graph)
     started = time.perf_counter()

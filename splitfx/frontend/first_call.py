@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from splitfx.analysis.oracle import cuda_devices
 from splitfx.errors import TraceError
 from splitfx.ground.exclusive import reseed
 from splitfx.ir.copies import anew
@@ -108,9 +109,8 @@ def run(model: Any, inputs: Any) -> tuple[Any, Any]:
     """What ``model`` returns for copies of ``inputs``, and those copies afterwards; every run draws the same."""
     args, kwargs = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, inputs)
     owner = model if isinstance(model, nn.Module) else model.module  # of an interpreter
-    devices = {t.device for t in owner.parameters() if t.device.type == "cuda"}
     with torch.no_grad(), unfused():
-        reseed(0, devices)
+        reseed(0, cuda_devices(owner))
         random.seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)

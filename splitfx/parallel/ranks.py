@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from splitfx.analysis.oracle import in_eval
+from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError
@@ -56,7 +56,7 @@ class Ranks:
     ) -> None:
         if gather not in ("first", "all"):
             raise UnsupportedError(f"gather is 'first' or 'all', not {gather!r}")
-        if not in_eval(split):
+        if not acts_as_in_eval(split):
             raise UnsupportedError("ranks are for inference: call split.eval() first, and train the model itself")
         self.tree = Tree(split, verify=verify)
         self.link = Link(device, timeout)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from splitfx.analysis.oracle import in_eval
+from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.splitnet.tree import Tree, run
 
@@ -29,7 +29,7 @@ class Streams:
             raise UnsupportedError(
                 f"streams run on one GPU; this model is on {listed}: move it with split.to('cuda'), or use Ranks"
             )
-        if not in_eval(split):
+        if not acts_as_in_eval(split):
             raise UnsupportedError("streams are for inference: call split.eval() first")
         self.device = next(iter(places))
         self.tree = Tree(split, verify=verify)

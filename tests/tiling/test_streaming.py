@@ -75,7 +75,7 @@ class Joined(nn.Module):
 
 
 @given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
-@settings(relaxed, max_examples=8)
+@settings(relaxed, max_examples=15)
 def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
     assume(runs(*one) and runs(*other))
     inputs = (one[1], other[1])

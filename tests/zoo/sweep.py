@@ -152,7 +152,8 @@ def at_another_size(graph: nn.Module, model: nn.Module, shape: tuple[int, ...]) 
 
 def why_refused(error: Exception) -> str:
     """The reason in the one line for sizes that do not fit."""
-    return one_line(Exception(str(error).partition(": ")[2].partition(". It takes")[0])).partition(": ")[2][:80]
+    why = str(error).partition(": ")[2].partition(". It takes")[0]
+    return why.partition("\n")[0][:80].replace("|", "/")
 
 
 def tried(name: str, model_name: str, row: Row) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
@@ -77,7 +77,7 @@ class Tiled(Staged):
         self._keep_transient()
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        training = [name for name, m in self.stage.named_modules() if m.training and acts_in_training(m)]
+        training = [name for name, m in self.stage.named_modules() if m.training and module_has_mode(m)]
         if training:
             raise UnsupportedError(
                 f"the tiled stage holds {training[0]} in train mode, which reads the whole map at once: call "
@@ -139,7 +139,3 @@ class Tiled(Staged):
         if self._strips and schedule.rows:
             schedule = replace(schedule, rows=max(1, min(schedule.rows, stage.clock // self._strips)))
         return Program(stage, schedule)
-
-
-def acts_in_training(module: nn.Module) -> bool:
-    return module_has_mode(module)

@@ -26,11 +26,12 @@ from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
 from splitfx.ground.table import dims
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
+from splitfx.ir.modes import module_has_mode
 from splitfx.ir.ops import is_size
 from splitfx.tiling.plan.instructions import Instruction, Open, Patch, Reduce, Run, Store, Take
 from splitfx.tiling.plan.stage import Kernel
 from splitfx.tiling.run.execution import Execution, Program
-from splitfx.tiling.run.executor import Tiled, acts_in_training
+from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.stream.sources import RowSource
 
 Say = Callable[[str], None]
@@ -95,7 +96,7 @@ def _stage_of(split: fx.GraphModule) -> tuple[fx.Node, Tiled]:
         raise PlanError("the tiled stage reads something besides the image: it cannot be streamed")
     tiled = module_of(stages[0])
     assert isinstance(tiled, Tiled)
-    training = [name for name, m in tiled.stage.named_modules() if m.training and acts_in_training(m)]
+    training = [name for name, m in tiled.stage.named_modules() if m.training and module_has_mode(m)]
     if training:
         raise UnsupportedError(
             f"layer {training[0]} is in train mode and reads the whole map at once: call model.eval()"
