@@ -134,6 +134,27 @@ def test_an_order_is_folded_into_the_weights() -> None:
     assert "index_select" not in text(graph)
 
 
+def test_a_layer_of_two_calls_of_which_one_needs_another_order() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.both = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.both(self.both(self.conv(self.stem(x))))  # the second call reads channels as they come
+
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    graph = trace(Twice().double().eval(), x)
+    (conv,) = halves(graph, "conv")
+    apart = (np.array([0, 2]), np.array([1, 3]))
+    division = {conv: Division(apart, apart)}
+    reference = masked(graph, division)
+    (said,) = carve(graph, division, {conv: "branches"})
+    oracle.assert_equal_outputs(graph, reference, x)
+    assert (said.where, "2 layers take its place" in said.what) == ("both", True)
+    assert {str(n.target) for n in graph.graph.nodes if n.op == "call_module"} >= {"both", "both_2"}
+
+
 def test_branches_of_one_branch_come_together() -> None:
     """Branch after branch: a branch's feature maps can die before the next branch's are made."""
     graph, x = pair()

@@ -66,8 +66,9 @@ class _Carver(Pieces):
             self.origin = node
             self.visit(node)
             self.holders.update(nodes_of(self.split[node]) if node in self.split else [self.whole[node]])
+        self.keep_dense()
         self.install()
-        return self.untied()
+        return self.untied() + self.apart()
 
     def install(self) -> None:
         """Swap the graph in, and the narrow modules for the dense ones that nobody calls any more."""

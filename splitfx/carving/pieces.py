@@ -75,6 +75,7 @@ class Pieces:
         self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
+        self.callers: dict[str, list[fx.Node]] = {}  # of each narrow module
         self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
         self.read = read_alone(graph)  # these layers stay as they are
         self.tied = tied(graph)
@@ -193,11 +194,29 @@ class Pieces:
             wanted = f"{path}.{name}" if name else path
             taken = wanted in self.modules
             self.parted |= {path} if name else set()
-            self.made[key] = wanted if not taken else f"{wanted}_{len(self.modules)}"
+            self.made[key] = self.another(wanted) if taken else wanted
             self.modules[self.made[key]] = module = make()
             module.training = module_of(node).training  # type: ignore[union-attr]
             self.tie(node, module, key[1:])
-        return self.note(self.new.call_module(self.made[key], (operand,)), branch)
+        new = self.note(self.new.call_module(self.made[key], (operand,)), branch)
+        self.callers.setdefault(self.made[key], []).append(new)
+        return new
+
+    def another(self, path: str) -> str:
+        """A path for a further form of a layer, which neither the user nor we have taken."""
+        taken = self.modules.keys() | {name for name, _ in self.graph.named_modules(remove_duplicate=False)}
+        return next(f"{path}_{i}" for i in range(2, len(taken) + 3) if f"{path}_{i}" not in taken)
+
+    def keep_dense(self) -> None:
+        """A layer that one call reads as it is keeps its path; the form that other calls have made of it moves."""
+        ours = {node for nodes in self.callers.values() for node in nodes}
+        dense = {str(n.target) for n in self.new.nodes if n.op == "call_module" and n not in ours}
+        for path in sorted(dense & self.modules.keys()):
+            moved = self.another(path)
+            self.modules[moved] = self.modules.pop(path)
+            self.made |= {key: moved for key, made in self.made.items() if made == path}
+            for node in self.callers[path]:
+                node.target = moved
 
     def tie(self, node: fx.Node, made: nn.Module, part: tuple[Any, ...]) -> None:
         """Layers that hold one weight hold one part of it, where they need the same part."""
@@ -208,6 +227,17 @@ class Pieces:
                 continue
             made._parameters[name] = kept = self.parts.setdefault((id(whole), type(made), own.shape, *part), own)
             self.remade.setdefault((id(whole), str(node.target)), set()).add(id(kept))
+
+    def apart(self) -> list[Note]:
+        """Layers of several calls that have become several layers, because the calls need other channels or orders."""
+        forms: dict[str, set[str]] = {}
+        for (path, name, *_), made in self.made.items():
+            if not name:
+                forms.setdefault(path, set()).add(made)
+        for node in [n for n in self.new.nodes if n.op == "call_module" and str(n.target) in forms]:
+            forms[str(node.target)].add(str(node.target))
+        what = "its calls need its weights in other orders or parts, so {} layers take its place"
+        return [Note(path, what.format(len(made)), "info") for path, made in forms.items() if len(made) > 1]
 
     def untied(self) -> list[Note]:
         """Layers that held one weight, and do no more because they need different parts of it."""

@@ -37,7 +37,7 @@ from splitfx.ir.graph import (
     set_path,
 )
 from splitfx.ir.notes import Note
-from splitfx.ir.schema import mutates
+from splitfx.ir.schema import mutates, sharing
 
 
 @torch.library.custom_op("splitfx::leaf", mutates_args=())
@@ -197,9 +197,18 @@ def _signature(graph: fx.Graph, exported: fx.GraphModule, program: torch.export.
 
 
 def _drop_dead(graph: fx.GraphModule) -> None:
+    """Drop what no output depends on; a write into memory that nothing reads later goes too, and what led to it."""
+    family = sharing(graph.graph)
+    place = {node: i for i, node in enumerate(graph.graph.nodes)}
+
+    def seen(written: fx.Node) -> bool:
+        members = family[written]
+        outside = any(m.op in ("placeholder", "get_attr") for m in members)
+        return outside or any(place[reader] > place[written] for m in members for reader in m.users)
+
     def kept(node: fx.Node) -> bool:
         switch = node.target is torch._C._set_grad_enabled
-        return node.op in ("placeholder", "output") or mutates(node.target) or switch
+        return node.op in ("placeholder", "output") or switch or (mutates(node.target) and seen(node))
 
     graph.graph.eliminate_dead_code(kept)
     graph.delete_all_unused_submodules()

@@ -24,7 +24,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape, shapes
 from splitfx.errors import PlanError
 from splitfx.ground.table import dims
-from splitfx.ir.editing import tidy
+from splitfx.ir.editing import reorder, tidy
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, set_path
 from splitfx.ir.ops import Spatial, in_place, is_size, op
 from splitfx.tiling.plan.extract import exits_of, sources_of
@@ -164,13 +164,14 @@ def unrolled(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], grid
     twins = dict(zip(graph.graph.nodes, copied.graph.nodes, strict=True))
     images = {twins[n] for n in sources_of(nodes) if len(shape(facts.shapes[n])) == 4}
     inner = [twins[n] for n in nodes]
-    (last,) = exits_of(inner)
+    inside = set(inner)
+    exits = exits_of(inner)  # also what only a branch without a result reads
     call, aten = copied.graph.call_function, torch.ops.aten
 
     def crop(x: fx.Node, axis: int, place: int) -> fx.Node:
         return call(operator.getitem, (call(aten.tensor_split.sections, (x, grid[axis], 2 + axis)), place))
 
-    def tile(r: int, c: int) -> fx.Node:
+    def tile(r: int, c: int) -> dict[fx.Node, fx.Node]:
         found = {x: crop(crop(x, 0, r), 1, c) for x in images}
 
         def of(node: fx.Node) -> fx.Node:
@@ -180,14 +181,16 @@ def unrolled(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], grid
 
         for node in inner:
             found[node] = copied.graph.node_copy(node, of)
-        return found[last]
+        return found
 
-    with copied.graph.inserting_before(last.next):
-        bands = [call(aten.cat.default, ([tile(r, c) for c in range(grid[1])], 3)) for r in range(grid[0])]
-        whole = call(aten.cat.default, (bands, 2))
-    inside = set(inner)
-    last.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in inside)
+    with copied.graph.inserting_before(inner[-1].next):
+        tiles = [[tile(r, c) for c in range(grid[1])] for r in range(grid[0])]
+        for exit in exits:
+            bands = [call(aten.cat.default, ([parts[exit] for parts in band], 3)) for band in tiles]
+            whole = call(aten.cat.default, (bands, 2))
+            exit.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in inside)
     for node in reversed(inner):
         copied.graph.erase_node(node)
+    reorder(copied, lambda node: ())  # who reads the whole map may have stood before its last tile
     tidy(copied)
     return copied

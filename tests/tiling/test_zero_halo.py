@@ -257,6 +257,27 @@ def test_the_pass_reads_more_than_one_image_and_parameters() -> None:
     oracle.assert_equal(again(x, y), split(x, y))
 
 
+def test_a_map_inside_is_read_behind_the_tiles_too() -> None:
+    """By a branch whose result nobody wants, which still writes into a map of its own."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.branch = nn.Conv2d(4, 4, 3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = self.first(x)
+            self.branch(wide).add_(1)
+            return self.second(wide)
+
+    torch.manual_seed(0)
+    model, x = Unused().eval(), image(16, 24)
+    split = splitfx.transform(model, Plan([Tile(halo="zero", grid=(2, 3), until="second")]), x)
+    wanted = torch.cat([torch.cat([model(tile) for tile in row.chunk(3, 3)], 3) for row in x.chunk(2, 2)], 2)
+    assert oracle.difference(split(x), wanted) == ""
+
+
 def test_the_oracle_of_the_pass_notices_a_wrong_tile(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = ZeroHalo._crop
 
