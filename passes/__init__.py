@@ -5,6 +5,7 @@ from splitfx.passes.fold_batchnorm import FoldBatchNorm
 from splitfx.passes.group import Group
 from splitfx.passes.splitnet import SplitNet
 from splitfx.passes.subnetworks import SubNetworks
-from splitfx.passes.tile import Tile
+from splitfx.passes.tile import Tile, TileStage
+from splitfx.passes.zero_halo import TileZeroHalo
 
-__all__ = ["DropIdentity", "FoldBatchNorm", "Group", "SplitNet", "SubNetworks", "Tile"]
+__all__ = ["DropIdentity", "FoldBatchNorm", "Group", "SplitNet", "SubNetworks", "Tile", "TileStage", "TileZeroHalo"]

@@ -5,19 +5,19 @@ the result into tiles and computes their halos again. A byte budget is enough: t
 fastest within it, and the least feasible budget is named where it cannot be met. Everything up to the first operations
 that read whole maps is one stage; what lies behind them stays as it is. See `splitfx.tiling`.
 
-Promise EQUAL, for a model in eval mode. ``halo="zero"`` is the approximate split of the paper (`splitfx.tiling.zero`)
-and promises APPROXIMATE: each tile is what that image alone would give, and nothing is claimed of the model's output.
+Promise EQUAL, for a model in eval mode. `TileZeroHalo` is the approximate split, a pass of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import fx
 
 from splitfx.analysis import Facts
+from splitfx.compiler import options
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
@@ -32,9 +32,39 @@ from splitfx.tiling.plan.planner import Candidates
 from splitfx.tiling.plan.replan import HALF, Goal, sizes_of
 from splitfx.tiling.plan.stage import Kind
 from splitfx.tiling.run.install import install
-from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 
 Nodes = list[fx.Node]
+
+
+@dataclass(frozen=True)
+class TileStage:
+    """How one stage runs; every field as the option of `Tile` of that name. ``as_it_is``: it is not tiled."""
+
+    rows: int = 0
+    grid: tuple[int, int] = (1, 1)
+    recompute: int = -1
+    every: tuple[int, ...] = ()
+    as_it_is: bool = False
+
+    def __post_init__(self) -> None:
+        options.settle(self, "pass 'tile': {} of a stage")
+        _check_counts(self.rows, self.grid, self.recompute, self.every, f"the stage {shown(options.changed(self))}: ")
+        if self.as_it_is and len(options.changed(self)) > 1:
+            raise PlanError("pass 'tile': a stage that stays as_it_is has no rows, grid, recompute or every")
+
+    @classmethod
+    def of(cls, schedule: Schedule | None) -> Self:
+        """The entry of a plan for a schedule; None: the stage stays as it is."""
+        if schedule is None:
+            return cls(as_it_is=True)
+        recompute = -1 if schedule.recompute == float("inf") else int(schedule.recompute)
+        return cls(schedule.rows, schedule.tiles, recompute, schedule.every)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        if self.as_it_is:
+            return None
+        return Schedule(self.rows, self.every, self.grid, float("inf") if self.recompute < 0 else float(self.recompute))
 
 
 @dataclass(frozen=True)
@@ -51,14 +81,11 @@ class Tile(Pass):
     ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
     their activations; norms and dropout inside must be in eval mode.
 
-    ``halo``: "exact", or "zero" for the approximate split, **another function**: ``grid`` tiles, each an image of its
-    own with zeros at every edge, up to ``until``, where they are combined. `splitfx.compare_halo` says what it costs.
-
     The budget holds at other sizes than the traced too: there a stage is planned again when it is first called, and a
     warning says what it takes where the budget cannot be met.
 
-    ``stages`` is what the planner decided for the traced sizes, so that a saved plan gives the same graph: for each
-    stage rows, grid (2), recompute and every; an empty entry is a stage left as it is.
+    ``stages`` is what the planner decided for the traced sizes, an entry for each stage, so that a saved plan gives the
+    same graph.
     """
 
     name: ClassVar[str] = "tile"
@@ -73,16 +100,13 @@ class Tile(Pass):
     every: tuple[int, ...] = ()
     recompute: int = -1
     checkpoint: bool = False
-    halo: Literal["exact", "zero"] = "exact"
-    stages: tuple[tuple[int, ...], ...] = ()
+    stages: tuple[TileStage, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget and self.budget != "least":
             planner.parse_bytes(self.budget)
         _check_counts(self.rows, self.grid, self.recompute, self.every)
-        if self.halo == "zero":
-            self._check_zero()
         if self.by_hand and (self.budget or self.stages):
             raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
         if self.by_hand and self.mode != "auto":
@@ -91,33 +115,12 @@ class Tile(Pass):
             raise PlanError(
                 "pass 'tile': every and recompute go with rows or grid; with a budget the planner sets them"
             )
-        for stage in filter(None, self.stages):
-            if len(stage) < 4:
-                raise PlanError(
-                    f"pass 'tile': {shown(stage)} is no stage: it needs rows, grid rows, grid columns, recompute, every"
-                )
-            _check_counts(stage[0], stage[1:3], stage[3], stage[4:], f"the stage {shown(stage)}: ")
-
-    def _check_zero(self) -> None:
-        object.__setattr__(self, "promise", Promise.APPROXIMATE)  # this one, not the class: see `Pass`
-        others = set(self.to_dict()) - {"halo", "grid", "until"}
-        if others:
-            raise PlanError(
-                f"pass 'tile': halo='zero' takes grid and until; {', '.join(sorted(others))} belong to 'exact'"
-            )
-        if self.grid == (1, 1) or not self.until:
-            raise PlanError(
-                "pass 'tile': halo='zero' needs grid=(rows, columns) and until=, the layer behind which the tiles are "
-                "combined; splitfx.compare_halo(model, inputs) lists what each layer costs"
-            )
 
     @property
     def by_hand(self) -> bool:
         return self.rows > 0 or self.grid != (1, 1)
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
-        if self.halo == "zero":
-            return self._zero(graph, facts)
         found, roles = stages(graph, facts.regions)
         notes = [Note(where, f"not tiled: {why}", "declined") for where, why in _declined(graph, roles.why)]
         if self.until:
@@ -135,31 +138,14 @@ class Tile(Pass):
                 goal = None if self.by_hand else self._goal(graph, facts, nodes)
                 tiled = module_of(install(graph, nodes, schedule, name, goal))
                 tiled.checkpoint = self.checkpoint  # type: ignore[union-attr]
-        settled = replace(self, stages=tuple(_plain(schedule) for schedule, _ in decided)) if not self.by_hand else self
+        if self.by_hand:
+            return Outcome(tuple(notes))
+        settled = replace(self, stages=tuple(TileStage.of(schedule) for schedule, _ in decided))
         return Outcome(tuple(notes), settled=None if settled == self else settled)
 
     def _goal(self, graph: fx.GraphModule, facts: Facts, nodes: Nodes) -> Goal:
         sizes = sizes_of(tuple(_spec(facts.shapes[n]) for n in sources_of(nodes)))
         return Goal(self.budget or HALF, self.mode, sizes, planner.around(graph, facts, nodes))
-
-    def _zero(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
-        places = combine_layers(graph, facts)
-        if self.until not in places:
-            raise PlanError(
-                f"pass 'tile': tiles cannot be combined behind {self.until!r}.{nearest(self.until, places)}"
-            )
-        nodes = leading_to(places[self.until])
-        first = layer(nodes[0])  # before it moves into the stage
-        sources = [facts.shapes[n] for n in sources_of(nodes)]
-        reference = unrolled(graph, facts, nodes, self.grid)
-        split = module_of(install_zero(graph, nodes, self.grid))
-        assert isinstance(split, ZeroHalo)
-        split.check(tuple(_spec(t) for t in sources))
-        what = (
-            f"{self.grid[0]} x {self.grid[1]} tiles with zeros at their edges, combined behind {self.until}: "
-            "approximate, not checked against the model; see splitfx.compare_halo"
-        )
-        return Outcome((Note(f"{first} to {self.until}", what, "did"),), reference)
 
     def _decided(self, graph: fx.GraphModule, facts: Facts, found: list[Nodes]) -> list[tuple[Schedule | None, str]]:
         """For each stage its schedule, None where it stays as it is, and what a note says."""
@@ -169,14 +155,12 @@ class Tile(Pass):
                     f"pass 'tile': the plan was made for {len(self.stages)} stages, this model has {len(found)}: leave "
                     "`stages` out and give a budget"
                 )
-            schedules = [_read(one) for one in self.stages]
+            schedules = [one.schedule for one in self.stages]
             for nodes, schedule in zip(found, schedules, strict=True):
                 _check_grid(Candidates(graph, facts, nodes), schedule.tiles if schedule is not None else (1, 1))
             return [(one, _how(one)) for one in schedules]
         if self.by_hand:
-            schedule = Schedule(
-                self.rows, self.every, self.grid, float("inf") if self.recompute < 0 else self.recompute
-            )
+            schedule = TileStage(self.rows, self.grid, self.recompute, self.every).schedule
             for nodes in found:
                 _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
@@ -274,20 +258,6 @@ def _until(found: list[Nodes], last: str) -> list[Nodes]:
 
 def _spec(value: Any) -> TensorSpec:
     return TensorSpec(tuple(map(int, value.shape)), value.dtype, str(value.device))
-
-
-def _plain(schedule: Schedule | None) -> tuple[int, ...]:
-    if schedule is None:
-        return ()
-    recompute = -1 if schedule.recompute == float("inf") else int(schedule.recompute)
-    return schedule.rows, *schedule.tiles, recompute, *schedule.every
-
-
-def _read(plain: tuple[int, ...]) -> Schedule | None:
-    if not plain:
-        return None
-    rows, down, across, recompute, *every = plain
-    return Schedule(rows, tuple(every), (down, across), float("inf") if recompute < 0 else float(recompute))
 
 
 def _how(schedule: Schedule | None) -> str:

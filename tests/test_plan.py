@@ -23,6 +23,16 @@ from splitfx.errors import PassError, PlanError
 
 
 @dataclass(frozen=True)
+class Corner:
+    """An option of several values with names."""
+
+    row: int
+    weight: float = 1.0
+    name: str | None = None
+    inner: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Divide(Pass):
     """Divides every block."""
 
@@ -37,6 +47,8 @@ class Divide(Pass):
     label: str | None = None
     per_layer: dict[str, int] = dataclasses.field(default_factory=dict)
     window: tuple[int, int] | None = None
+    corners: tuple[Corner, ...] = ()
+    origin: Corner | None = None
     data: Any = not_in_plan()
 
     def __post_init__(self) -> None:
@@ -90,6 +102,7 @@ def test_text_of_a_plan_is_what_a_person_would_write():
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 int64s = st.integers(-(2**63), 2**63 - 1)
+corners = st.builds(Corner, int64s, st.floats(allow_nan=False), st.none() | texts, st.lists(int64s, max_size=2))
 divides = st.builds(
     Divide,
     factors=st.lists(st.integers(1, 2**63 - 1), max_size=5),
@@ -100,6 +113,8 @@ divides = st.builds(
     label=st.none() | texts,
     per_layer=st.dictionaries(texts, int64s, max_size=3),
     window=st.none() | st.tuples(int64s, int64s),
+    corners=st.lists(corners, max_size=3),
+    origin=st.none() | corners,
 )
 sizes = st.lists(st.integers(1, 128), min_size=2, max_size=5)
 shapes = st.none() | sizes | st.lists(sizes, min_size=1, max_size=3)
@@ -139,6 +154,19 @@ def test_data_is_left_out_of_the_text_and_of_comparisons():
 
 def test_windows_line_ends_are_read():
     assert Plan.from_toml(TEXT.replace("\n", "\r\n")) == Plan.from_toml(TEXT)
+
+
+def test_options_with_names_are_tables_of_the_text():
+    corners = (Corner(1, inner=[2, 3]), Corner(2, name="far"))  # type: ignore[arg-type]
+    plan = Plan([Divide(corners=corners, origin=Corner(0))])
+    assert plan.passes[0].corners[0].inner == (2, 3)  # type: ignore[attr-defined]
+    assert plan.to_toml() == (
+        'format = 1\n\n[[pass]]\nname = "divide"\n'
+        "[[pass.corners]]\nrow = 1\ninner = [2, 3]\n"
+        '[[pass.corners]]\nrow = 2\nname = "far"\n'
+        "[pass.origin]\nrow = 0\n"
+    )
+    assert Plan.from_toml(plan.to_toml()) == plan
 
 
 # Bad plans in Python
@@ -181,6 +209,14 @@ def test_wrong_input_shapes_are_refused(shape: Any):
         ({"label": "\ud800"}, "option 'label' must be a text"),
         ({"per_layer": {"a": "b"}}, "option 'per_layer' must be a table of names to integers"),
         ({"per_layer": [1]}, "option 'per_layer' must be a table"),
+        ({"corners": [[1]]}, r"option 'corners' must be a list of \(a table of row, weight, name, inner\); got "),
+        ({"corners": [{}]}, r"option 'corners\[0\]' needs key 'row': an integer"),
+        ({"corners": [{"row": 1}, {"row": "x"}]}, r"option 'corners\[1\].row' must be an integer; got 'x'"),
+        ({"corners": [{"row": 1, "inner": 2}]}, r"option 'corners\[0\].inner' must be a list of integers; got 2"),
+        ({"corners": [{"row": 1, "rows": 2}]}, r"'corners\[0\]' has no key 'rows'. Did you mean 'row'\? Its keys: "),
+        ({"origin": {"rows": 2}}, "option 'origin' has no key 'rows'. Did you mean 'row'"),
+        ({"corners": [Corner("x")]}, r"option 'corners\[0\].row' must be an integer; got 'x'"),  # type: ignore[arg-type]
+        ({"origin": 3}, "option 'origin' must be a table of row, weight, name, inner or left out .*; got 3"),
         ({"window": [1, 2, 3]}, "option 'window' must be a list of 2: an integer, an integer"),
         (
             {"factor": [8]},
@@ -307,6 +343,11 @@ def test_the_schema_names_every_option_and_is_plain_json():
     assert divide["description"] == "Divides every block."
     assert divide["properties"]["factors"] == {"type": "array", "items": {"type": "integer"}, "default": [1]}
     assert divide["properties"]["label"] == {"type": "string"}
+    corner = divide["properties"]["corners"]["items"]
+    assert corner["required"] == ["row"]
+    assert corner["properties"]["weight"] == {"type": "number", "default": 1.0}
+    assert corner["additionalProperties"] is False
+    assert divide["properties"]["origin"] == corner
     assert polish["required"] == ["name", "level"]
     assert set(tomllib.loads(TEXT)) == set(schema["properties"])
 
@@ -348,11 +389,23 @@ def test_passes_that_break_the_protocol_are_refused():
         name: ClassVar[str] = "unsayable"
         limit: int | None = 3
 
+    @dataclass
+    class Loosened:
+        row: int = 0
+
+    @dataclass(frozen=True)
+    class Changeable(Divide):
+        name: ClassVar[str] = "changeable"
+        entry: Any = Loosened
+
+    Changeable.__annotations__["entry"] = Loosened
+
     refusals = {
         Loose: r"must be decorated with @dataclass\(frozen=True\)",
         Nameless: "must set `name`",
         Idle: r"must define `run\(graph, facts\)`",
         Listed: "cannot be declared as list",
+        Changeable: "cannot be declared as .*Loosened",
         Unsayable: "limit allows None, so None must be its default",
     }
     for cls, message in refusals.items():

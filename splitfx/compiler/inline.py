@@ -65,7 +65,7 @@ def _value(text: str, schema: dict[str, Any]) -> Any:
         single = [one for one in schema["anyOf"] if one.get("type") != "array"]
         listed = bool(lists) and ("," in text or text.startswith("["))
         return _value(text, (lists if listed or not single else single)[0])
-    if schema.get("type") == "array":
+    if schema.get("type") == "array" and schema.get("items", {}).get("type") != "object":
         inner = text.strip().removeprefix("[").removesuffix("]")
         return [_value(one, schema.get("items", {})) for one in inner.split(",") if one]
     if schema.get("type") == "string" or "enum" in schema:

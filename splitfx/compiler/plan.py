@@ -184,11 +184,17 @@ def _read_pass(position: int, table: dict[str, Any]) -> Pass:
 
 def _option_lines(values: dict[str, Any]) -> list[str]:
     # A table of many layers reads better as lines of its own, and TOML wants tables after the plain keys.
-    tables = {key: one for key, one in values.items() if isinstance(one, dict)}
+    tables = {key: one for key, one in values.items() if isinstance(one, dict) or _is_tables(one)}
     lines = [f"{key} = {_value(one)}" for key, one in values.items() if key not in tables]
-    for key, table in tables.items():
-        lines += [f"[pass.{key}]", *(f"{_key(name)} = {_value(one)}" for name, one in table.items())]
+    for key, found in tables.items():
+        head = f"[pass.{key}]" if isinstance(found, dict) else f"[[pass.{key}]]"
+        for table in [found] if isinstance(found, dict) else found:
+            lines += [head, *(f"{_key(name)} = {_value(one)}" for name, one in table.items())]
     return lines
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _key(name: str) -> str:

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from splitfx.compiler import options
-from splitfx.errors import PassError, PlanError, nearest
+from splitfx.errors import PassError, PlanError
 from splitfx.ir.notes import Note
-from splitfx.text import cut, shown
 
 if TYPE_CHECKING:
     from torch import fx
@@ -62,10 +59,7 @@ def not_in_plan() -> Any:
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass. Subclasses are frozen dataclasses with `name`, `promise` and `run`.
-
-    ``promise`` belongs to the class; an instance whose options give up the class's promise carries its own.
-    """
+    """Base of every pass. Subclasses are frozen dataclasses with `name`, `promise` and `run`."""
 
     name: ClassVar[str]
     promise: ClassVar[Promise]
@@ -75,9 +69,7 @@ class Pass:
     writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for option, hint in _options(type(self)).items():
-            # The dataclass is frozen for its users; this is the one place that normalises ([8, 2] -> (8, 2)).
-            object.__setattr__(self, option, _checked(type(self), option, getattr(self, option), hint))
+        options.settle(self, f"pass '{self.name}': option '{{}}'")
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         """Rewrite `graph` in place, through `splitfx.ir.editing`, and return the notes.
@@ -94,74 +86,33 @@ class Pass:
 
     def to_dict(self) -> dict[str, Any]:
         """The options that differ from their defaults, as plain TOML types (lists, dicts, numbers, texts)."""
-        values = {option: getattr(self, option) for option in _options(type(self))}
-        return {key: options.plain(one) for key, one in values.items() if one != _default(type(self), key)}
+        return options.changed(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Build the pass from plain data. Raises `PlanError` for unknown, missing or wrong options."""
-        known = _options(cls)
-        for option in given:
-            if option not in known:
-                allowed = ", ".join(known) or "none"
-                hint = nearest(str(option), known)
-                raise PlanError(f"pass '{cls.name}' has no option '{cut(str(option))}'.{hint} Its options: {allowed}.")
-        for option in known:
-            if option not in given and _default(cls, option) is MISSING:
-                raise PlanError(f"pass '{cls.name}' needs option '{option}': {options.describe(known[option])}.")
-        return cls(**{option: _checked(cls, option, value, known[option]) for option, value in given.items()})
+        try:
+            options.check_keys(cls, given, "option")
+        except options.Mismatch as mismatch:
+            raise PlanError(f"pass '{cls.name}' {mismatch.problem}.") from None
+        return cls(**given)
 
     @classmethod
     def schema(cls) -> dict[str, Any]:
         """The JSON schema of this pass's table in a plan; a default is shown where it has a plain form."""
-        properties: dict[str, Any] = {"name": {"const": cls.name}}
-        required = ["name"]
-        for option, hint in _options(cls).items():
-            properties[option] = options.schema(hint)
-            default = _default(cls, option)
-            if default is MISSING:
-                required.append(option)
-            elif default is not None:
-                properties[option]["default"] = options.plain(default)
-        closed = {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-        return {"title": cls.__name__, "description": _first_line(cls), **closed}
-
-
-@functools.cache
-def _options(cls: type[Pass]) -> dict[str, Any]:
-    """The options of a pass that are part of its plan, with their type hints."""
-    hints = typing.get_type_hints(cls)
-    return {one.name: hints[one.name] for one in dataclasses.fields(cls) if one.metadata.get("plan", True)}
-
-
-def _default(cls: type[Pass], option: str) -> Any:
-    field = cls.__dataclass_fields__[option]
-    value = field.default if field.default_factory is MISSING else field.default_factory()
-    return value if value is MISSING else options.convert(value, _options(cls)[option])
-
-
-def _checked(cls: type[Pass], option: str, value: Any, hint: Any) -> Any:
-    try:
-        return options.convert(value, hint)
-    except options.Mismatch as mismatch:
-        allowed = str(mismatch) or options.describe(hint)
-        raise PlanError(f"pass '{cls.name}': option '{option}' must be {allowed}; got {shown(value)}.") from None
+        table = options.table_schema(cls)
+        table["properties"] = {"name": {"const": cls.name}, **table["properties"]}
+        table["required"] = ["name", *table["required"]]
+        return {"title": cls.__name__, "description": _first_line(cls), **table}
 
 
 def check_options(cls: type[Pass]) -> None:
     """Raise `PassError` when an option of a pass cannot make the trip through a plan's text and back."""
-    for option, hint in _options(cls).items():
-        where = f"{cls.__qualname__}.{option}"
-        options.schema(hint)  # refuses hints that are not plain
-        if option in ("name", "promise", "needs_eval", "writes_weights"):
+    options.table_schema(cls)
+    for option in ("name", "promise", "needs_eval", "writes_weights"):
+        if option in options.fields(cls):
+            where = f"{cls.__qualname__}.{option}"
             raise PassError(f"{where} must be a ClassVar: the name is taken by the protocol of passes.")
-        if type(None) in options.members(hint) and _default(cls, option) is not None:
-            raise PassError(f"{where} allows None, so None must be its default: a plan has no word for None.")
 
 
 def _first_line(cls: type[Pass]) -> str:

@@ -84,7 +84,7 @@ def compare_halo(
     two other ways to less memory, the exact halo and a smaller image. Instead of an accuracy, which needs trained
     weights and data: how far the output moves, as ‖a − b‖ / ‖b‖ on ``example_inputs``, one image [N, C, H, W].
 
-    ``Tile(halo="zero", grid=..., until=layer)`` makes the split of a row. Raises `TraceError`, `UnsupportedError` for a
+    ``TileZeroHalo(grid=..., until=layer)`` makes the split of a row. Raises `TraceError`, `UnsupportedError` for a
     model with other inputs, `PlanError` for a grid that does not divide the image, and for a layer where tiles cannot
     be combined.
     """

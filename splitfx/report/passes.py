@@ -49,6 +49,8 @@ def _kind(schema: Mapping[str, Any]) -> str:
         many = {"integer": "whole numbers", "string": "texts", "number": "numbers"}
         if "enum" in schema.get("items", {}):
             return f"a list of {' | '.join(map(str, schema['items']['enum']))}"
+        if keys := schema.get("items", {}).get("properties"):
+            return f"a list of tables of {', '.join(keys)}"
         return f"a list of {many.get(schema.get('items', {}).get('type', ''), 'values')}"
     if "anyOf" in schema:
         return " or ".join(map(_kind, schema["anyOf"]))

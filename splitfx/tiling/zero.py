@@ -27,6 +27,7 @@ from splitfx.ground.table import dims
 from splitfx.ir.editing import reorder, tidy
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, set_path
 from splitfx.ir.ops import Spatial, in_place, is_size, op
+from splitfx.ir.schema import sharing
 from splitfx.tiling.plan.extract import exits_of, sources_of
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
@@ -74,7 +75,7 @@ class ZeroHalo(Staged):
             if height % rows or width % columns:
                 raise PlanError(
                     f"{height}×{width} pixels are not divided by {rows} x {columns} tiles: choose another grid, "
-                    "or use halo='exact', which takes any size"
+                    "or use `Tile`, whose exact halo takes any size"
                 )
             small.append(TensorSpec((*front, height // rows, width // columns), spec.dtype, spec.device))
         self._check_maps(shapes(self.stage, specs), shapes(self.stage, tuple(small)))
@@ -138,10 +139,15 @@ def combine_layers(graph: fx.GraphModule, facts: Facts) -> dict[str, fx.Node]:
 
 
 def leading_to(last: fx.Node) -> list[fx.Node]:
-    """The nodes that a node is computed of, in order, the node itself at the end."""
+    """The nodes that a node is computed of, in order, the node itself at the end; among them those whose results nobody
+    reads, but which write into what is read, through a view or not."""
+    order = {n: i for i, n in enumerate(last.graph.nodes)}
+    families = sharing(last.graph)
     kept, waiting = {last}, [last]
     while waiting:
-        fresh = [n for n in waiting.pop().all_input_nodes if n not in kept]
+        node = waiting.pop()
+        writers = [n for n in families[node] if in_place(n) and order[n] < order[last]]
+        fresh = [n for n in (*node.all_input_nodes, *writers) if n not in kept]
         kept.update(fresh)
         waiting.extend(fresh)
     return [n for n in last.graph.nodes if n in kept and n.op not in ("placeholder", "get_attr") and not is_size(n)]

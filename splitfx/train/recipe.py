@@ -54,14 +54,7 @@ class Recipe:
     source: str = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            try:
-                object.__setattr__(self, field.name, options.convert(value, hints[field.name]))
-            except options.Mismatch:
-                wanted = options.describe(hints[field.name])
-                raise PlanError(f"recipe: {field.name} must be {wanted}; got {value!r}") from None
+        options.settle(self, "recipe: {}")
         for name, right, rule in (
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),

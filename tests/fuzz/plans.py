@@ -15,7 +15,7 @@ from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, output_node
 from splitfx.ir.ops import Channel, op, op_name
-from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SplitNet, SubNetworks, Tile
+from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SplitNet, SubNetworks, Tile, TileZeroHalo
 
 
 def draw_passes(rng: Random, graph: fx.GraphModule) -> list[Callable[[Random, fx.GraphModule], Pass]]:
@@ -61,7 +61,7 @@ def tile(rng: Random, graph: fx.GraphModule) -> Pass:
         return Tile(budget=budget, mode=mode, checkpoint=checkpoint, until=until)
     grid = (rng.randint(1, 3), rng.randint(2, 3))
     if form == "zero":
-        return Tile(halo="zero", grid=grid, until=_some_layers(rng, graph)[0])
+        return TileZeroHalo(grid=grid, until=_some_layers(rng, graph)[0])
     every = tuple(rng.randint(1, 3) for _ in range(rng.randint(0, 3)))
     rows = rng.randint(1, 9) if form == "rows" else rng.choice((0, 0, 3))
     by_hand = {"rows": rows, "every": every, "recompute": rng.choice((-1, -1, 0, 5000)), "checkpoint": checkpoint}

@@ -22,13 +22,14 @@ from splitfx.compiler import registry
 from splitfx.compiler.pipeline import Step, run_pass
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Pass, Promise
-from splitfx.errors import UnsupportedError
+from splitfx.errors import PlanError, UnsupportedError
 from splitfx.frontend.trace import trace
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info
 from splitfx.ir.ops import text
-from splitfx.passes import DropIdentity, Group, SplitNet, SubNetworks, Tile
+from splitfx.passes import DropIdentity, Group, SplitNet, SubNetworks, Tile, TileZeroHalo
 from splitfx.splitnet.structure import Structure
+from splitfx.tiling.zero import combine_layers
 from tests import oracle
 from tests.models import ZOO
 
@@ -54,12 +55,25 @@ def splitnets(graph: fx.GraphModule) -> list[Pass]:
     ]
 
 
+def zero_halos(graph: fx.GraphModule) -> list[Pass]:
+    """The last layer at which two bands of the image can be put together, for the models that have one."""
+    for until in reversed(combine_layers(graph, facts(graph))):
+        step = TileZeroHalo(grid=(2, 1), until=until)
+        try:
+            run_pass(graph, step, verify=False)
+        except (PlanError, UnsupportedError):  # sizes that the bands do not add up to
+            continue
+        return [step]
+    return []
+
+
 OPTIONS: dict[str, Callable[[fx.GraphModule], list[Pass]]] = {
     "group": groups,
     "drop_identity": lambda graph: [DropIdentity(), DropIdentity(eval_only=True)],
     "splitnet": splitnets,
     "subnetworks": lambda graph: [SubNetworks(), SubNetworks(statistics="private")],
     "tile": lambda graph: [Tile(rows=4, every=(1, 2)), Tile(budget="least")],
+    "tile_zero_halo": zero_halos,
 }
 NAMES = sorted(registry.all())
 EXPORTED = ("plain", "residual", "squeeze_excite", "depthwise", "channel_shuffle")  # an export takes seconds

@@ -18,7 +18,7 @@ from splitfx.errors import PlanError, SplitfxError, UnsupportedError, Verificati
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import info
 from splitfx.ir.ops import op_name
-from splitfx.passes.tile import Tile
+from splitfx.passes.tile import Tile, TileStage
 from splitfx.tiling.plan.planner import parse_bytes
 from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.executor import Tiled
@@ -212,7 +212,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bytes below never": ({"rows": 1, "recompute": -2}, "recompute is a number of bytes"),
     "bytes of no machine": ({"rows": 1, "recompute": 2**61}, "recompute is a number of bytes"),
     "a budget of no machine": ({"budget": "1" + "0" * 400 + " B"}, "budget"),
-    "a stage of too many tiles": ({"stages": ((0, 10**9, 10**9, -1),)}, "the stage .* a grid has at most"),
+    "a stage of too many tiles": ({"stages": ({"grid": (10**9, 10**9)},)}, "the stage .* a grid has at most"),
 }
 
 
@@ -310,18 +310,50 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_a_plan_for_another_number_of_stages() -> None:
     with pytest.raises(PlanError, match="stages"):
-        run_pass(net()[0], Tile(stages=((2, 1, 1, -1, 1), (2, 1, 1, -1, 1), (2, 1, 1, -1))))
+        run_pass(net()[0], Tile(stages=(TileStage(2, every=(1,)), TileStage(2, every=(1,)), TileStage(2))))
 
 
 def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
     with pytest.raises(PlanError, match="a grid of 500 x 2 tiles is larger than the map of 24 x 20 that last gives"):
-        run_pass(net()[0], Tile(stages=((2, 500, 2, -1),)))
+        run_pass(net()[0], Tile(stages=(TileStage(2, (500, 2)),)))
 
 
-@pytest.mark.parametrize("stage", [(1,), (-1, 1, 1, -1), (2, 0, 1, -1), (2, 1, 1, -1, 0)])
-def test_a_plan_with_an_odd_stage(stage: tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match="stage"):
-        Tile(stages=(stage,))
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"rows": -1}, "the stage .* counts"),
+        ({"rows": 2, "grid": (0, 1)}, "the stage .* counts"),
+        ({"rows": 2, "every": (0,)}, "the stage .* counts"),
+        ({"rows": 2, "recompute": -2}, "the stage .* recompute is a number of bytes"),
+        ({"rows": 2, "as_it_is": True}, "a stage that stays as_it_is has no rows"),
+        ({"row": 2}, r"'stages\[1\]' has no key 'row'. Did you mean 'rows'\?"),
+        ({"rows": "2"}, r"'stages\[1\].rows' must be an integer; got '2'"),
+        ((2, 1, 1, -1), "'stages' must be a list of .a table of rows, grid, recompute, every, as_it_is.; got"),
+    ],
+)
+def test_a_plan_with_an_odd_stage(stage: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Tile(stages=(TileStage(rows=1), stage))
+
+
+def test_a_stage_is_checked_by_itself() -> None:
+    with pytest.raises(PlanError, match="rows of a stage must be an integer"):
+        TileStage(rows="2")  # type: ignore[arg-type]
+    assert TileStage(grid=[2, 1]).grid == (2, 1)  # type: ignore[arg-type]
+
+
+def test_stages_are_tables_of_a_plan() -> None:
+    """What a person reads in a plan that the planner has settled, one stage tiled and one not."""
+    plan = Plan([Tile("least", stages=(TileStage(4, every=(1, 2)), TileStage(as_it_is=True)))], (1, 3, 48, 40))
+    text = plan.to_toml()
+    assert text.partition("[[pass]]")[2] == (
+        '\nname = "tile"\nbudget = "least"\n'
+        "[[pass.stages]]\nrows = 4\nevery = [1, 2]\n"
+        "[[pass.stages]]\nas_it_is = true\n"
+    )
+    assert Plan.from_toml(text) == plan
+    head = text.partition("[[pass.stages]]")[0]
+    assert Plan.from_toml(f"{head}stages = [{{rows = 4, every = [1, 2]}}, {{as_it_is = true}}]\n") == plan
 
 
 # ---------------------------------------------------------------- the oracle notices
