@@ -174,13 +174,9 @@ def output_node(graph: fx.GraphModule) -> fx.Node:
 
 
 def random_inputs(
-    graph: fx.GraphModule,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    batch: int | None = None,
+    graph: fx.GraphModule, seed: int = 0, batch: int | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` of random tensors in the traced shapes: floats in ``dtype``, dim 0 is ``batch``."""
+    """``(args, kwargs)`` of random tensors in the traced shapes; dim 0 is ``batch``."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(spec: Any) -> Any:
@@ -188,7 +184,7 @@ def random_inputs(
             return spec
         if batch is not None and spec.shape:
             spec = TensorSpec((batch, *spec.shape[1:]), spec.dtype, spec.device, spec.high)
-        return spec.random(generator, dtype, device)
+        return spec.random(generator)
 
     known = info(graph)
     args, kwargs = pytree.tree_unflatten([one(s) for s in known.inputs], known.in_spec)
