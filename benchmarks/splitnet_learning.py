@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 import splitfx
+from examples.planted import planted_features
 from splitfx import Recipe, splitnet
 from splitfx.passes import SplitNet
-from splitfx.train.data import Data, load_data, planted_features
+from splitfx.train.data import Data, load_data
 from splitfx.train.finetune import evaluate
 
 NAME = "splitnet_learning"

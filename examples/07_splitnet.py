@@ -4,12 +4,12 @@ Generated images: two groups of eight classes, each with patterns that matter to
 """
 
 import torch
+from planted import planted_features
 from torch import nn
 
 import splitfx
 from splitfx import Recipe, splitnet
 from splitfx.passes import SplitNet
-from splitfx.train.data import planted_features
 from splitfx.train.finetune import evaluate
 
 

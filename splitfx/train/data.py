@@ -1,4 +1,4 @@
-"""Data sets by a word: ``digits``, ``cifar10:PATH``, ``cifar100:PATH``, ``imagefolder:PATH``, ``planted``.
+"""Data sets by a word: ``digits``, ``cifar10:PATH``, ``cifar100:PATH``, ``imagefolder:PATH``.
 
 Does: training and validation sets whose items are (float image [C, H, W], class number), normalised, the training set
 with the augmentations of the papers: CIFAR padded by 4, cropped at random, flipped, normalised by channel (Fuengfusin
@@ -25,7 +25,7 @@ from splitfx.errors import MissingExtraError, TrainingError, nearest
 from splitfx.files import read_text
 from splitfx.ground import limits
 
-KINDS = ("digits", "planted", "cifar10", "cifar100", "imagefolder")
+KINDS = ("digits", "cifar10", "cifar100", "imagefolder")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,10 +69,10 @@ def load_data(word: str, shape: Shape | None = None, augment: bool = True) -> Da
     kind, _, path = word.partition(":")
     if kind not in KINDS:
         raise TrainingError(f"there is no data set '{kind}'.{nearest(kind, KINDS)} Known: {', '.join(KINDS)}")
-    if kind in ("digits", "planted"):
+    if kind == "digits":
         if path:
-            raise TrainingError(f"{kind} needs no path: write '{kind}'")
-        return (_digits if kind == "digits" else planted)(shape)
+            raise TrainingError("digits needs no path: write 'digits'")
+        return _digits(shape)
     if not path:
         raise TrainingError(f"{kind} needs a path: write '{kind}:FOLDER'")
     folder = Path(path).expanduser()
@@ -83,7 +83,7 @@ def load_data(word: str, shape: Shape | None = None, augment: bool = True) -> Da
     return _cifar(word, folder, kind, shape, augment)
 
 
-# ---------------------------------------------------------------- without files
+# ---------------------------------------------------------------- digits
 
 
 def _digits(shape: Shape | None) -> Data:
@@ -94,67 +94,10 @@ def _digits(shape: Shape | None) -> Data:
     pixels, targets = load_digits(return_X_y=True)
     images = torch.from_numpy(np.asarray(pixels, np.float32)).view(-1, 1, 8, 8) / 16
     images = (images - images.mean()) / images.std()
-    return _halved("digits", _as(images, shape), torch.from_numpy(np.asarray(targets)), tuple("0123456789"))
+    return divided("digits", _as(images, shape), torch.from_numpy(np.asarray(targets)), tuple("0123456789"))
 
 
-def planted(
-    shape: Shape | None = None,
-    groups: int = 2,
-    classes: int = 3,
-    samples: int = 1200,
-    noise: float = 0.7,
-    seed: int = 0,
-) -> Data:
-    """A generated data set with a hierarchy: ``groups`` of ``classes`` each, named ``a0``, ``a1`` … ``b0``, ``b1`` ….
-
-    Classes of a group share a smooth pattern that the others do not have, and differ by a weaker one of their own, so a
-    network that learns it finds features that only one group needs. By default images of 1x12x12.
-    """
-    made = torch.Generator().manual_seed(seed)
-    pattern = lambda count: F.interpolate(  # noqa: E731
-        torch.randn(count, 1, 4, 4, generator=made), (12, 12), mode="bilinear", align_corners=False
-    )
-    shared, own = pattern(groups), pattern(groups * classes)
-    targets = torch.arange(samples) % (groups * classes)
-    clean = shared[targets // classes] + 0.5 * own[targets]
-    images = clean + noise * torch.randn(clean.shape, generator=made)
-    names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
-    return _halved("planted", _as(images, shape), targets, names)
-
-
-def planted_features(
-    shape: Shape | None = None,
-    groups: int = 2,
-    classes: int = 4,
-    samples: int = 1200,
-    noise: float = 0.7,
-    seed: int = 0,
-) -> Data:
-    """A generated data set with a hierarchy: ``groups`` of ``classes`` each, named ``a0``, ``a1`` … ``b0``, ``b1`` ….
-
-    Every group has smooth patterns of its own, and its classes are the combinations of their signs. Every image shows
-    the patterns of all groups: those of its own group with its class's signs, the others with random ones, and faintly
-    one pattern that says which group counts. So each feature matters to the classes of one group and to no other. By
-    default images of 1x12x12.
-    """
-    made = torch.Generator().manual_seed(seed)
-    bits = max(1, (classes - 1).bit_length())
-    if groups * (1 + bits) > 16:
-        raise TrainingError(f"{groups} groups of {classes} classes need {groups * (1 + bits)} patterns; there are 16")
-    apart = 4 * torch.linalg.qr(torch.randn(16, 16, generator=made))[0]  # patterns that do not overlap
-    patterns = F.interpolate(apart.view(16, 1, 4, 4), (12, 12), mode="bilinear", align_corners=False)
-    which, own = patterns[:groups], patterns[groups : groups * (1 + bits)].view(groups, bits, 1, 12, 12)
-    targets = torch.arange(samples) % (groups * classes)
-    group, code = targets // classes, targets % classes
-    signs = torch.randint(2, (samples, groups, bits), generator=made)
-    signs[torch.arange(samples), group] = code[:, None] >> torch.arange(bits) & 1
-    clean = 0.5 * which[group] + torch.einsum("ngb,gbchw->nchw", 2.0 * signs - 1, own)
-    images = clean + noise * torch.randn(clean.shape, generator=made)
-    names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
-    return _halved("planted", _as(images, shape), targets, names)
-
-
-def _halved(word: str, images: torch.Tensor, targets: torch.Tensor, classes: tuple[str, ...]) -> Data:
+def divided(word: str, images: torch.Tensor, targets: torch.Tensor, classes: tuple[str, ...]) -> Data:
     """Four of five samples of each class to train on; the same ones always."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = torch.zeros(len(images), dtype=torch.bool)
@@ -202,7 +145,8 @@ def _prepared(mean: Any, std: Any, shape: Shape | None, augment: bool) -> Callab
 
 
 def _cifar_binary(word: str, folder: Path, kind: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The binary version: per image its label (CIFAR-100: coarse, then fine) and 3x32x32 bytes."""
+    """The binary version: per image its label (CIFAR-100: coarse, then fine) and 3x32x32 bytes. torchvision reads
+    pickles only, and a folder of the user's that is plain bytes must not need one."""
     labels = 1 if kind == "cifar10" else 2
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     names = names if kind == "cifar10" else ["train.bin" if train else "test.bin"]

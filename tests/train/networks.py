@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 import splitfx
 from splitfx.passes import Group
-from splitfx.train.data import Data, planted
+from splitfx.train.data import Data, _as, divided
 
 
 def network(classes: int = 6, width: int = 8) -> nn.Module:
@@ -30,8 +31,32 @@ def network(classes: int = 6, width: int = 8) -> nn.Module:
     ).eval()
 
 
+def of_digits() -> nn.Module:
+    """For the command line: ``digits`` is the one data set that it makes without files."""
+    return network(classes=10)
+
+
 def split_network(model: nn.Module | None = None) -> fx.GraphModule:
     return splitfx.transform(model or network(), Group(factors=(2, 1), lowering="branches"), torch.zeros(1, 1, 12, 12))
+
+
+def planted(shape: tuple[int, int, int] | None = None, samples: int = 1200, noise: float = 0.7) -> Data:
+    """A generated data set with a hierarchy: two groups of three classes each, ``a0`` … ``a2`` and ``b0`` … ``b2``.
+
+    Classes of a group share a smooth pattern that the others do not have, and differ by a weaker one of their own, so a
+    network that learns it finds features that only one group needs. By default images of 1x12x12.
+    """
+    groups, classes = 2, 3
+    made = torch.Generator().manual_seed(0)
+    pattern = lambda count: F.interpolate(  # noqa: E731
+        torch.randn(count, 1, 4, 4, generator=made), (12, 12), mode="bilinear", align_corners=False
+    )
+    shared, own = pattern(groups), pattern(groups * classes)
+    targets = torch.arange(samples) % (groups * classes)
+    clean = shared[targets // classes] + 0.5 * own[targets]
+    images = clean + noise * torch.randn(clean.shape, generator=made)
+    names = tuple(f"{chr(ord('a') + g)}{c}" for g in range(groups) for c in range(classes))
+    return divided("planted", _as(images, shape), targets, names)
 
 
 def data(samples: int = 300) -> Data:

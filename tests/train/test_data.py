@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision import datasets
 
 from splitfx.errors import TrainingError
-from splitfx.train.data import CIFAR_MEAN, CIFAR_STD, _as, load_data, planted
+from splitfx.train.data import CIFAR_MEAN, CIFAR_STD, _as, load_data
+from tests.train.networks import planted
 
 
 def rows(count: int, labels: int, classes: int, seed: int) -> np.ndarray:

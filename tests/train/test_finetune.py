@@ -16,12 +16,12 @@ import splitfx
 from splitfx.errors import TrainingError
 from splitfx.passes import Group
 from splitfx.train import checkpoint
-from splitfx.train.data import Images, planted
+from splitfx.train.data import Images
 from splitfx.train.finetune import evaluate, finetune
 from splitfx.train.multi_model import MultiModelLoss
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
-from tests.train.networks import data, network, split_network
+from tests.train.networks import data, network, planted, split_network
 
 QUICK = Recipe(epochs=2, batch_size=32, lr=0.05)
 

@@ -11,7 +11,7 @@ import splitfx
 from splitfx.cli import main
 from splitfx.train.data import load_data
 from splitfx.train.finetune import evaluate
-from tests.train.networks import split_network
+from tests.train.networks import of_digits, split_network
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def saved(tmp_path: Path) -> Path:
     return splitfx.save(split_network(), tmp_path / "split")
 
 
-def test_trains_saves_and_resumes(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    command = ["finetune", str(saved), "--data", "planted", "--out", str(out), "--set", "epochs=2", "--set", "lr=0.1"]
+def test_trains_saves_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, out = splitfx.save(split_network(of_digits()), tmp_path / "split"), tmp_path / "run"
+    command = ["finetune", str(saved), "--data", "digits", "--out", str(out), "--set", "epochs=2", "--set", "lr=0.1"]
     assert main(command) == 0
     text = capsys.readouterr()
     assert "epoch 2/2: loss" in text.err
@@ -33,17 +33,17 @@ def test_trains_saves_and_resumes(saved: Path, tmp_path: Path, capsys: pytest.Ca
     told = json.loads(text.out)
     assert not text.err
     loaded = splitfx.load(told["out"])
-    assert evaluate(loaded, load_data("planted", (1, 12, 12)).val).accuracy == told["history"]["accuracy"]
+    assert evaluate(loaded, load_data("digits", (1, 12, 12)).val).accuracy == told["history"]["accuracy"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data", "digits"], "has 10 classes, the model's head gives 6"),
-        (["--data", "plant"], "Did you mean 'planted'"),
-        (["--data", "planted", "--recipe", "grouped-cifar"], "Did you mean 'grouped-cifar10'"),
-        (["--data", "planted", "--set", "epoch=3"], "Did you mean 'epochs'"),
-        (["--data", "planted", "--weights", "x.pt"], "give --teacher too"),
+        (["--data", "digit"], "Did you mean 'digits'"),
+        (["--data", "digits", "--recipe", "grouped-cifar"], "Did you mean 'grouped-cifar10'"),
+        (["--data", "digits", "--set", "epoch=3"], "Did you mean 'epochs'"),
+        (["--data", "digits", "--weights", "x.pt"], "give --teacher too"),
         (["--data", "cifar10:/no/where"], "there is no folder"),
     ],
 )

@@ -96,15 +96,16 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_two_processes_run_the_command(tmp_path: Path) -> None:
     """One of them tells and saves."""
     import splitfx
-    from tests.train.networks import split_network
+    from splitfx.train.data import load_data
+    from tests.train.networks import of_digits, split_network
 
-    split, out = splitfx.save(split_network(), tmp_path / "split"), tmp_path / "run"
+    split, out = splitfx.save(split_network(of_digits()), tmp_path / "split"), tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["finetune", str(split), "--data", "planted", "--out", str(out), "--set", "epochs=1", "--json"]
+    words = ["finetune", str(split), "--data", "digits", "--out", str(out), "--set", "epochs=1", "--json"]
     command = [*launch, "-m", "splitfx", *words]
     done = subprocess.run(command, env=ALONE, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["history"]["epochs"][0]["samples"] == 960
+    assert json.loads(done.stdout)["history"]["epochs"][0]["samples"] == len(load_data("digits").train)  # type: ignore[arg-type]
     assert done.stderr.count("splitfx: epoch 1/1") == 1
     assert sorted(p.name for p in out.iterdir() if p.name != "tensorboard") == ["checkpoint.pt", "metrics.csv", "split"]
 

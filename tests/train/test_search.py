@@ -15,10 +15,10 @@ import splitfx
 from splitfx.errors import PlanError, TrainingError
 from splitfx.ir.graph import info
 from splitfx.passes import Group
-from splitfx.train.data import planted
 from splitfx.train.recipe import Recipe
 from splitfx.train.search import search_factors
 from splitfx.train.search.inherit import extended, fusions, kept_weight
+from tests.train.networks import planted
 
 X = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 # Table 1 of paper A: rows are blocks 1-5, columns factors 1, 2, 4, 6, 8.

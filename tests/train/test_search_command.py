@@ -10,8 +10,8 @@ import pytest
 import splitfx
 from splitfx.cli import main
 
-MODEL = f"{Path(__file__).with_name('networks.py')}:network"
-SHAPE = ["--input", "1x1x12x12", "--data", "planted", "--factors", "2,4"]
+MODEL = f"{Path(__file__).with_name('networks.py')}:of_digits"
+SHAPE = ["--input", "1x1x12x12", "--data", "digits", "--factors", "2,4"]
 
 
 def test_searches_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

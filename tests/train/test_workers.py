@@ -20,8 +20,8 @@ from splitfx.train.search import search_factors
 from splitfx.train.search.trials import JOURNAL
 from tests.train.test_search import Paper, X, five_blocks
 
-MODEL = f"{Path(__file__).with_name('networks.py')}:network"
-SEARCH = ["search", MODEL, "--input", "1x1x12x12", "--data", "planted", "--factors", "2,4", "--tolerance", "30"]
+MODEL = f"{Path(__file__).with_name('networks.py')}:of_digits"
+SEARCH = ["search", MODEL, "--input", "1x1x12x12", "--data", "digits", "--factors", "2,4", "--tolerance", "30"]
 SEARCH += ["--set", "epochs=1", "--set", "lr=0.1", "--resume", "--out"]
 
 
@@ -60,7 +60,7 @@ def test_two_processes_at_once_find_what_one_finds(tmp_path: Path, capsys: pytes
     assert not [one for one in together.rglob(".*") if one.name != ".gitignore"]
     for key in keys:
         place = together / "trials" / key / "split"
-        assert splitfx.load(place)(torch.zeros(2, 1, 12, 12)).shape == (2, 6) if place.exists() else key == "original"
+        assert splitfx.load(place)(torch.zeros(2, 1, 12, 12)).shape == (2, 10) if place.exists() else key == "original"
 
 
 def test_a_study_in_a_database(tmp_path: Path) -> None:

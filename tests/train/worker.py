@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from splitfx.files import written_whole
-from splitfx.train.data import planted
 from splitfx.train.finetune import finetune
 from splitfx.train.recipe import Recipe
 from splitfx.train.search import search_factors
-from tests.train.networks import network, split_network
+from tests.train.networks import network, planted, split_network
 
 EPOCHS = 4
 
