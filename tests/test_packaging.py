@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,36 @@ def test_the_protocol_and_plans_need_no_torch(tmp_path: Path):
     modules = "splitfx.compiler.protocol, splitfx.compiler.registry, splitfx.compiler.plan"
     more = f"import {modules}; print('torch' in sys.modules)"
     assert run_python(stub + code + "\n" + more, tmp_path).split() == ["False", "False"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top modules that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (one.name.partition(".")[0] for one in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def undeclared(modules: set[str]) -> set[str]:
+    """Those of the modules whose distribution is among neither the dependencies nor the extras of a user."""
+    extras = {k: v for k, v in PROJECT["project"]["optional-dependencies"].items() if k != "dev"}
+    written = [*PROJECT["project"]["dependencies"], *(one for extra in extras.values() for one in extra)]
+    plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()  # noqa: E731
+    declared = {plain(re.match(r"[\w.-]+", one)[0]) for one in written}  # type: ignore[index]
+    known = packages_distributions()
+    return {one for one in modules if not declared & {plain(name) for name in known.get(one, [one])}}
+
+
+def test_what_is_imported_is_declared():
+    files = [*(ROOT / "splitfx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]
+    modules = {name for path in files for name in imported(path)} - set(sys.stdlib_module_names) - {"splitfx"}
+    assert {"filelock", "onnx_ir", "PIL"} <= modules  # within functions too
+    assert undeclared(modules) == set()
+
+
+def test_sabotage_an_import_that_nobody_declared_is_found():
+    assert undeclared({"torch", "PIL", "pytest", "no_such_module"}) == {"pytest", "no_such_module"}
 
 
 def test_constraints_are_names_and_versions_only():
