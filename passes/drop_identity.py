@@ -27,6 +27,7 @@ from splitfx.ir.editing import bypass
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
 from splitfx.ir.ops import bind, in_place, op_name, slices_all
 from splitfx.ir.schema import may_share
+from splitfx.ir.walks import reached
 
 _DROPS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 _LEAVES = ("StochasticDepth", "DropPath")  # torchvision's and timm's; p is named in different ways
@@ -127,13 +128,8 @@ def blocked(node: fx.Node, place: dict[fx.Node, int]) -> str:
 
 def _same_storage(node: fx.Node) -> set[fx.Node]:
     """What would share storage with ``node`` and its operand if the two were one."""
-    found, waiting = {node}, [node, *node.all_input_nodes[:1]]
-    while waiting:
-        here = waiting.pop()
-        found.add(here)
-        near = [*may_share(here), *(r for r in here.users if here in may_share(r) or _writes(r, here))]
-        waiting.extend(n for n in near if n not in found)
-    return found
+    near = lambda n: [*may_share(n), *(r for r in n.users if n in may_share(r) or _writes(r, n))]  # noqa: E731
+    return set(reached([node, *node.all_input_nodes[:1]], near))
 
 
 def _writes(reader: fx.Node, node: fx.Node) -> bool:

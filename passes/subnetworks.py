@@ -26,6 +26,7 @@ from splitfx.ir.editing import free_path, insert_after
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, dress, layer, module_of
 from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.ops import bind, op_name
+from splitfx.ir.walks import descendants
 from splitfx.subnetworks.build import make_entry, words
 from splitfx.subnetworks.choose import closest_below, latencies, parse_budget
 from splitfx.subnetworks.entry import Entry, entries
@@ -160,7 +161,7 @@ def trial(graph: fx.GraphModule, facts: Facts, sites: Sites, site: Site) -> fx.G
 
 def cost_of(known: Facts, cut: fx.Node, entry: Entry) -> int:
     """MACs of what lies behind a cut, and of the step-down."""
-    behind = descendants(known.graph, cut)
+    behind = _behind(known.graph, cut)
     image = [n for n in known.graph.graph.nodes if n.op == "placeholder"][entry.reads]
     value = known.shapes[image]
     spec = TensorSpec(tuple(value.shape), value.dtype, str(value.device))
@@ -168,20 +169,16 @@ def cost_of(known: Facts, cut: fx.Node, entry: Entry) -> int:
     return sum(known.cost.rows[n].macs for n in behind) + own.macs
 
 
-def descendants(graph: fx.GraphModule, cut: fx.Node) -> list[fx.Node]:
-    seen, found = {cut}, []
-    for node in graph.graph.nodes:
-        if any(n in seen for n in node.all_input_nodes):
-            seen.add(node)
-            found.append(node)
-    return found
+def _behind(graph: fx.GraphModule, cut: fx.Node) -> list[fx.Node]:
+    found = set(descendants([cut])) - {cut}
+    return [n for n in graph.graph.nodes if n in found]
 
 
 def keep_statistics(graph: fx.GraphModule, cut: fx.Node, entry: Entry) -> list[Note]:
     """Give a sub-model running statistics of its own for every norm behind its cut; a note for each that keeps those of
     the base model, since no module of the graph's own holds them."""
     notes = []
-    for node in descendants(graph, cut):
+    for node in _behind(graph, cut):
         norm = module_of(node)
         if norm is not None and _tracks(norm):
             if str(node.target) not in entry.private:

@@ -7,6 +7,7 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.ir.ops import Channel, op, op_name
+from splitfx.ir.walks import ancestors
 
 
 def gates(known: Facts) -> set[fx.Node]:
@@ -17,9 +18,7 @@ def gates(known: Facts) -> set[fx.Node]:
         operands = [n for n in node.all_input_nodes if len(shape(known.shapes[n])) == 4]
         if op_name(node) != "mul" or len(operands) != 2 or area(operands[0]) == area(operands[1]):
             continue
-        waiting = [n for n in operands if set(area(n)) == {1}]
-        while waiting:
-            n = waiting.pop()
-            found |= {n} if op(n).channel is Channel.MIXES else set()
-            waiting += [m for m in n.all_input_nodes if m.op != "get_attr" and set(area(m)) <= {1}]
+        pooled = [n for n in operands if set(area(n)) == {1}]
+        small = lambda n: n.op != "get_attr" and set(area(n)) <= {1}  # noqa: E731
+        found.update(n for n in ancestors(pooled, small) if small(n) and op(n).channel is Channel.MIXES)
     return found

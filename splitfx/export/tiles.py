@@ -33,6 +33,7 @@ from splitfx.analysis.shapes import shapes
 from splitfx.errors import ExportError
 from splitfx.ir import graph as graphs
 from splitfx.ir.ops import Spatial, Window, bind, op, op_name, out_of_place
+from splitfx.ir.walks import ancestors
 from splitfx.tiling.plan.instructions import Instruction, Schedule
 from splitfx.tiling.plan.stage import Stage, compile_stage
 from splitfx.tiling.run.execution import Execution, Program
@@ -267,12 +268,7 @@ class _Finder:
                 yield inside
 
     def _up_to(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        known, waiting = {node}, [node]
-        while waiting:
-            for operand in waiting.pop().all_input_nodes:
-                if operand is not self.source and operand not in known:
-                    known.add(operand)
-                    waiting.append(operand)
+        known = set(ancestors([node], lambda n: n is not self.source))
         return tuple(n for n in self.nodes if n in known)
 
     # ------------------------------------------------------------ one plan

@@ -31,6 +31,7 @@ from splitfx.ir import graph as graphs
 from splitfx.ir.editing import readers_of_memory
 from splitfx.ir.graph import TensorSpec, TraceInfo, attribute, layer, output_node
 from splitfx.ir.ops import Channel, bind, in_place, is_size, op, op_name, out_of_place
+from splitfx.ir.walks import ancestors, descendants
 from splitfx.splitnet import boundary
 from splitfx.splitnet.arguments import arguments_of, bound
 from splitfx.tiling.plan.extract import stage_graph
@@ -223,12 +224,8 @@ def needs(graph: fx.GraphModule, joint: fx.Node) -> dict[fx.Node, frozenset[int]
     who: dict[fx.Node, set[int]] = {}
     values = facts(graph).shapes
     for g, piece in enumerate(joint.args[0]):  # type: ignore[arg-type, var-annotated]
-        waiting = [piece]
-        while waiting:
-            node = waiting.pop()
-            if g not in who.setdefault(node, set()):
-                who[node].add(g)
-                waiting += node.all_input_nodes
+        for node in ancestors([piece]):  # type: ignore[list-item]
+            who.setdefault(node, set()).add(g)
     for node in graph.graph.nodes:  # a tuple is taken apart where it is made
         if node in who and op_name(node) == "getitem" and not isinstance(values[node.args[0]], torch.Tensor):
             who[node] = who[node.args[0]]
@@ -237,11 +234,8 @@ def needs(graph: fx.GraphModule, joint: fx.Node) -> dict[fx.Node, frozenset[int]
 
 
 def _behind(graph: fx.GraphModule, joint: fx.Node) -> list[fx.Node]:
-    found = {joint}
-    for node in graph.graph.nodes:
-        if node.op != "output" and any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return [n for n in graph.graph.nodes if n in found]
+    found = set(descendants([joint]))
+    return [n for n in graph.graph.nodes if n in found and n.op != "output"]
 
 
 def _classes(graph: fx.GraphModule, joint: fx.Node) -> tuple[tuple[int, ...], ...]:

@@ -18,6 +18,7 @@ from splitfx.analysis.shapes import shape
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, layer, module_of, set_path
 from splitfx.ir.ops import Spatial, op, op_name
+from splitfx.ir.walks import ancestors
 from splitfx.subnetworks.entry import Entry, Form
 from splitfx.subnetworks.sites import Site, Sites
 from splitfx.subnetworks.stepdown import Axis, static
@@ -141,12 +142,7 @@ def _embedding(facts: Facts, image: fx.Node, end: fx.Node) -> fx.GraphModule:
     """The nodes from the image to the tokens. Convolutions, norms and linear layers are copies, which start with the
     model's weights; parameters that the graph reads (class token, position) are the model's own."""
     whole = facts.graph
-    needed, waiting = set[fx.Node](), [end]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
+    needed = set(ancestors([end]))
     root, graph, env = nn.Module(), fx.Graph(), dict[fx.Node, fx.Node]()
     for node in whole.graph.nodes:
         if node is image:

@@ -28,6 +28,7 @@ from splitfx.ir.graph import (
     set_path,
 )
 from splitfx.ir.schema import mutates
+from splitfx.ir.walks import descendants, reached
 from splitfx.subnetworks.entry import Entry, entries
 
 if TYPE_CHECKING:
@@ -145,20 +146,11 @@ def _part(split: fx.GraphModule, number: int) -> _Part:
 
 def _needed(nodes: list[fx.Node], cut: fx.Node | None, image: fx.Node | None) -> set[fx.Node]:
     """What the output needs, and what writes in place behind the cut; switches of gradients stay."""
-    behind: set[fx.Node] = set()
-    for node in nodes:
-        if node is cut or any(n in behind for n in node.all_input_nodes):
-            behind.add(node)
+    behind = set() if cut is None else set(descendants([cut]))
     kept = lambda n: mutates(n.target) and n.op == "call_function" and (cut is None or n in behind)  # noqa: E731
     switch = lambda n: n.op == "call_function" and n.target is torch._C._set_grad_enabled  # noqa: E731
-    needed: set[fx.Node] = set()
-    waiting = [n for n in nodes if n.op == "output" or kept(n) or switch(n)]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend([image] if node is cut and image is not None else node.all_input_nodes)
-    return needed
+    reads = lambda n: [image] if n is cut and image is not None else n.all_input_nodes  # noqa: E731
+    return set(reached((n for n in nodes if n.op == "output" or kept(n) or switch(n)), reads))
 
 
 def _inlined(made: fx.Graph, entry: Entry, path: str, image: fx.Node, homes: dict[fx.Node, str]) -> fx.Node:

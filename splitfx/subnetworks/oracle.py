@@ -20,6 +20,7 @@ from splitfx.ground.exclusive import reseed
 from splitfx.ir.graph import by_path, layer
 from splitfx.ir.modes import in_eval
 from splitfx.ir.ops import is_size
+from splitfx.ir.walks import descendants
 from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import SubNetworksGraph
 
@@ -80,11 +81,8 @@ def _origin(before: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _require_all(name: str, before: fx.GraphModule, cut: fx.Node, entry: Entry) -> None:
     """Nothing but the cut's tensor reaches the output from the image: no way leads around it."""
-    reached = {n for n in before.graph.nodes if n.op == "placeholder" and n is not cut}
-    for node in before.graph.nodes:
-        if node is not cut and not is_size(node) and any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-    if any(n.op == "output" for n in reached):
+    inputs = [n for n in before.graph.nodes if n.op == "placeholder" and n is not cut]
+    if any(n.op == "output" for n in descendants(inputs, lambda n: n is not cut and not is_size(n))):
         raise VerificationError(
             f"pass '{name}' broke its promise: sub{entry.number} enters at {layer(cut)}, and the image reaches the "
             "output around it"

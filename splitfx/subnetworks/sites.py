@@ -19,6 +19,7 @@ from splitfx.errors import PlanError, nearest
 from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
 from splitfx.ir.ops import is_size, op, op_name
+from splitfx.ir.walks import ancestors, descendants
 from splitfx.subnetworks.trunk import Spread, spreads
 
 
@@ -120,11 +121,8 @@ class Sites:
 
     def _data(self) -> set[fx.Node]:
         """Values that depend on the input, sizes left out."""
-        found: set[fx.Node] = set()
-        for node in self.nodes:
-            if node.op == "placeholder" or (not is_size(node) and any(n in found for n in node.all_input_nodes)):
-                found.add(node)
-        return found
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        return {n for n in descendants(inputs, lambda n: not is_size(n)) if not is_size(n)}
 
     def _places(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Cuts with weighted work before the next one, behind some work already, each with its first reader."""
@@ -181,19 +179,10 @@ class Sites:
 
     def _sizes_across(self, cut: fx.Node) -> list[fx.Node]:
         """Values in front of the cut of which a size is read behind it, so that they cannot be dropped."""
-        behind = {cut}
-        for node in self.nodes:
-            if any(n in behind for n in node.all_input_nodes):
-                behind.add(node)
-        waiting = [n for node in behind - {cut} for n in node.all_input_nodes if is_size(n) and n not in behind]
-        found: dict[fx.Node, None] = {}
-        for size in waiting:  # grows while it is walked
-            for operand in size.all_input_nodes:
-                if is_size(operand):
-                    waiting.append(operand)
-                elif operand not in behind and operand in self.data:
-                    found[operand] = None
-        return list(found)
+        behind = dict.fromkeys(descendants([cut]))
+        read = [n for node in behind if node is not cut for n in node.all_input_nodes]
+        sizes = [n for n in read if is_size(n) and n not in behind]
+        return [n for n in ancestors(sizes, is_size) if not is_size(n) and n not in behind and n in self.data]
 
     def _crossing(self, reader: fx.Node) -> list[fx.Node]:
         """The values that are made in front of a node and read by it or behind it."""

@@ -28,6 +28,7 @@ from splitfx.ir.editing import reorder, tidy
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, set_path
 from splitfx.ir.ops import Spatial, in_place, is_size, op
 from splitfx.ir.schema import sharing
+from splitfx.ir.walks import reached
 from splitfx.tiling.plan.extract import exits_of, sources_of
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
@@ -143,13 +144,8 @@ def leading_to(last: fx.Node) -> list[fx.Node]:
     reads, but which write into what is read, through a view or not."""
     order = {n: i for i, n in enumerate(last.graph.nodes)}
     families = sharing(last.graph)
-    kept, waiting = {last}, [last]
-    while waiting:
-        node = waiting.pop()
-        writers = [n for n in families[node] if in_place(n) and order[n] < order[last]]
-        fresh = [n for n in (*node.all_input_nodes, *writers) if n not in kept]
-        kept.update(fresh)
-        waiting.extend(fresh)
+    writers = lambda node: [n for n in families[node] if in_place(n) and order[n] < order[last]]  # noqa: E731
+    kept = set(reached([last], lambda node: [*node.all_input_nodes, *writers(node)]))
     return [n for n in last.graph.nodes if n in kept and n.op not in ("placeholder", "get_attr") and not is_size(n)]
 
 

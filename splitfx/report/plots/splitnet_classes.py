@@ -16,6 +16,7 @@ from torch import fx
 from splitfx.errors import PlanError, nearest
 from splitfx.ground.table import wrap
 from splitfx.ir.graph import info, layer, module_of, output_node
+from splitfx.ir.walks import ancestors
 from splitfx.splitnet.assignment import Assignment, group_lines
 from splitfx.splitnet.sources import Taxonomy, checked_taxonomy, leaves, read_taxonomy
 
@@ -130,16 +131,12 @@ def carved_classes(graph: fx.GraphModule) -> Classes | None:
 
 def _writers(graph: fx.GraphModule) -> list[str]:
     """The weighted layers that write the output: nothing but unweighted operations lies between."""
-    todo, seen, found = [output_node(graph)], set(), []
-    while todo:
-        node = todo.pop()
+
+    def weighted(node: fx.Node) -> bool:
         weight = getattr(module_of(node), "weight", None)
-        if weight is not None and weight.dim() > 1:
-            found.append(layer(node))
-            continue
-        todo += [n for n in node.all_input_nodes if n not in seen]
-        seen |= set(node.all_input_nodes)
-    return found
+        return weight is not None and weight.dim() > 1
+
+    return [layer(n) for n in ancestors([output_node(graph)], lambda n: not weighted(n)) if weighted(n)]
 
 
 def classes_text(classes: Classes) -> str:

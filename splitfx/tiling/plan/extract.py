@@ -10,6 +10,7 @@ from splitfx.analysis.regions import CONSTANT, Regions, constant
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, module_of, set_path
 from splitfx.ir.ops import is_size
+from splitfx.ir.walks import ancestors
 from splitfx.tiling.plan.stage import Kind, Roles
 
 
@@ -35,16 +36,10 @@ def _crosses(roles: Roles, operand: fx.Node, inside: bool) -> int:
 
 def sources_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The values from outside that a stage reads, without parameters and sizes."""
-    inside, found = set(nodes), dict[fx.Node, None]()
-    waiting = [n for node in nodes for n in node.all_input_nodes]
-    for operand in waiting:  # grows while it is walked
-        if operand in inside or operand.op == "get_attr":
-            continue
-        if is_size(operand):
-            waiting.extend(operand.all_input_nodes)
-        else:
-            found[operand] = None
-    return list(found)
+    inside = set(nodes)
+    outside = [n for node in nodes for n in node.all_input_nodes if n not in inside]
+    found = ancestors(outside, lambda n: is_size(n) and n not in inside)
+    return [n for n in found if n not in inside and n.op != "get_attr" and not is_size(n)]
 
 
 def exits_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
