@@ -35,18 +35,18 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def fuzz(kind: str, draws: int, seed: int, jobs: int) -> Tally:
+    told: set[int] = set()
     with tqdm(total=draws, desc=kind, unit="draw", mininterval=2.0) as bar:
 
         def said(tally: Tally) -> None:
+            for at in tally.faults.keys() - told:
+                told.add(at)
+                told_line = f"--- {kind}, seed {at} (python -m tests.fuzz --kind {kind} --seed {at} --draws 1)"
+                tqdm.write(f"\n{told_line}\n{tally.faults[at]}" if len(told) <= SHOWN else told_line)
             bar.set_postfix(faults=len(tally.faults), refresh=False)
             bar.update()
 
-        tally = run(kind, iter(range(seed, seed + draws)), min(jobs, draws), said=said)
-    for at, fault in sorted(tally.faults.items())[:SHOWN]:
-        print(
-            f"\n--- {kind}, seed {at} (python -m tests.fuzz --kind {kind} --seed {at} --draws 1)\n{fault}", flush=True
-        )
-    return tally
+        return run(kind, iter(range(seed, seed + draws)), min(jobs, draws), said=said)
 
 
 def table(tallies: Sequence[Tally]) -> str:
@@ -64,8 +64,8 @@ def page(tallies: Sequence[Tally], seed: int) -> str:
     return f"""# What the fuzzers tried
 
 Written by `make fuzz` (`python -m tests.fuzz --table`, seed {seed}). Each draw runs in a process that is watched: a
-death by signal, no end after {LIMIT:.0f} s, a traceback that is no `SplitfxError`, a refusal that is not one plain
-line, a file written outside the draw's folder and code that ran each count as a fault. {faults} faults in
+death by signal, no end after {LIMIT:.0f} s of processor time, a traceback that is no `SplitfxError`, a refusal that is
+not one plain line, a file written outside the draw's folder and code that ran each count as a fault. {faults} faults in
 {sum(t.draws for t in tallies):,} draws. `make test` runs some draws of each kind.
 
 {table(tallies)}"""

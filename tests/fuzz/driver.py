@@ -16,10 +16,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.fuzz import box
 
-LIMIT = 30.0  # seconds a draw may take
-START = 240.0  # seconds a worker may take to start and prepare
+LIMIT = 30.0  # seconds of processor time a draw may take: a machine that does other things too proves no hang
+START = 240.0  # the same for a worker that starts and prepares
+IDLE = 0.02  # of the time that goes by: a draw that takes no more of a processor waits for something that never comes
 DATA = 12 * 2**30  # bytes that a worker may allocate: what asks for more is refused by the system, and seen
 
 
@@ -58,13 +61,23 @@ class Worker:
         theirs.close()
         self.dead = False
         self.seed: int | None = None
-        self.since = time.monotonic()
-        self.deadline = self.since + START
+        self.begin(START)
+
+    def begin(self, allowed: float) -> None:
+        self.since, self.used, self.allowed = time.monotonic(), self.processor_seconds(), allowed
 
     def give(self, seed: int) -> None:
-        self.seed, self.since = seed, time.monotonic()
-        self.deadline = self.since + self.limit
+        self.seed = seed
+        self.begin(self.limit)
         self.pipe.send(seed)
+
+    def processor_seconds(self) -> float:
+        """What the process has used of processors so far."""
+        try:
+            used = psutil.Process(self.process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return used.user + used.system
 
     def answer(self) -> box.Result | None:
         """What came back: ``ready`` after the start, a draw's result, or how the worker died; None: still at work."""
@@ -74,9 +87,10 @@ class Worker:
             except EOFError:
                 self.process.join(5)
                 return self.died(f"the process died: {_how(self.process.exitcode or 0)}")
-        if time.monotonic() < self.deadline:
+        passed, used = time.monotonic() - self.since, self.processor_seconds() - self.used
+        if used < self.allowed and (passed < self.allowed or used > IDLE * passed):
             return None
-        return self.died(f"it hangs: no end after {time.monotonic() - self.since:.0f} s")
+        return self.died(f"it hangs: no end after {used:.0f} s of processor time, {passed:.0f} s in all")
 
     def died(self, how: str) -> box.Result:
         self.dead = True
