@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from hypothesis import settings
 
 from splitfx.compiler import registry
+from splitfx.frontend.trace import trace
+
+LONG = 200  # tests, of which many trace
 
 # The machine is shared: a slow example is no failure, and a failure must come back on the next run.
 settings.register_profile("splitfx", deadline=None, derandomize=True, max_examples=50)
@@ -22,13 +26,35 @@ settings.load_profile("splitfx")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a traced or exported model run in one worker: those of a file, or, where the file says
-    ``GROUP_BY = "model"``, those of one value of that parameter."""
+    """Tests that share a traced or exported model run in one worker: those of a file, or, where files say
+    ``GROUP_BY = "model"``, those of one value of that parameter, in all such files.
+
+    Groups of few tests come first: a test that stands nearly alone is a long one, such as a training in processes of
+    its own, and the many short ones level out what two workers have left to do.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         by = getattr(getattr(item, "module", None), "GROUP_BY", None)
         values = getattr(item, "callspec", None)
         value = values.params.get(by, "") if values is not None and by else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{value}"))
+        group = f"model:{value}" if value else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    run = lambda group: sum(item.get_closest_marker("slow") is None for item in group)  # noqa: E731
+    items[:] = [item for group in sorted(groups.values(), key=run) for item in group]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What torch and the test files have made by now stays to the end: no collection of garbage looks at it again,
+    and there are many, because each training asks for some. In a long run that holds for what tracing loads too."""
+    if len(session.items) > LONG:
+        trace(torch.nn.Identity(), torch.zeros(1))
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is alive at the end is said to be a leak
 
 
 def _kept_between_exports() -> None:

@@ -26,11 +26,11 @@ from splitfx.ir.ops import text
 from splitfx.passes import DropIdentity, FoldBatchNorm, Group
 from tests import oracle
 from tests.models import ZOO
+from tests.traced import odd
 
 
 def graph() -> fx.GraphModule:
-    model, inputs = ZOO["residual"]()
-    return trace(model.eval(), inputs)
+    return odd("residual")[2]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from splitfx.report.explanation import explanation_text, folded, ratio
 from splitfx.report.html import inspect_text
 from splitfx.report.html.boxes import boxes
 from splitfx.report.profile import profile
+from tests.traced import made_once
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>"
@@ -39,6 +40,7 @@ def network(width: int = 8) -> nn.Module:
     )
 
 
+@made_once
 def split(lowering: str = "branches"):
     plan = splitfx.Plan([Group(factors=(2, 2, 2), lowering=lowering)], input_shape=(1, 3, 16, 16))  # type: ignore[arg-type]
     return splitfx.transform(network(), plan)

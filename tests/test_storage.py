@@ -26,6 +26,7 @@ from splitfx.passes import Group
 from splitfx.storage import CONSTANTS, KIND, PROGRAM, WEIGHTS, load, save
 from splitfx.storage.record import NAME as RECORD
 from tests.models import ZOO
+from tests.traced import made_once
 
 
 class Odd(nn.Module):
@@ -53,7 +54,11 @@ class Odd(nn.Module):
 
 @pytest.fixture
 def odd() -> fx.GraphModule:
-    torch.manual_seed(0)
+    return _odd()
+
+
+@made_once
+def _odd() -> fx.GraphModule:
     model = Odd()
     model.conv.bias.requires_grad_(False)  # type: ignore[union-attr]
     return trace(model, ((torch.randn(1, 3, 6, 6),), {"extra": [torch.randn(1, 4)]}))
@@ -61,8 +66,12 @@ def odd() -> fx.GraphModule:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    return save(trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 6, 6)), tmp_path / "split")
+    return save(_small(), tmp_path / "split")
+
+
+@made_once
+def _small() -> fx.GraphModule:
+    return trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 6, 6))
 
 
 def same(one: fx.GraphModule, other: fx.GraphModule) -> bool:

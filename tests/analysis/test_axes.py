@@ -17,8 +17,9 @@ from splitfx.analysis.axes import Axes
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import copy_graph, module_of
 from tests import oracle
-from tests.models import ZOO, conv_bn
+from tests.models import conv_bn
 from tests.strategies import networks
+from tests.traced import odd
 
 # ---------------------------------------------------------------- the permutation
 
@@ -166,9 +167,8 @@ def test_permuted_large_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["residual", "concats", "squeeze_excite", "depthwise", "grouped", "plain"])
 def test_permuted_odd_models(name: str) -> None:
-    model, x = ZOO[name]()
-    x = x.double()
-    assert share_moved(trace(model.double().eval(), x), x) > 0.5
+    _, x, graph = odd(name, double=True)
+    assert share_moved(graph, x) > 0.5
 
 
 @settings(max_examples=12)
@@ -180,9 +180,7 @@ def test_permuted_random_networks(network: tuple[nn.Module, torch.Tensor]) -> No
 
 def test_a_wrong_label_is_seen() -> None:
     """Sabotage: one conv's labels are off by one channel."""
-    model, x = ZOO["residual"]()
-    x = x.double()
-    graph = trace(model.double().eval(), x)
+    _, x, graph = odd("residual", double=True)
     permutation = Permutation(graph)
     node = next(n for n in permutation.edges if str(n.target) == "body.2.main.0")
     wanted = copy_graph(graph)

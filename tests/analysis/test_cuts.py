@@ -13,6 +13,9 @@ from splitfx.ir.graph import layer, output_node
 from splitfx.ir.ops import is_size
 from tests.models import ZOO
 from tests.strategies import networks
+from tests.traced import odd
+
+GROUP_BY = "name"  # one worker does all that is asked of a model, so that it is traced once
 
 
 def by_definition(graph: fx.GraphModule) -> list[fx.Node]:
@@ -43,14 +46,12 @@ def test_random_networks(network: tuple[nn.Module, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_odd_models(name: str) -> None:
-    model, inputs = ZOO[name]()
-    graph = trace(model.eval(), inputs)
+    _, _, graph = odd(name)
     assert facts(graph).cuts == by_definition(graph)
 
 
 def test_a_residual_block_is_crossed() -> None:
-    model, inputs = ZOO["residual"]()
-    names = [layer(n) for n in facts(trace(model.eval(), inputs)).cuts]
+    names = [layer(n) for n in facts(odd("residual")[2]).cuts]
     assert "body.0.2" in names
     assert not any("main" in n or "short" in n for n in names)
 
@@ -66,8 +67,7 @@ def test_two_inputs_have_no_cut_before_they_meet() -> None:
 
 
 def test_two_outputs_have_none_behind_the_last_common_one() -> None:
-    model, inputs = ZOO["keyword_inputs"]()
-    assert facts(trace(model.eval(), inputs)).cuts == []
+    assert facts(odd("keyword_inputs")[2]).cuts == []
 
 
 def test_facts_die_with_their_graph_and_stay_out_of_copies() -> None:

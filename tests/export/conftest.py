@@ -4,12 +4,16 @@ dropout.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import fx, nn
 
+from splitfx.export.onnx import export_onnx
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import resolve
+from tests.traced import made_once
 
 
 class TwoInputs(nn.Module):
@@ -26,7 +30,18 @@ class TwoInputs(nn.Module):
 
 @pytest.fixture
 def two_inputs() -> fx.GraphModule:
-    torch.manual_seed(0)
+    return _graph()
+
+
+@pytest.fixture(scope="session")
+def two_inputs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph as a file, for tests that change a copy of it."""
+    pytest.importorskip("onnx")
+    return export_onnx(_graph(), tmp_path_factory.mktemp("export") / "m.onnx")
+
+
+@made_once
+def _graph() -> fx.GraphModule:
     model = TwoInputs()
     resolve(model, "features.1.running_var").uniform_(0.5, 2)  # a batch norm that is not the identity
     return trace(model, ((torch.randn(1, 3, 8, 8),), {"bias": torch.randn(1, 8)}))

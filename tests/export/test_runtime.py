@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ without_cuda = pytest.mark.skipif(CUDA_WORKS, reason="CUDA works here")
 
 
 @pytest.fixture
-def exported(two_inputs, tmp_path: Path):
-    return export_onnx(two_inputs, tmp_path / "m.onnx"), two_inputs
+def exported(two_inputs, two_inputs_file: Path, tmp_path: Path):
+    return Path(shutil.copy(two_inputs_file, tmp_path)), two_inputs
 
 
 def test_report(exported) -> None:

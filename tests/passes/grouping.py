@@ -9,12 +9,12 @@ from splitfx.analysis import facts
 from splitfx.analysis.blocks import blocks
 from splitfx.carving.division import Masked
 from splitfx.compiler.protocol import Outcome
-from splitfx.frontend.trace import trace
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph
 from splitfx.passes import Group
 from tests import oracle
-from tests.models import ZOO, Head, conv_bn, image
+from tests.models import Head, conv_bn, image
+from tests.traced import odd
 
 
 def grouped(graph: fx.GraphModule, step: Group) -> tuple[fx.GraphModule, Outcome]:
@@ -26,8 +26,8 @@ def grouped(graph: fx.GraphModule, step: Group) -> tuple[fx.GraphModule, Outcome
 
 
 def in_double(name: str) -> tuple[fx.GraphModule, torch.Tensor]:
-    model, inputs = ZOO[name]()
-    return trace(model.double().eval(), inputs.double()), inputs.double()
+    _, inputs, graph = odd(name, double=True)
+    return graph, inputs
 
 
 def per_block(graph: fx.GraphModule, factor: int) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ def run_law(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> Non
         assert_masked_dense(graph, step, x)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(networks(), st.data())
 def test_random_networks(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> None:
     run_law(network, data)

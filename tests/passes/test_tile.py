@@ -24,6 +24,7 @@ from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import ZOO, Head, Residual, conv_bn, image
+from tests.traced import made_once
 
 
 class Net(nn.Module):
@@ -40,8 +41,8 @@ class Net(nn.Module):
         return self.fc((x.flatten(2) * weights).sum(2))
 
 
+@made_once
 def net(size: tuple[int, int] = (48, 40)) -> tuple[fx.GraphModule, torch.Tensor]:
-    torch.manual_seed(0)
     x = image(1, 3, *size)
     return trace(Net().eval(), x), x
 
@@ -224,14 +225,14 @@ def test_bad_options(name: str) -> None:
     assert len(str(found.value)) < 300
 
 
+@made_once
 def chain() -> fx.GraphModule:
-    torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
     return trace(model.eval(), image(1, 3, 64, 48))
 
 
 @pytest.mark.parametrize("budget", ["10 B", "40 KiB"])
-@pytest.mark.parametrize("make", [chain, lambda: net()[0], lambda: trace(*squeeze())])
+@pytest.mark.parametrize("make", [chain, lambda: net()[0], lambda: squeeze()[0]])
 def test_a_budget_that_cannot_be_met_names_one_that_can(make: Callable[[], fx.GraphModule], budget: str) -> None:
     graph = make()
     if budget != "10 B":  # just below the least
@@ -244,9 +245,10 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(make: Callable[[], fx.Gr
     assert facts(split).memory.peak_bytes <= parse_bytes(named)
 
 
-def squeeze() -> tuple[nn.Module, Any]:
+@made_once
+def squeeze() -> tuple[fx.GraphModule, Any]:
     model, x = ZOO["squeeze_excite"]()
-    return model.eval(), x
+    return trace(model.eval(), x), x
 
 
 def test_what_cannot_be_tiled_is_named() -> None:
@@ -260,8 +262,7 @@ def test_a_grid_larger_than_the_map() -> None:
 
 
 def test_a_grid_over_a_gate() -> None:
-    model, x = ZOO["squeeze_excite"]()
-    graph = trace(model.eval(), x)
+    graph, x = squeeze()
     with pytest.raises(PlanError, match=r"body.1 \(mean\) reduces over the whole map.*until"):
         run_pass(graph, Tile(grid=(2, 2)))
     with pytest.raises(SplitfxError, match="grid"):
@@ -297,8 +298,8 @@ def test_inputs_smaller_than_the_receptive_field(size: tuple[int, int]) -> None:
     graph, _ = net()
     split, _ = run_pass(graph, Tile(rows=3, every=(1, 2)))
     oracle.assert_equal_outputs(split, graph, image(2, 3, *size))
+    small, _ = net(size)
     for step in (Tile(rows=1), Tile(), Tile(budget="least")):
-        small = trace(Net().eval(), image(1, 3, *size))
         oracle.assert_equal_outputs(run_pass(small, step)[0], small, image(1, 3, *size))
 
 

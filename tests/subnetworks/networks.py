@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 import splitfx
 from splitfx.passes import SubNetworks
 from splitfx.subnetworks.model import SubNetworksGraph
 from tests.models import Head, Residual, conv_bn
+from tests.traced import made_once
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
@@ -82,9 +83,14 @@ def layer_of(one: dict[str, Any]) -> nn.Module:
 X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
+@made_once
+def small_graph() -> fx.GraphModule:
+    return splitfx.trace(small(), X)
+
+
 def divided(model: nn.Module | None = None, x: torch.Tensor = X, **options: Any) -> SubNetworksGraph:
-    options = options or {"cuts": (1, 3)}
-    split = splitfx.transform(model if model is not None else small(), SubNetworks(**options), x)
+    step = SubNetworks(**(options or {"cuts": (1, 3)}))
+    split = splitfx.transform(small_graph(), step) if model is None else splitfx.transform(model, step, x)
     assert isinstance(split, SubNetworksGraph)
     return split
 

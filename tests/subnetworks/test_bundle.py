@@ -103,7 +103,7 @@ def test_the_manifest_says_what_each_model_costs_and_reaches(made: tuple[SubNetw
 def test_storage_is_base_and_step_downs_and_one_percent(statistics: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     widths = (32, 64, 0, 128, 256, 0, 256, 256, 0)
-    split = trained(vgg(widths), torch.zeros(1, 3, 32, 32), cuts=(2, 4), statistics=statistics)
+    split = trained(vgg(widths, 16), torch.zeros(1, 3, 16, 16), cuts=(2, 4), statistics=statistics)
     folder = splitfx.export_bundle(split, tmp_path / "bundle", runs=1)
     alone = splitfx.export_onnx(split.base(), tmp_path / "base.onnx", external_data=True)
     size = lambda *paths: sum(path.stat().st_size for path in paths)  # noqa: E731

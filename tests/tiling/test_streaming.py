@@ -50,13 +50,13 @@ def assert_peak(tiled: Any, x: torch.Tensor, schedule: Schedule) -> None:
 
 
 @given(tileable(whole=False), schedules(grids=True))
-@settings(relaxed, max_examples=12)
+@settings(relaxed, max_examples=8)
 def test_grids(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
 
 
 @given(tileable(whole=True), schedules(grids=False))
-@settings(relaxed, max_examples=12)
+@settings(relaxed, max_examples=8)
 def test_streams(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
 
@@ -74,9 +74,7 @@ class Joined(nn.Module):
         return {"p": p, "maps": [q.relu(), self.last(side)], "side": side, "means": (p.mean((2, 3)), q.mean((2, 3)))}
 
 
-@given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
-@settings(relaxed, max_examples=15)
-def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
+def check_both(one: Any, other: Any, schedule: Schedule) -> None:
     assume(runs(*one) and runs(*other))
     inputs = (one[1], other[1])
     model = Joined(one[0], other[0], one[1].shape[1]).eval()
@@ -90,8 +88,14 @@ def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) ->
     assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
 
 
+@given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
+@settings(relaxed, max_examples=8)
+def test_several_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
+    check_both(one, other, schedule)
+
+
 @given(networks(), schedules(grids=False))
-@settings(relaxed, max_examples=15)
+@settings(relaxed, max_examples=8)
 def test_networks_of_the_other_passes(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=False)
 
@@ -122,6 +126,22 @@ def test_many_grids(network: Any, schedule: Schedule) -> None:
 @settings(relaxed, max_examples=400, derandomize=False)
 def test_many_streams(network: Any, schedule: Schedule) -> None:
     check(network[0], network[1], schedule, complete=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(tileable(whole=False, length=3), tileable(whole=False, length=3), schedules(grids=False))
+@settings(relaxed, max_examples=200, derandomize=False)
+def test_many_inputs_and_outputs(one: Any, other: Any, schedule: Schedule) -> None:
+    check_both(one, other, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(networks(), schedules(grids=False))
+@settings(relaxed, max_examples=200, derandomize=False)
+def test_many_networks_of_the_other_passes(network: Any, schedule: Schedule) -> None:
+    check(network[0], network[1], schedule, complete=False)
 
 
 @given(networks(length=4), st.sampled_from(["", "least", "1 GiB", "3 KiB"]))

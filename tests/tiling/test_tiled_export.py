@@ -21,6 +21,7 @@ from splitfx.passes import FoldBatchNorm, Tile
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn
+from tests.traced import made_once
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -67,10 +68,20 @@ class Gated(nn.Module):
         return self.last(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
 
 
-def tiled(model: nn.Module, size: tuple[int, int], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-    torch.manual_seed(0)
-    graph = splitfx.trace(model.eval(), torch.randn(1, 3, *size))
-    graph = run_pass(graph, FoldBatchNorm())[0]
+def folded(model: nn.Module, size: tuple[int, int]) -> fx.GraphModule:
+    return run_pass(splitfx.trace(model.eval(), torch.randn(1, 3, *size)), FoldBatchNorm())[0]
+
+
+@made_once
+def folded_once(model: type[nn.Module], size: tuple[int, int]) -> fx.GraphModule:
+    return folded(model(), size)
+
+
+def tiled(
+    model: nn.Module | type[nn.Module], size: tuple[int, int], **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The untiled graph and the tiled one, of a model or of one of the classes above."""
+    graph = folded(model, size) if isinstance(model, nn.Module) else folded_once(model, size)
     return graph, run_pass(graph, Tile(**options or {"rows": 16}))[0]
 
 
@@ -95,7 +106,7 @@ def any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [(96, 32), (131, 29)])
 @pytest.mark.parametrize("model", [Pools, Residuals])
 def test_strips_are_exact_at_every_cut(model: type[nn.Module], size: tuple[int, int], any_cost: None) -> None:
-    split = tiled(model(), size)[1]
+    split = tiled(model, size)[1]
     stage, _ = stage_of(split, size)
     x = torch.randn(1, 3, *size, dtype=torch.float64)
     found = plans(split, size)
@@ -108,7 +119,7 @@ def test_strips_are_exact_at_every_cut(model: type[nn.Module], size: tuple[int, 
 
 def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch, any_cost: None) -> None:
     size = (96, 32)
-    split = tiled(Residuals(), size)[1]
+    split = tiled(Residuals, size)[1]
     stage, _ = stage_of(split, size)
     need = tiles._Finder._need
 
@@ -153,7 +164,7 @@ def record(path: Path) -> tuple[list[Any], list[str]]:
 
 @pytest.mark.filterwarnings("ignore:.*fixed batch size")
 def test_a_file_of_strips(tmp_path: Path) -> None:
-    split = tiled(Residuals(), (192, 64))[1]
+    split = tiled(Residuals, (192, 64))[1]
     path = export_onnx(split, tmp_path / "m.onnx")
     nodes, kinds = record(path)
     strips = kinds.count("Slice") // 2
@@ -174,7 +185,7 @@ def test_a_file_of_strips(tmp_path: Path) -> None:
     "options", [{"rows": 16, "every": (1, 2)}, {"rows": 24, "recompute": 0}, {"budget": "least"}], ids=str
 )
 def test_a_file_of_steps(tmp_path: Path, options: dict[str, Any]) -> None:
-    split = tiled(Gated(), (48, 40), **options)[1]
+    split = tiled(Gated, (48, 40), **options)[1]
     path = export_onnx(split, tmp_path / "m.onnx")
     report = check_onnx(path, split, providers=["cpu"], runs=1)
     assert report.ok
@@ -185,7 +196,7 @@ def test_a_file_of_steps(tmp_path: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fixed batch size")
 def test_no_node_of_a_file_does_nothing(tmp_path: Path) -> None:
-    for model, size in ((Gated(), (48, 40)), (Residuals(), (192, 64))):
+    for model, size in ((Gated, (48, 40)), (Residuals, (192, 64))):
         path = export_onnx(tiled(model, size, rows=16)[1], tmp_path / "m.onnx", overwrite=True)
         graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
         known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.input)}
@@ -213,7 +224,7 @@ def test_a_grid_and_an_output_that_is_read_again(tmp_path: Path) -> None:
 
 
 def test_the_batch_is_fixed_and_says_so(tmp_path: Path) -> None:
-    split = tiled(Gated(), (48, 40), rows=32)[1]
+    split = tiled(Gated, (48, 40), rows=32)[1]
     with pytest.raises(ExportError, match="batch cannot be dynamic: its tiled stage is written out"):
         export_onnx(split, tmp_path / "m.onnx", dynamic_batch=True)
     with pytest.warns(UserWarning, match="fixed batch size: its tiled stage is written out"):
@@ -224,7 +235,7 @@ def test_the_batch_is_fixed_and_says_so(tmp_path: Path) -> None:
 
 
 def test_too_many_steps_are_made_fewer_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split = tiled(Gated(), (48, 40), rows=2)[1]
+    split = tiled(Gated, (48, 40), rows=2)[1]
     monkeypatch.setattr(tiles, "LIMIT", 60)
     path = export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
     report = check_onnx(path, split, providers=["cpu"], runs=1)
@@ -237,7 +248,7 @@ def test_too_many_steps_are_made_fewer_or_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_the_split_is_not_changed(tmp_path: Path) -> None:
-    split = tiled(Residuals(), (64, 32))[1]
+    split = tiled(Residuals, (64, 32))[1]
     stage = next(m for m in split.modules() if isinstance(m, Tiled))
     metas = [dict(n.meta) for n in stage.stage.graph.nodes]
     known = dict(stage._programs)
@@ -250,7 +261,7 @@ def test_the_split_is_not_changed(tmp_path: Path) -> None:
 
 
 def test_a_saved_and_loaded_graph_exports(tmp_path: Path) -> None:
-    loaded = splitfx.load(splitfx.save(tiled(Residuals(), (192, 64))[1], tmp_path / "split"))
+    loaded = splitfx.load(splitfx.save(tiled(Residuals, (192, 64))[1], tmp_path / "split"))
     path = export_onnx(loaded, tmp_path / "m.onnx", dynamic_batch=False)
     assert check_onnx(path, loaded, providers=["cpu"], runs=1).ok
 
@@ -297,7 +308,7 @@ def test_a_foreign_record_in_a_file_is_no_matter() -> None:
 
 
 def test_a_copy_with_shared_tensors_is_what_is_written_out() -> None:
-    split = tiled(Residuals(), (192, 64))[1]
+    split = tiled(Residuals, (192, 64))[1]
     copied = copy_graph(split, share=True).eval()
     said = tiles.write_out(copied, LAYER)
     assert len(said) == 1

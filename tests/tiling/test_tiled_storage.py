@@ -24,6 +24,7 @@ from splitfx.storage import PROGRAM
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
+from tests.traced import made_once
 
 
 class Net(nn.Module):
@@ -43,9 +44,9 @@ class Net(nn.Module):
         return self.head(z), z.mean((2, 3))
 
 
+@made_once
 def net(norm: bool = False, size: tuple[int, int] = (26, 18), **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The graph, and the same graph tiled."""
-    torch.manual_seed(0)
     model = Net(norm).eval()
     graph = splitfx.trace(model, (torch.randn(2, 3, *size), torch.randn(2, 3, *size)))
     return graph, run_pass(graph, Tile(**options or {"rows": 4, "every": (1, 2)}))[0]

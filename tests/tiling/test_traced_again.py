@@ -16,6 +16,7 @@ from splitfx.passes import Tile
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 from tests.models import Residual, conv_bn, image
+from tests.traced import made_once
 
 
 class Tail(nn.Module):
@@ -27,8 +28,8 @@ class Tail(nn.Module):
         return self.fc(self.body(x).flatten(2).cumsum(2)[:, :, -1])
 
 
+@made_once
 def tiled_body() -> tuple[fx.GraphModule, torch.Tensor]:
-    torch.manual_seed(0)
     x = image(2, 3, 20, 16).double()
     body = nn.Sequential(conv_bn(3, 8), Residual(8, 8)).double().eval()
     return splitfx.transform(body, Tile(rows=3), x), x

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import splitfx
 from splitfx.passes import Group
 from splitfx.train.data import Data, _as, divided
+from tests.traced import made_once
 
 
 def network(classes: int = 6, width: int = 8) -> nn.Module:
@@ -37,7 +38,16 @@ def of_digits() -> nn.Module:
 
 
 def split_network(model: nn.Module | None = None) -> fx.GraphModule:
-    return splitfx.transform(model or network(), Group(factors=(2, 1), lowering="branches"), torch.zeros(1, 1, 12, 12))
+    return _split(model) if model is not None else _split_network()
+
+
+@made_once
+def _split_network() -> fx.GraphModule:
+    return _split(network())
+
+
+def _split(model: nn.Module) -> fx.GraphModule:
+    return splitfx.transform(model, Group(factors=(2, 1), lowering="branches"), torch.zeros(1, 1, 12, 12))
 
 
 def planted(shape: tuple[int, int, int] | None = None, samples: int = 1200, noise: float = 0.7) -> Data:

@@ -19,11 +19,13 @@ from splitfx.subnetworks.model import SubNetworksGraph
 from splitfx.train.data import load_data
 from tests import oracle
 from tests.subnetworks.networks import small
+from tests.traced import made_once
 
 X = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.tensor([0, 3, 1, 9, 2, 4])
 
 
+@made_once
 def divided(statistics: str = "shared", cuts: tuple[int, ...] = (1, 2, 3)) -> SubNetworksGraph:
     step = SubNetworks(cuts=cuts, statistics=statistics)  # type: ignore[arg-type]
     split = splitfx.transform(small().double(), step, X)
