@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import splitfx
-from splitfx import Recipe
+from splitfx import Recipe, RecipeTuner, SearchSpace, SearchStudy
 from splitfx.ground.progress import Progress
-from splitfx.train.search import search_factors
 
 SHAPE = (1, 16, 16)
 
@@ -34,15 +33,11 @@ def main(out: Path = Path("demo-out/search"), epochs: int = 8, tuned: int = 3) -
     print(f"training the unsplit network, {epochs} epochs")
     print(splitfx.finetune(model, digits.train, digits.val, Recipe(epochs=epochs, lr=0.05), progress=False))
     with Progress() as progress:
-        result = search_factors(
-            model,
-            train=digits.train,
-            val=digits.val,
-            recipe=Recipe(epochs=tuned, lr=0.05),
-            example_inputs=torch.zeros(1, *SHAPE),
+        result = splitfx.search_factors(
+            SearchSpace(model, torch.zeros(1, *SHAPE)),
+            RecipeTuner(digits.train, digits.val, Recipe(epochs=tuned, lr=0.05)),
             tolerance=0.5,
-            folder=out,
-            resume=True,
+            study=SearchStudy(out, resume=True),
             progress=progress,
         )
     print(f"\n{result}")

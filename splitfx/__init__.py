@@ -52,8 +52,13 @@ if TYPE_CHECKING:
     from splitfx.train.history import History, Score
     from splitfx.train.multi_model import MultiModelLoss
     from splitfx.train.recipe import Recipe
-    from splitfx.train.search import search_factors
+    from splitfx.train.search.front import SearchFront, search_front
+    from splitfx.train.search.greedy import search_factors
+    from splitfx.train.search.preview import SearchPreview, preview_search
+    from splitfx.train.search.space import SearchSpace
+    from splitfx.train.search.study import SearchStudy
     from splitfx.train.search.trend import SearchResult
+    from splitfx.train.search.tuner import FunctionTuner, RecipeTuner, Tuner
 
 __version__ = "0.1.0"
 
@@ -98,8 +103,13 @@ _HOME = {
     "splitfx.train.history": ["History", "Score"],
     "splitfx.train.multi_model": ["MultiModelLoss"],
     "splitfx.train.recipe": ["Recipe"],
-    "splitfx.train.search": ["search_factors"],
+    "splitfx.train.search.front": ["search_front", "SearchFront"],
+    "splitfx.train.search.greedy": ["search_factors"],
+    "splitfx.train.search.preview": ["preview_search", "SearchPreview"],
+    "splitfx.train.search.space": ["SearchSpace"],
+    "splitfx.train.search.study": ["SearchStudy"],
     "splitfx.train.search.trend": ["SearchResult"],
+    "splitfx.train.search.tuner": ["FunctionTuner", "RecipeTuner", "Tuner"],
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
@@ -112,6 +122,7 @@ __all__ = [
     "Explanation",
     "ExportError",
     "Facts",
+    "FunctionTuner",
     "HaloComparison",
     "History",
     "Measurement",
@@ -126,13 +137,19 @@ __all__ = [
     "Profile",
     "Promise",
     "Recipe",
+    "RecipeTuner",
     "RowSource",
     "RuntimeReport",
     "Score",
+    "SearchFront",
+    "SearchPreview",
     "SearchResult",
+    "SearchSpace",
+    "SearchStudy",
     "SplitfxError",
     "TraceError",
     "TrainingError",
+    "Tuner",
     "UnsupportedError",
     "VerificationError",
     "check_onnx",
@@ -150,9 +167,11 @@ __all__ = [
     "load_data",
     "measure",
     "pareto",
+    "preview_search",
     "profile",
     "save",
     "search_factors",
+    "search_front",
     "session_options",
     "stream",
     "trace",

@@ -16,7 +16,9 @@ trace transform explain compare profile measure save load export_onnx check_onnx
 Plan Pass Promise Outcome Note Facts
 stream pareto compare_halo session_options RowSource Curve HaloComparison
 export_bundle Bundle export_branches Branches
-finetune evaluate search_factors load_data Data History Score MultiModelLoss Recipe SearchResult
+finetune evaluate load_data Data History Score MultiModelLoss Recipe
+search_factors search_front preview_search SearchSpace SearchStudy SearchResult SearchFront SearchPreview
+Tuner FunctionTuner RecipeTuner
 Comparison Explanation Measurement Profile RuntimeReport
 SplitfxError TraceError PlanError UnsupportedError PassError VerificationError ExportError MissingExtraError
 TrainingError

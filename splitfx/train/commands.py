@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from splitfx import storage
 from splitfx.compiler.inline import parse_pass
-from splitfx.errors import MissingExtraError, TrainingError
+from splitfx.errors import MissingExtraError, PlanError, TrainingError
 from splitfx.frontend.models import load_model
 from splitfx.frontend.trace import trace
 from splitfx.ground.progress import Progress
@@ -23,7 +24,13 @@ from splitfx.train.fit import check
 from splitfx.train.history import Epoch
 from splitfx.train.processes import launched
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import search_factors
+from splitfx.train.search.front import SearchFront, search_front
+from splitfx.train.search.greedy import search_factors
+from splitfx.train.search.preview import preview_search
+from splitfx.train.search.space import SearchSpace
+from splitfx.train.search.study import SearchStudy
+from splitfx.train.search.trend import SearchResult
+from splitfx.train.search.tuner import RecipeTuner
 
 SPLIT = "split"  # the result, in the folder of a run
 
@@ -70,36 +77,51 @@ def search(given: Namespace, progress: Progress, inputs: tuple[torch.Tensor, ...
     recipe = Recipe.from_words(given.recipe, given.set)
     options = parse_pass(" ".join(["group", "factors=1", *given.option])).to_dict()
     options.pop("factors")
-    dense = trace(model, inputs)
+    if given.method not in ("greedy", "pareto"):
+        raise PlanError(f"method is 'greedy' or 'pareto', not {given.method!r}")
+    space = SearchSpace(trace(model, inputs), factors=given.factors, options=options)
     if given.dry_run:
-        found = search_factors(dense, factors=given.factors, options=options, dry_run=True)
+        found = preview_search(space)
         return found.to_json(), str(found)
     if not given.data or not given.out:
         raise TrainingError("a search needs --data and --out; without them, --dry-run lists its trials")
-    data = data_for(dense, given.data, progress)
-    check(dense, data.train, data.val)
-    folder = Path(given.out)
-    result = search_factors(
-        dense, train=data.train, val=data.val, recipe=recipe, factors=given.factors, tolerance=given.tolerance,
-        reference=given.reference, options=options, method=given.method, folder=folder, resume=given.resume,
-        study=given.study, max_trials=given.max_trials, max_seconds=given.max_seconds, device=given.device,
-        workers=given.workers, progress=progress,
-    )  # fmt: skip
-    progress("saving")
-    write_text(folder / "result.json", result.to_json())
-    front = given.method == "pareto"
-    try:
-        result.plot(folder / ("front.png" if front else "trend.png"), overwrite=True)
-    except MissingExtraError as error:
-        progress.remark(f"no picture of the trend: {error}")
-    if front:
-        told = f"{result}\n\nthe trained splits are in {folder / 'trials'}"
-        return json.dumps({"out": str(folder), "result": json.loads(result.to_json())}, indent=2), told
+    data = data_for(space.dense, given.data, progress)
+    check(space.dense, data.train, data.val)
+    tuner = RecipeTuner(data.train, data.val, recipe, device=given.device, workers=given.workers)
+    common: dict[str, Any] = {
+        "study": SearchStudy(Path(given.out), given.resume, given.study),
+        "max_trials": given.max_trials,
+        "max_seconds": given.max_seconds,
+        "progress": progress,
+    }
+    if given.method == "pareto":
+        return _front_told(search_front(space, tuner, **common), Path(given.out), progress)
+    result = search_factors(space, tuner, tolerance=given.tolerance, reference=given.reference, **common)
+    return _result_told(result, Path(given.out), progress)
+
+
+def _front_told(front: SearchFront, folder: Path, progress: Progress) -> tuple[str, str]:
+    _written(front, folder, "front.png", progress)
+    told = f"{front}\n\nthe trained splits are in {folder / 'trials'}"
+    return json.dumps({"out": str(folder), "result": json.loads(front.to_json())}, indent=2), told
+
+
+def _result_told(result: SearchResult, folder: Path, progress: Progress) -> tuple[str, str]:
+    _written(result, folder, "trend.png", progress)
     storage.save(result.split, folder / SPLIT, overwrite=True)
     result.plan.save(folder / "plan.toml", overwrite=True)
     write_text(folder / "trend.txt", f"{result.trend()}\n")
     plain = {"out": str(folder / SPLIT), "result": json.loads(result.to_json())}
     return json.dumps(plain, indent=2), f"{result}\n\nsaved to {folder / SPLIT}, the plan to {folder / 'plan.toml'}"
+
+
+def _written(found: SearchFront | SearchResult, folder: Path, picture: str, progress: Progress) -> None:
+    progress("saving")
+    write_text(folder / "result.json", found.to_json())
+    try:
+        found.plot(folder / picture, overwrite=True)
+    except MissingExtraError as error:
+        progress.remark(f"no picture of the {Path(picture).stem}: {error}")
 
 
 def data_for(split: fx.GraphModule, word: str, progress: Progress) -> Data:

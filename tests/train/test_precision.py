@@ -12,7 +12,9 @@ from splitfx.errors import TrainingError
 from splitfx.train.finetune import evaluate, finetune
 from splitfx.train.processes import accelerated
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import search_factors
+from splitfx.train.search.greedy import search_factors
+from splitfx.train.search.space import SearchSpace
+from splitfx.train.search.tuner import RecipeTuner
 from tests.train.networks import data, network, split_network
 
 HALF = Recipe(epochs=5, batch_size=32, lr=0.1, mixed_precision="bf16", keep="last")
@@ -63,8 +65,8 @@ def test_one_process_trains_in_several_precisions() -> None:
         recipe = Recipe(epochs=1, mixed_precision=precision)  # type: ignore[arg-type]
         finetune(split_network(), made.train, made.val, recipe, progress=False)
     found = search_factors(
-        network(), train=made.train, val=made.val, recipe=Recipe(epochs=1, mixed_precision="bf16"), factors=(2,),
-        example_inputs=torch.zeros(1, 1, 12, 12), tolerance=100.0, verify=False,
+        SearchSpace(network(), torch.zeros(1, 1, 12, 12), factors=(2,)),
+        RecipeTuner(made.train, made.val, Recipe(epochs=1, mixed_precision="bf16")), tolerance=100.0, verify=False,
     )  # fmt: skip
     assert found.selected == (2, 2)
     assert evaluate(found.split, made.val, mixed_precision="bf16", batch_size=64).accuracy == found.accuracy

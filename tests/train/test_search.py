@@ -16,8 +16,13 @@ from splitfx.errors import PlanError, TrainingError
 from splitfx.ir.graph import info
 from splitfx.passes import Group
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import search_factors
+from splitfx.train.search.front import search_front
+from splitfx.train.search.greedy import search_factors
 from splitfx.train.search.inherit import extended, fusions, kept_weight
+from splitfx.train.search.preview import preview_search
+from splitfx.train.search.space import SearchSpace
+from splitfx.train.search.study import SearchStudy
+from splitfx.train.search.tuner import FunctionTuner, RecipeTuner
 from tests.train.networks import planted
 
 X = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -63,7 +68,7 @@ class Paper:
 
 def test_replay_of_the_paper() -> None:
     paper = Paper()
-    found = search_factors(five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False)
+    found = search_factors(SearchSpace(five_blocks(), X), FunctionTuner(paper), tolerance=0.51, verify=False)
     assert found.selected[:4] == (8, 4, 2, 2)
     assert found.finished
     lines = [line.accuracy for line in found.lines]
@@ -80,8 +85,8 @@ def test_replay_of_the_paper() -> None:
 
 def test_replay_against_each_block_gives_8_for_block_2() -> None:
     found = search_factors(
-        five_blocks(), Paper(), example_inputs=X, tolerance=0.5, reference="block", verify=False
-    )  # fmt: skip
+        SearchSpace(five_blocks(), X), FunctionTuner(Paper()), tolerance=0.5, reference="block", verify=False
+    )
     assert found.selected[:2] == (8, 8)
 
 
@@ -97,7 +102,7 @@ def test_a_block_that_cannot_be_divided_is_not_tried() -> None:
         tried.append(factors_of(split))
         return 90.0
 
-    found = search_factors(model, accuracy, example_inputs=X, factors=(2, 4), verify=False)
+    found = search_factors(SearchSpace(model, X, factors=(2, 4)), FunctionTuner(accuracy), verify=False)
     assert found.selected == (1, 4)
     assert tried[1:] == [(1, 2), (1, 4)]
 
@@ -110,20 +115,21 @@ def test_factors_above_the_channels_are_not_tried() -> None:
         tried.append(factors_of(split))
         return 90.0
 
-    found = search_factors(five_blocks(4), accuracy, example_inputs=X, verify=False)
+    found = search_factors(SearchSpace(five_blocks(4), X), FunctionTuner(accuracy), verify=False)
     assert found.selected == (4,) * 5
     assert len(tried) == 1 + 2 * 5
     assert found.after.macs < found.before.macs
-    shown = search_factors(five_blocks(4), example_inputs=X, dry_run=True)
+    shown = preview_search(SearchSpace(five_blocks(4), X))
     assert {factor for _, _, factor, _, _ in shown.rows} == {2, 4}
     assert shown.most == 10
     assert all(one.macs < shown.before.macs for _, _, _, one, _ in shown.rows)
 
 
 def test_a_limit_ends_a_search_that_goes_on_later(tmp_path: Path) -> None:
-    run = lambda paper, **more: search_factors(  # noqa: E731
-        five_blocks(), paper, example_inputs=X, tolerance=0.51, verify=False, folder=tmp_path / "s", **more
-    )
+    run = lambda paper, resume=False, **more: search_factors(  # noqa: E731
+        SearchSpace(five_blocks(), X), FunctionTuner(paper), tolerance=0.51, verify=False,
+        study=SearchStudy(tmp_path / "s", resume), **more,
+    )  # fmt: skip
     first, rest = Paper(), Paper()
     part = run(first, max_trials=6)
     assert not part.finished
@@ -138,15 +144,16 @@ def test_a_limit_ends_a_search_that_goes_on_later(tmp_path: Path) -> None:
     again = Paper()
     assert run(again, resume=True).lines == done.lines
     assert not again.calls
-    timed = search_factors(five_blocks(), Paper(), example_inputs=X, max_seconds=0.0)
+    timed = search_factors(SearchSpace(five_blocks(), X), FunctionTuner(Paper()), max_seconds=0.0)
     assert not timed.finished
     assert timed.split(X).shape == (2, 6)
 
 
 def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
-    run = lambda model, **more: search_factors(  # noqa: E731
-        model, Paper(), example_inputs=X, folder=tmp_path, resume=True, max_trials=0, verify=False, **more
-    )
+    run = lambda model, **options: search_factors(  # noqa: E731
+        SearchSpace(model, X, options=options), FunctionTuner(Paper()), study=SearchStudy(tmp_path, resume=True),
+        max_trials=0, verify=False,
+    )  # fmt: skip
     run(five_blocks())
     other = five_blocks()
     nn.init.zeros_(other[0].bias)  # type: ignore[index, arg-type]
@@ -155,7 +162,7 @@ def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"made for something else: model: 0.bias is .8. there, .12. here"):
         run(five_blocks(12))
     with pytest.raises(TrainingError, match="made for something else: options: fusion is None there, keep here"):
-        run(five_blocks(), options={"fusion": "keep"})
+        run(five_blocks(), fusion="keep")
 
 
 def test_workers_that_share_a_folder_find_the_same(tmp_path: Path) -> None:
@@ -164,13 +171,11 @@ def test_workers_that_share_a_folder_find_the_same(tmp_path: Path) -> None:
 
     def run(evaluate: Any, **more: Any) -> Any:
         return search_factors(
-            five_blocks(),
-            evaluate,
-            example_inputs=X,
+            SearchSpace(five_blocks(), X),
+            FunctionTuner(evaluate),
             tolerance=0.51,
+            study=SearchStudy(tmp_path, resume=True),
             verify=False,
-            folder=tmp_path,
-            resume=True,
             **more,
         )
 
@@ -195,9 +200,12 @@ def test_search_with_training(tmp_path: Path) -> None:
     model = five_blocks()
     splitfx.finetune(model, made.train, made.val, Recipe(epochs=3, lr=0.05, batch_size=32), progress=False)
     found = search_factors(
-        model, train=made.train, val=made.val, recipe=Recipe(epochs=1, batch_size=32), example_inputs=X, factors=(2, 4),
-        tolerance=10.0, folder=tmp_path, verify=False,
-    )  # fmt: skip
+        SearchSpace(model, X, factors=(2, 4)),
+        RecipeTuner(made.train, made.val, Recipe(epochs=1, batch_size=32)),
+        tolerance=10.0,
+        study=SearchStudy(tmp_path),
+        verify=False,
+    )
     from splitfx.train.finetune import evaluate
 
     assert evaluate(found.split, made.val).accuracy == found.accuracy
@@ -217,7 +225,7 @@ def test_search_with_training(tmp_path: Path) -> None:
 
 
 def test_preview_lists_every_trial() -> None:
-    found = search_factors(five_blocks(), example_inputs=X, factors=(2, 4), dry_run=True)
+    found = preview_search(SearchSpace(five_blocks(), X, factors=(2, 4)))
     assert [(b, f) for b, _, f, _, _ in found.rows] == [(b, f) for b in range(1, 6) for f in (2, 4)]
     kept = {(b, f): share for b, _, f, _, share in found.rows}
     assert kept[2, 4] < kept[2, 2] < 1
@@ -232,9 +240,9 @@ def test_a_front_of_accuracy_work_and_peak(tmp_path: Path) -> None:
     def accuracy(split: fx.GraphModule) -> float:
         return 90.0 - 0.5 * sum(f > 1 for f in factors_of(split)) - 0.1 * sum(factors_of(split))
 
-    run = lambda count: search_factors(  # noqa: E731
-        five_blocks(), accuracy, example_inputs=X, factors=(2, 4), method="pareto", max_trials=count, verify=False,
-        folder=tmp_path / "front", resume=True,
+    run = lambda count: search_front(  # noqa: E731
+        SearchSpace(five_blocks(), X, factors=(2, 4)), FunctionTuner(accuracy), max_trials=count, verify=False,
+        study=SearchStudy(tmp_path / "front", resume=True),
     )  # fmt: skip
     first = run(4)
     assert len(first.tried) == 4
@@ -264,9 +272,8 @@ def test_a_front_of_accuracy_work_and_peak(tmp_path: Path) -> None:
 
 def test_a_front_ends_when_all_plans_are_known() -> None:
     small = nn.Sequential(*list(five_blocks().children())[:6], nn.Flatten(), nn.Linear(8 * 256, 3)).eval()
-    found = search_factors(
-        small, lambda split: 50.0, example_inputs=X, factors=(2,), method="pareto", max_trials=99, verify=False
-    )  # fmt: skip
+    space = SearchSpace(small, X, factors=(2,))
+    found = search_front(space, FunctionTuner(lambda split: 50.0), max_trials=99, verify=False)
     assert {one.factors for one in found.tried} == {(1,), (2,)}
     assert factors_of(found.split((2,))) == (2,)  # without a folder too
 
@@ -275,10 +282,8 @@ def test_a_front_names_blocks_that_are_left_whole_by_1() -> None:
     """The second block is one conv, which nothing can divide as long as the first is whole."""
     from tests.train.networks import network
 
-    found = search_factors(
-        network(), lambda split: 50.0, example_inputs=torch.zeros(1, 1, 12, 12), factors=(2,), method="pareto",
-        max_trials=99, verify=False,
-    )  # fmt: skip
+    space = SearchSpace(network(), torch.zeros(1, 1, 12, 12), factors=(2,))
+    found = search_front(space, FunctionTuner(lambda split: 50.0), max_trials=99, verify=False)
     assert {one.factors for one in found.tried} == {(1, 1), (2, 1), (2, 2)}
     assert len({one.figures for one in found.tried}) == 3
 
@@ -286,29 +291,47 @@ def test_a_front_names_blocks_that_are_left_whole_by_1() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "pareto"}, "give max_trials or max_seconds"),
-        ({"method": "random"}, "'greedy' or 'pareto'"),
         ({"factors": (1, 2)}, "from 2 on in rising order"),
         ({"factors": (4, 2)}, "from 2 on in rising order"),
-        ({"reference": "first"}, "'original' or 'block'"),
-        ({"tolerance": -1.0}, "0 or more"),
         ({"options": {"fusion": "none"}}, "needs a fusion"),
         ({"options": {"lowering": "auto"}}, "does not depend on timing"),
         ({"options": {"factors": (2,)}}, "without factors"),
         ({"options": {"fusoin": "keep"}}, "fusoin"),
-        ({"evaluate": None}, "give evaluate"),
-        ({"train": planted().train, "val": planted().val}, "not both"),
         ({"example_inputs": None}, "no input sizes"),
+        ({"model": nn.Sequential(nn.Linear(4, 4)), "example_inputs": torch.zeros(1, 4)}, "no convolution"),
     ],
 )
-def test_refusals(settings: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"evaluate": Paper(), "example_inputs": X, **settings}
+def test_spaces_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"model": five_blocks(), "example_inputs": X, **settings}
     with pytest.raises(PlanError, match=message):
-        search_factors(five_blocks(), **given)
-    with pytest.raises(PlanError, match="no convolution"):
-        search_factors(nn.Sequential(nn.Linear(4, 4)), Paper(), example_inputs=torch.zeros(1, 4))
+        SearchSpace(**given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reference": "first"}, "'original' or 'block'"),
+        ({"tolerance": -1.0}, "0 or more"),
+        ({"tuner": Paper()}, "give RecipeTuner.train, val. or FunctionTuner.evaluate."),
+        ({"space": five_blocks()}, "give SearchSpace.model, example_inputs."),
+    ],
+)
+def test_searches_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"space": SearchSpace(five_blocks(), X), "tuner": FunctionTuner(Paper()), **settings}
+    with pytest.raises(PlanError, match=message):
+        search_factors(**given)
+
+
+def test_what_a_tuner_and_a_front_refuse() -> None:
+    space = SearchSpace(five_blocks(), X)
+    with pytest.raises(PlanError, match="give max_trials or max_seconds"):
+        search_front(space, FunctionTuner(Paper()))
+    with pytest.raises(PlanError, match="give evaluate"):
+        FunctionTuner(None)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="from 0 to 100"):
-        search_factors(five_blocks(), lambda split: 101.0, example_inputs=X)
+        search_factors(space, FunctionTuner(lambda split: 101.0))
+    with pytest.raises(PlanError, match="no recipe 'fintune'.*Did you mean 'finetune'"):
+        RecipeTuner(planted().train, planted().val, "fintune")
 
 
 # ---------------------------------------------------------------- weights that are handed on

@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 import splitfx
 from splitfx.cli import main
 from splitfx.errors import PlanError, TrainingError
-from splitfx.train.search import search_factors
+from splitfx.train.search.front import search_front
+from splitfx.train.search.greedy import search_factors
+from splitfx.train.search.space import FACTORS, SearchSpace
+from splitfx.train.search.study import SearchStudy
 from splitfx.train.search.trials import JOURNAL
+from splitfx.train.search.tuner import FunctionTuner
 from tests.train.test_search import Paper, X, five_blocks
 
 MODEL = f"{Path(__file__).with_name('networks.py')}:of_digits"
@@ -25,10 +29,20 @@ SEARCH = ["search", MODEL, "--input", "1x1x12x12", "--data", "digits", "--factor
 SEARCH += ["--set", "epochs=1", "--set", "lr=0.1", "--resume", "--out"]
 
 
-def paper(folder: Path | None, *, given: Paper | None = None, model: torch.nn.Module | None = None, **more: Any) -> Any:
-    return search_factors(
-        model or five_blocks(), given or Paper(), example_inputs=X, tolerance=0.51, verify=False, folder=folder, **more
-    )
+def paper(
+    folder: Path | None,
+    *,
+    given: Paper | None = None,
+    model: torch.nn.Module | None = None,
+    factors: tuple[int, ...] = FACTORS,
+    options: dict[str, Any] | None = None,
+    resume: bool = False,
+    database: str = "",
+    **more: Any,
+) -> Any:
+    space = SearchSpace(model or five_blocks(), X, factors=factors, options=options)
+    study = SearchStudy(folder, resume, database)
+    return search_factors(space, FunctionTuner(given or Paper()), tolerance=0.51, study=study, verify=False, **more)
 
 
 def test_two_processes_at_once_find_what_one_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,31 +79,34 @@ def test_two_processes_at_once_find_what_one_finds(tmp_path: Path, capsys: pytes
 
 def test_a_study_in_a_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    found = paper(tmp_path / "run", study=url, max_trials=6)
+    found = paper(tmp_path / "run", database=url, max_trials=6)
     assert found.selected == (8, 1)
     assert not (tmp_path / "run" / JOURNAL).exists()
     rest = Paper()
-    done = paper(tmp_path / "run", study=url, resume=True, given=rest)
+    done = paper(tmp_path / "run", database=url, resume=True, given=rest)
     assert done.selected[:4] == (8, 4, 2, 2)
     assert len(rest.calls) == 16 - 7
     told = rf"study in {url} was made for something else: "
     with pytest.raises(TrainingError, match=told + r"model: 0.bias is .8. there, .12. here; choose another database"):
-        paper(tmp_path / "run", study=url, resume=True, model=five_blocks(12))
+        paper(tmp_path / "run", database=url, resume=True, model=five_blocks(12))
     with pytest.raises(TrainingError, match=told + "options: fusion is None there, keep here"):
-        paper(tmp_path / "run", study=url, resume=True, options={"fusion": "keep"})
+        paper(tmp_path / "run", database=url, resume=True, options={"fusion": "keep"})
     with pytest.raises(TrainingError, match=told + r"factors is .2, 4, 6, 8. there, .2, 4. here"):
-        paper(tmp_path / "run", study=url, resume=True, factors=(2, 4))
+        paper(tmp_path / "run", database=url, resume=True, factors=(2, 4))
     with pytest.raises(TrainingError, match=told + "method is greedy there, pareto here"):
-        paper(tmp_path / "run", study=url, resume=True, method="pareto", max_trials=1)
+        search_front(
+            SearchSpace(five_blocks(), X), FunctionTuner(Paper()), max_trials=1,
+            study=SearchStudy(tmp_path / "run", resume=True, database=url),
+        )  # fmt: skip
     with pytest.raises(TrainingError, match="split is missing, though the study in .* give the folder"):
-        paper(tmp_path / "other", study=url, resume=True)
+        paper(tmp_path / "other", database=url, resume=True)
     with pytest.raises(PlanError, match="needs a folder: it holds the weights"):
-        paper(None, study=url)
+        paper(None, database=url)
 
 
 def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the study in nosuch://host/db cannot be opened") as caught:
-        paper(tmp_path / "run", study="nosuch://me:secret@host/db")
+        paper(tmp_path / "run", database="nosuch://me:secret@host/db")
     assert "secret" not in str(caught.value)
 
 

@@ -14,7 +14,10 @@ from safetensors.torch import save_file
 from splitfx.files import written_whole
 from splitfx.train.finetune import finetune
 from splitfx.train.recipe import Recipe
-from splitfx.train.search import search_factors
+from splitfx.train.search.greedy import search_factors
+from splitfx.train.search.space import SearchSpace
+from splitfx.train.search.study import SearchStudy
+from splitfx.train.search.tuner import RecipeTuner
 from tests.train.networks import network, planted, split_network
 
 EPOCHS = 4
@@ -58,9 +61,9 @@ def searched(folder: str, out: str) -> None:
     made = planted(samples=200)
     print("start", flush=True)
     found = search_factors(
-        network(), train=made.train, val=made.val, recipe=Recipe(epochs=2, batch_size=32, lr=0.05), tolerance=100.0,
-        example_inputs=torch.zeros(1, 1, 12, 12), factors=(2, 4), folder=folder, resume=True, device="cpu",
-        progress=lambda text: print(text, flush=True),
+        SearchSpace(network(), torch.zeros(1, 1, 12, 12), factors=(2, 4)),
+        RecipeTuner(made.train, made.val, Recipe(epochs=2, batch_size=32, lr=0.05), device="cpu"),
+        tolerance=100.0, study=SearchStudy(folder, resume=True), progress=lambda text: print(text, flush=True),
     )  # fmt: skip
     with written_whole(out, overwrite=True) as scratch:
         save_file({k: v.contiguous() for k, v in found.split.state_dict().items()}, str(scratch))

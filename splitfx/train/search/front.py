@@ -13,7 +13,9 @@ import json
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,13 @@ from torch import fx
 from splitfx.errors import PlanError
 from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
-from splitfx.train.search.inherit import extended
-from splitfx.train.search.preview import preview
-from splitfx.train.search.space import POLL_SECONDS, Limit, Space, Tuner, figures, key_of
+from splitfx.train.search.preview import preview_search
+from splitfx.train.search.space import SearchSpace, figures, key_of
+from splitfx.train.search.study import TEMPORARY, SearchStudy
 from splitfx.train.search.trend import Figures
-from splitfx.train.search.trials import RUN, Found, Trials
+from splitfx.train.search.trials import Found, Trials
+from splitfx.train.search.tuner import Tuner
+from splitfx.train.search.worker import POLL_SECONDS, Limit, Worker, about
 
 ASKED = 10  # proposals of the sampler's that are known already before another plan is drawn
 DRAWN = 100_000  # plans among which that one is
@@ -50,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchFront:
-    """What a search by ``method="pareto"`` found: all it tried, and the plans that no other beats."""
+    """What `search_front` found: all it tried, and the plans that no other beats."""
 
     tried: tuple[Candidate, ...]
     best: tuple[Candidate, ...]
@@ -89,23 +93,45 @@ class SearchFront:
                 axes.annotate(key_of(one.factors), place, (4, -11), textcoords="offset points", fontsize=8)
 
 
-class Pareto:
-    """One worker of such a search."""
+def search_front(
+    space: SearchSpace,
+    tuner: Tuner,
+    *,
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+    study: SearchStudy = TEMPORARY,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> SearchFront:
+    """The plans between which accuracy, multiply-accumulates and peak are a choice, by Optuna's multi-objective
+    sampler.
 
-    def __init__(
-        self, space: Space, tuner: Tuner, trials: Trials, limit: Limit, verify: bool, progress: Callable[[str], None]
-    ) -> None:
-        self.space, self.tuner, self.trials, self.limit = space, tuner, trials, limit
-        self.verify, self.progress = verify, progress
-        self.unreal: set[tuple[int, ...]] = set()  # plans that are another one, see `Space.real`
+    ``max_trials`` or ``max_seconds`` say when to stop, for a front has no end of its own; ``study`` where the trials
+    are kept. ``verify``: hold every split to the promise of its pass. Raises what `search_factors` raises.
+    """
+    if max_trials is None and max_seconds is None:
+        raise PlanError("a front has no end of its own: give max_trials or max_seconds")
+    made_for, limit = about("pareto", space, tuner), Limit(max_trials, max_seconds)
+    with ExitStack() as held:
+        folder = held.enter_context(study.opened())
+        choices = [(1, *able) for able in space.choices()]
+        trials = Trials(folder, made_for, choices, DIRECTIONS, study.database, seed=tuner.seed)
+        front = _Front(space, tuner, trials, limit, verify, progress).run()
+        weakref.finalize(front, held.pop_all().close)  # it reads its splits when they are asked for
+        return front
+
+
+class _Front(Worker):
+    """One worker of such a search."""
 
     def run(self) -> SearchFront:
         first = self.ranked()
+        self.unreal: set[tuple[int, ...]] = set()  # plans that are another one, see `SearchSpace.real`
         while not self.limit.reached:
             factors = self.proposed(first)
             if factors is None:
                 break  # there is nothing left to try
-            if not self.trial(factors):
+            if not self.claimed(factors):
                 time.sleep(POLL_SECONDS)  # another worker is at it
         tried = [self.candidate(found) for found in self.trials.all().values()]
         best = [one for one in tried if not any(other.beats(one) for other in tried)]
@@ -137,22 +163,12 @@ class Pareto:
             self.unreal.add(plan)
         return None
 
-    def trial(self, factors: tuple[int, ...]) -> bool:
-        """Tune and score a plan; False where it is known, or another worker is at it."""
-        key, started = key_of(factors), time.perf_counter()
-        with self.trials.claimed(key) as mine:
-            if not mine:
-                return False
-            self.progress(f"factors {', '.join(map(str, factors))}: training")
-            split = extended(self.space.dense, None, self.space.step(factors), self.verify)
-            whole = max(factors) == 1
-            accuracy = self.tuner.score(split) if whole else self.tuner.tuned(split, self.trials.place(key) / RUN)
-            cost = figures(split)
-            values = [accuracy, float(cost.macs), float(cost.peak_bytes)]
-            self.trials.finish(key, factors, split, values, time.perf_counter() - started)
-            self.limit.done += 1
-            self.progress(f"factors {', '.join(map(str, factors))}: accuracy {accuracy:.2f} %")
-        return True
+    def claimed(self, factors: tuple[int, ...]) -> bool:
+        """Do the trial of a plan; False where it is known, or another worker is at it."""
+        with self.trials.claimed(key_of(factors)) as mine:
+            if mine:
+                self.trial(factors, costs=True)
+            return mine
 
     def candidate(self, found: Found) -> Candidate:
         factors = tuple(map(int, found.key.split("-")))
@@ -160,7 +176,7 @@ class Pareto:
 
     def ranked(self) -> list[tuple[int, ...]]:
         """Plans from the unsplit model on, each one step further: the one that saves most work for the weight lost."""
-        rows = {(block, factor): (one.macs, kept) for block, _, factor, one, kept in preview(self.space).rows}
+        rows = {(block, factor): (one.macs, kept) for block, _, factor, one, kept in preview_search(self.space).rows}
         whole = figures(self.space.dense).macs
         at = lambda block, factor: rows[block, factor] if factor > 1 else (whole, 1.0)  # noqa: E731
         found = [(1,) * len(self.space.names())]

@@ -9,12 +9,12 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.transform import transform
 from splitfx.ground.table import number, size, table
 from splitfx.train.search.inherit import kept_weight
-from splitfx.train.search.space import Space, changed, figures
+from splitfx.train.search.space import SearchSpace, changed, figures
 from splitfx.train.search.trend import Figures
 
 
 @dataclass(frozen=True)
-class Preview:
+class SearchPreview:
     """What a search may try: per block and factor that divides it (the others 1) the figures, and the share of the
     convs' squared weight that is kept. ``most`` is the largest number of trials."""
 
@@ -37,15 +37,15 @@ class Preview:
         return f"{table(head, lines, left=(0, 1))}\n\n{rest}"
 
 
-def preview(space: Space) -> Preview:
-    """The trials of a search with their figures, without training."""
+def preview_search(space: SearchSpace) -> SearchPreview:
+    """The trials of a search with their figures; nothing is trained."""
     names = space.names()
     rows = []
     for index, (name, able) in enumerate(zip(names, space.choices(), strict=True)):
         for factor in able:
             split = transform(space.dense, Plan([space.step(changed((1,) * len(names), index, factor))]), verify=False)
             rows.append((index + 1, name, factor, figures(split), kept_weight(space.dense, split)))
-    return Preview(tuple(rows), figures(space.dense), len(rows))
+    return SearchPreview(tuple(rows), figures(space.dense), len(rows))
 
 
 def _words(one: Figures) -> list[str]:
