@@ -273,12 +273,10 @@ def test_input_overrides_the_plan(tiny: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_ctrl_c_is_130(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from splitfx.cli import commands
-
     def stopped(*args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(commands.COMMANDS, "passes", stopped)
+    monkeypatch.setattr(cli.COMMANDS["passes"], "run", stopped)
     assert cli.main(["passes"]) == 130
     assert capsys.readouterr().err == "splitfx: stopped\n"
 

@@ -1,0 +1,75 @@
+"""The parser of the command line, and the arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from splitfx.errors import nearest
+from splitfx.text import cut, one_line
+
+OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130  # exit codes, see `splitfx.cli`
+MODEL = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+DATA = "digits, planted, cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
+INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, with the nearest known word."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"splitfx: error: {one_line(message)} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(one) for one in action.choices]
+            what = "command" if action.dest == "command" else str(action.metavar or action.dest)
+            self.error(f"there is no {what} '{value}'.{nearest(str(value), known)} Known: {', '.join(known)}")
+
+    def options(self) -> list[str]:
+        return [text for action in self._actions for text in action.option_strings]
+
+
+def with_all(one: Parser) -> None:
+    """What every command takes."""
+    one.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    one.add_argument("--quiet", action="store_true", help="no progress and no remarks on stderr")
+    one.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch (default: its own choice)")
+
+
+def with_model(one: Parser, folder: bool = True) -> None:
+    """A model by a word; with ``folder`` a saved split will do too."""
+    one.add_argument("model", metavar="MODEL", help=f"{MODEL}{'; or the folder of a saved split' * folder}")
+    one.add_argument("--input", action="append", metavar="SIZES", help=INPUT)
+    one.add_argument("--weights", metavar="FILE", help="weights of the model, .safetensors or .pt (default: random)")
+    one.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
+
+
+def with_split(one: Parser, what: str = "the folder of a saved split") -> None:
+    one.add_argument("split", metavar="FOLDER", help=what)
+
+
+def with_overwrite(one: Parser) -> None:
+    one.add_argument("--overwrite", action="store_true", help="replace what is already there")
+
+
+def with_training(one: Parser, needed: bool = True) -> None:
+    one.add_argument("--data", required=needed, metavar="WORD", help=DATA)
+    one.add_argument("--out", required=needed, metavar="FOLDER", help="where checkpoints and the result are written")
+    one.add_argument("--recipe", default="finetune", metavar="NAME", help="settings by name (default finetune)")
+    one.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as epochs=30 or lr=0.1"
+    )
+    one.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    one.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default 0)")
+    one.add_argument("--device", default="auto", help="auto (GPUs, where there are any) or cpu")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    return tuple(count(one) for one in text.split(","))
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number, not '{cut(text, 40)}'")
+    return int(text)

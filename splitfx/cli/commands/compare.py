@@ -1,0 +1,29 @@
+"""``splitfx compare``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from splitfx.cli.arguments import Parser, with_model
+from splitfx.cli.output import printed
+from splitfx.ground.progress import Progress
+
+TEXT = "set a model and its split side by side"
+
+
+def arguments(one: Parser) -> None:
+    with_model(one, folder=False)
+    one.add_argument("split", metavar="FOLDER", help="the folder of the saved split")
+
+
+def run(given: Namespace, progress: Progress) -> int:
+    from splitfx.cli.loading import inputs_of, model_of, saved
+    from splitfx.ir.graph import random_inputs
+    from splitfx.report.explain import compare
+
+    split = saved(given.split, progress)
+    model = model_of(given, progress)
+    inputs = inputs_of(given) or random_inputs(split, given.seed)
+    progress("comparing")
+    found = compare(model, split, inputs)
+    return printed(given, found.to_json(), str(found))

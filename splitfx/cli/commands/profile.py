@@ -1,0 +1,38 @@
+"""``splitfx profile``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from splitfx.cli.arguments import Parser, with_model, with_overwrite
+from splitfx.cli.output import printed
+from splitfx.ground.progress import Progress
+
+TEXT = "count parameters, work and memory of every layer, without running it"
+
+
+def arguments(one: Parser) -> None:
+    with_model(one)
+    one.add_argument("--html", metavar="FILE", help="write a page with the graph and the memory over time")
+    one.add_argument("--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])")
+    one.add_argument("--all", action="store_true", help="every operation on a line of its own")
+    with_overwrite(one)
+
+
+def run(given: Namespace, progress: Progress) -> int:
+    from splitfx.cli.loading import free_file, graph_of
+    from splitfx.report.html import inspect_html
+    from splitfx.report.profile import profile as profiled
+
+    for path in filter(None, (given.html, given.plot)):
+        free_file(path, given.overwrite)
+    graph = graph_of(given, progress)
+    progress("counting")
+    found = profiled(graph)
+    if given.html:
+        progress("drawing")
+        inspect_html(graph, given.html, overwrite=given.overwrite)
+    if given.plot:
+        progress("drawing")
+        found.plot(given.plot, overwrite=given.overwrite)
+    return printed(given, found.to_json(), found.table(rows=None) if given.all else str(found))

@@ -1,0 +1,68 @@
+"""``splitfx transform``."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from splitfx.cli.arguments import Parser, with_model, with_overwrite
+from splitfx.cli.output import printed
+from splitfx.ground.progress import Progress
+
+if TYPE_CHECKING:
+    from splitfx.compiler.plan import Plan
+
+TEXT = "rewrite a model by a plan and save the result"
+
+
+def arguments(one: Parser) -> None:
+    with_model(one, folder=False)
+    one.add_argument("--plan", metavar="FILE", help="a plan file (TOML)")
+    one.add_argument(
+        "--pass",
+        dest="passes",
+        action="append",
+        metavar="'NAME OPTION=VALUE ...'",
+        help="a pass, such as 'group factors=8,2,2,4,4 fusion=keep'; once per pass, in order",
+    )
+    one.add_argument("--out", required=True, metavar="FOLDER", help="where the split is saved")
+    one.add_argument("--no-verify", action="store_true", help="do not hold the passes to their promises")
+    with_overwrite(one)
+
+
+def run(given: Namespace, progress: Progress) -> int:
+    from splitfx import storage
+    from splitfx.cli.loading import inputs_of, model_of
+    from splitfx.compiler.transform import transform
+    from splitfx.ground.table import size
+    from splitfx.report.explain import explain
+
+    folder = storage.KIND.check_target(given.out, overwrite=given.overwrite, advice="add --overwrite")
+    plan = _plan(given)
+    model = model_of(given, progress)
+    split = transform(model, plan, inputs_of(given), verify=not given.no_verify, progress=progress)
+    progress("saving")
+    storage.save(split, folder, overwrite=given.overwrite)
+    told = explain(split)
+    total = sum(one.stat().st_size for one in folder.iterdir())
+    made = {"out": str(folder), "bytes": total, "explanation": json.loads(told.to_json())}
+    return printed(given, json.dumps(made, indent=2), f"{told}\n\nsaved to {folder} ({size(total)})")
+
+
+def _plan(given: Namespace) -> Plan:
+    from splitfx.compiler.inline import parse_pass, parse_sizes
+    from splitfx.compiler.plan import Plan
+    from splitfx.errors import PlanError
+
+    if given.plan and given.passes:
+        raise PlanError("give --plan or --pass, not both")
+    if not given.plan and not given.passes:
+        raise PlanError("no plan: give --plan FILE, or --pass such as --pass 'group factors=8,2,2,4,4'")
+    plan = Plan.load(given.plan) if given.plan else Plan([parse_pass(text) for text in given.passes])
+    if given.input:
+        shapes = tuple(shape for shape, _ in map(parse_sizes, given.input))
+        plan = Plan(plan.passes, shapes[0] if len(shapes) == 1 else shapes)
+    if plan.input_shape is None:
+        raise PlanError("no input sizes: give --input 1x3x224x224, or input_shape in the plan")
+    return plan
