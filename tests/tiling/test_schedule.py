@@ -55,26 +55,27 @@ def reads(one: object) -> tuple[int, ...]:
 def test_registers_are_there_when_read_and_all_let_go(name: str, schedule: Schedule) -> None:
     found = stage(name, schedule)
     counted = Scheduler(found, schedule)
-    at_first = counted.live
+    at_first = counted.registers.live
     there = set(range(len(found.sources)))
     lasting: set[int] = set()
     for one in counted.instructions():
-        assert all(r in there or (r < 0 and -1 - r in lasting) for r in reads(one)), one
+        assert all(r in there or r in lasting for r in reads(one)), one
         if isinstance(one, Run | Patch) and one.over >= 0:
             there.discard(one.over)
         if isinstance(one, Take | Join | Run | Patch | Finish):
             assert one.dst not in there
             there.add(one.dst)
         if isinstance(one, Open):
-            lasting.add(one.exit)
+            assert one.memory not in there
+            lasting.add(one.memory)
         if isinstance(one, Free):
             assert set(one.registers) <= there, one
             there -= set(one.registers)
     whole = {k for k in found.exits if k.dims is None}
     maps = {k for k in found.exits if k.dims is not None}
     assert len(there) == len(found.sources) + len(whole), "something is kept for nobody"
-    assert counted.live == at_first + sum(k.row_bytes * (k.rows if k in maps else 1) for k in whole | maps)
-    assert counted.peak >= counted.live
+    assert counted.registers.live == at_first + sum(k.row_bytes * (k.rows if k in maps else 1) for k in whole | maps)
+    assert counted.registers.peak >= counted.registers.live
 
 
 @pytest.mark.parametrize(("name", "schedule"), [(m, s) for m, s in ALL if s.tiles == (1, 1)])

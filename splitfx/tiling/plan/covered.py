@@ -70,7 +70,7 @@ class _Checked:
         if isinstance(one, Take | Join | Run | Patch | Finish):
             self.there.add(one.dst)
         elif isinstance(one, Open):
-            self.there.add(-1 - one.exit)
+            self.there.add(one.memory)
         elif isinstance(one, Free):
             self.there -= set(one.registers)
 

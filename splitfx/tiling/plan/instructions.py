@@ -1,7 +1,7 @@
 """What a schedule is, and the instructions that it becomes: registers, rows and columns, in global coordinates.
 
 The executor, the ONNX export and the prediction of the peak read the same list (`splitfx.tiling.plan.schedule` makes
-it).
+it). `splitfx.tiling.plan.registers` says how registers are numbered.
 """
 
 from __future__ import annotations
@@ -79,9 +79,11 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Rows and columns of an output of the stage are there."""
+    """Rows and columns of an output of the stage are there, to be put into its ``memory``; a value without rows is the
+    output itself."""
 
     exit: int
+    memory: int
     src: int
     kernel: Kernel
     rows: Interval
@@ -106,9 +108,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """The memory of an output of the stage is taken."""
+    """The ``memory`` of an output of the stage is taken."""
 
     exit: int
+    memory: int
     kernel: Kernel
 
 

@@ -115,11 +115,11 @@ class Candidates:
             counted = Scheduler(stage, schedule)
             for _ in counted.instructions():
                 pass
-            macs, moved, calls = counted.seconds_terms
-            weights = sum(n * b for n, b in _weights(stage, counted.fired))
-            seconds = macs * MAC + moved * BYTE + weights * WEIGHT + calls * CALL
-            named = layer(counted.binding.node) if counted.binding is not None else ""
-            self._known[schedule] = Point(counted.peak + self.outside, seconds, schedule, named)
+            cost, held = counted.cost, counted.registers
+            weights = sum(n * b for n, b in _weights(stage, cost.fired))
+            seconds = cost.macs * MAC + cost.moved_bytes * BYTE + weights * WEIGHT + cost.calls * CALL
+            named = layer(held.binding.node) if held.binding is not None else ""
+            self._known[schedule] = Point(held.peak + self.outside, seconds, schedule, named)
         return self._known[schedule]
 
     def untiled(self) -> Point:

@@ -10,19 +10,18 @@ buffers as copies: a line buffer never keeps a large storage alive.
 columns that it needs, with nothing kept from one to the next: the halo between them is computed again. Column bands
 are R = 1.
 
-The same list drives the executor, the ONNX export and the prediction of the peak, which is counted while it is made:
-every instruction that allocates says how many bytes.
+The same list drives the executor, the ONNX export and the prediction of the peak. What it holds is counted by
+`registers`, what it costs by `meter`, while it is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
+from splitfx.tiling.plan.buffers import Buffer, Chunk
 from splitfx.tiling.plan.instructions import (
     Finish,
-    Free,
     Instruction,
     Interval,
     Join,
@@ -35,72 +34,23 @@ from splitfx.tiling.plan.instructions import (
     Store,
     Take,
 )
+from splitfx.tiling.plan.meter import CostMeter
+from splitfx.tiling.plan.registers import Registers
 from splitfx.tiling.plan.scratch import scratch
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Rows [start, stop) of a value in a register; ``bytes`` is what its storage takes."""
-
-    start: int
-    stop: int
-    register: int
-    bytes: int
-
-
-@dataclass
-class Buffer:
-    """What is there of one value: chunks in order; ``done`` rows have been computed."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    done: int = 0
-    waits: Buffer | None = None  # of the reader that is furthest behind, as it was when last looked at
-    waits_done: int = 0
-    needed: int = 0
-
-
 class Scheduler:
-    """Makes the instructions of a stage under a schedule. ``peak`` and ``binding`` (the kernel at which it is reached)
-    are known once `instructions` is exhausted; bytes of the stage's sources are counted where ``held`` names them."""
+    """Makes the instructions of a stage under a schedule. What its ``registers`` hold at most and what the schedule has
+    as ``cost`` is known once `instructions` is exhausted."""
 
     def __init__(self, stage: Stage, schedule: Schedule, sources_counted: bool = True) -> None:
         self.stage, self.schedule = stage, schedule
-        self.live = sum(k.row_bytes * (k.rows if k.dims else 1) for k in stage.sources) if sources_counted else 0
-        self.peak, self.binding = self.live, None
-        self.firings = 0
-        self.fired: dict[Kernel, int] = {}
-        self.seconds_terms = [0.0, 0.0, 0.0]  # multiply-accumulates, bytes moved, calls
-        self._registers = len(stage.sources)
-        self._bytes: dict[int, int] = {}
-        self._whole: dict[Kernel, int] = {}  # registers of values without rows
-        self._opened: set[int] = set()
-
-    # ------------------------------------------------------------ bytes
-
-    def _allocate(self, size: int, kernel: Kernel) -> int:
-        self._registers += 1
-        self._bytes[self._registers] = size
-        self.live += size
-        if self.live > self.peak:
-            self.peak, self.binding = self.live, kernel
-        return self._registers
-
-    def _touch(self, extra: int, kernel: Kernel) -> None:
-        """Bytes that live only inside one instruction."""
-        if self.live + extra > self.peak:
-            self.peak, self.binding = self.live + extra, kernel
-
-    def _free(self, *registers: int) -> Free:
-        for register in registers:
-            self.live -= self._bytes.pop(register, 0)
-        return Free(registers)
+        self.registers, self.cost = Registers(stage, sources_counted), CostMeter()
 
     # ------------------------------------------------------------ tiles and phases
 
     def instructions(self) -> Iterator[Instruction]:
-        for register, kernel in enumerate(self.stage.sources):
-            self._whole[kernel] = register
         across, down = self.schedule.tiles[1], self.schedule.tiles[0]
         for r in range(down):
             for c in range(across):
@@ -114,7 +64,7 @@ class Scheduler:
         self.buffers = {k: Buffer(done=self._start(k)) for k in self.stage.kernels}
         for kernel in self.stage.sources:
             if kernel.dims is not None:
-                self.buffers[kernel].chunks = [Chunk(0, kernel.rows, self._whole[kernel], 0)]
+                self.buffers[kernel].chunks = [Chunk(0, kernel.rows, self.registers.whole[kernel], 0, whole=True)]
         tiled = self.schedule.tiles != (1, 1)
         for phase in range(self.stage.phases):
             yield from self._phase(phase)
@@ -224,14 +174,8 @@ class Scheduler:
         for operand, h, w in kernel.reads:
             first, last, above, below = h.need(*rows)
             left, right, before, after = w.need(*columns)
-            held = (
-                self.wanted[1].get(operand, (0, operand.sizes[1]))
-                if operand.kind is not Kind.SOURCE
-                else (0, operand.sizes[1])
-            )
+            held = self._columns(operand)
             cols = None if (left, right) == held else (left - held[0], right - held[0])
-            if operand.exit >= 0:
-                cols = None if (left, right) == (0, operand.sizes[1]) else (left, right)
             register, own, made = yield from self._gather(kernel, operand, (first, last), cols)
             srcs.append(register)
             starts.append((first, left))
@@ -242,13 +186,13 @@ class Scheduler:
                 yield from self._trim(operand)  # the piece is a copy: rows behind it can go before the kernel runs
             owned.append(register if own else -1)
         if kernel.kind is Kind.REDUCE:
-            self._touch(scratch(kernel, rows, columns, None), kernel)
+            self.registers.touch(scratch(kernel, rows, columns, None), kernel)
             yield Reduce(kernel, srcs[0])
-            self._count(kernel, rows, columns, 0)
+            self.cost.count(kernel, rows, columns, 0)
         else:
             yield from self._run(kernel, rows, columns, srcs, starts, pads, owned, private)
         if private:
-            yield self._free(*private)
+            yield self.registers.free(*private)
         for operand, _, _ in kernel.reads:
             yield from self._trim(operand)
 
@@ -257,15 +201,13 @@ class Scheduler:
         pads: list[tuple[Pads, Pads]], owned: list[int], private: list[int],
     ) -> Iterator[Instruction]:  # fmt: skip
         size = self._size(kernel, rows[1] - rows[0], columns)
-        over = next((owned[p] for p in kernel.overwrites if self._bytes.get(owned[p]) == size), -1)
+        over = next((owned[p] for p in kernel.overwrites if self.registers.bytes_of(owned[p]) == size), -1)
         if over >= 0:
-            self._registers += 1
-            register = self._registers
-            self._bytes[register] = self._bytes.pop(over)
+            register = self.registers.take_over(over)
             self._hand_over(kernel, over, private)
         else:
-            self._touch(scratch(kernel, rows, columns, pads[0] if pads else None) + size, kernel)
-            register = self._allocate(size, kernel)
+            self.registers.touch(scratch(kernel, rows, columns, pads[0] if pads else None) + size, kernel)
+            register = self.registers.allocate(size, kernel)
         yield Run(register, kernel, tuple(srcs), tuple(starts), tuple(pads), rows, columns, over)
         yield from self._give(kernel, rows, columns, register, size)
 
@@ -279,8 +221,8 @@ class Scheduler:
             base, other = kernel.reads[place][0], kernel.reads[1 - place][0]
             if not (kernel.reads[0][1].identity and kernel.reads[1][1].identity) or base.exit >= 0:
                 continue
-            chunks = [c for c in self.buffers[base].chunks if c.stop > rows[0] and c.start < rows[1]]
-            many = sum(c.stop > rows[0] and c.start < rows[1] for c in self.buffers[other].chunks) > 1
+            chunks = self.buffers[base].within(rows)
+            many = len(self.buffers[other].within(rows)) > 1
             exact = len(chunks) == 1 and (chunks[0].start, chunks[0].stop) == rows and chunks[0].bytes > 0
             same = self.wanted[1].get(base) == self.wanted[1].get(other) == self.wanted[1].get(kernel)
             if many and exact and same and base.row_bytes == kernel.row_bytes and self._needed_from(base) >= rows[1]:
@@ -291,23 +233,19 @@ class Scheduler:
         base, other = kernel.reads[place][0], kernel.reads[1 - place][0]
         chunk = next(c for c in self.buffers[base].chunks if c.start == rows[0])
         parts, views = [], []
-        for held in self.buffers[other].chunks:
+        for held in self.buffers[other].within(rows):
             low, high = max(rows[0], held.start), min(rows[1], held.stop)
-            if high <= low:
-                continue
-            local, register = _local(held, (low, high), other), held.register
+            local, register = held.local((low, high), other.rows), held.register
             if local is not None:
-                register = self._allocate(0, kernel)
+                register = self.registers.allocate(0, kernel)
                 views.append(register)
                 yield Take(register, held.register, other, local, None, False)
             parts.append((register, low - rows[0], high - low))
-        self._registers += 1
-        register, size = self._registers, self._bytes.pop(chunk.register)
-        self._bytes[register] = size
+        register, size = self.registers.take_over(chunk.register), chunk.bytes
         self._hand_over(kernel, chunk.register, [])
         yield Patch(register, kernel, chunk.register, place, tuple(parts), rows, columns)
         if views:
-            yield self._free(*views)
+            yield self.registers.free(*views)
         yield from self._give(kernel, rows, columns, register, size)
         yield from self._trim(other)
 
@@ -315,72 +253,58 @@ class Scheduler:
         self, kernel: Kernel, rows: Interval, columns: Interval, register: int, size: int
     ) -> Iterator[Instruction]:
         """A piece is there: to the stage's output, to its readers, or nowhere."""
-        self._count(kernel, rows, columns, size)
+        self.cost.count(kernel, rows, columns, size)
         if kernel.exit >= 0:
-            if kernel.exit not in self._opened:
-                self._opened.add(kernel.exit)
-                self._bytes[-1 - kernel.exit] = whole = kernel.row_bytes * kernel.rows
-                self.live += whole
-                self._touch(0, kernel)
-                yield Open(kernel.exit, kernel)
-            yield Store(kernel.exit, register, kernel, rows, columns)
-            yield self._free(register)
-            self._keep(kernel, Chunk(rows[0], rows[1], -1 - kernel.exit, 0))
+            memory = self.registers.output(kernel)
+            if self.registers.open(kernel):
+                yield Open(kernel.exit, memory, kernel)
+            yield Store(kernel.exit, memory, register, kernel, rows, columns)
+            yield self.registers.free(register)
+            self.buffers[kernel].keep(Chunk(rows[0], rows[1], memory, 0, whole=True))
         elif kernel.users:
-            self._keep(kernel, Chunk(rows[0], rows[1], register, size))
+            self.buffers[kernel].keep(Chunk(rows[0], rows[1], register, size))
         else:
-            yield self._free(register)
+            yield self.registers.free(register)
 
     def _hand_over(self, kernel: Kernel, register: int, private: list[int]) -> None:
         """A register's storage now belongs to the kernel's own value."""
         if register in private:
             private.remove(register)
         for operand, _, _ in kernel.reads:
-            chunks = self.buffers[operand].chunks
-            chunks[:] = [c for c in chunks if c.register != register]
-
-    def _keep(self, kernel: Kernel, chunk: Chunk) -> None:
-        chunks = self.buffers[kernel].chunks
-        if chunk.register < 0:  # an output's own memory holds its rows one below the other
-            start = min([chunk.start, *(c.start for c in chunks)])
-            chunks[:] = [Chunk(start, chunk.stop, chunk.register, 0)]
-        else:
-            chunks.append(chunk)
+            self.buffers[operand].drop(register)
 
     # ------------------------------------------------------------ line buffers
 
     def _gather(self, kernel: Kernel, operand: Kernel, rows: Interval, columns: Interval | None) -> Iterator[Any]:
         """(register, nobody else needs it, it is its own copy) with rows of ``operand``, joined where apart."""
-        chunks = [c for c in self.buffers[operand].chunks if c.stop > rows[0] and c.start < rows[1]]
-        if not chunks:  # only padding is read
-            chunks = self.buffers[operand].chunks[-1:]
+        chunks = self.buffers[operand].within(rows) or self.buffers[operand].chunks[-1:]  # or only padding is read
         dense = kernel.dense
         if len(chunks) == 1:
             chunk = chunks[0]
-            local = _local(chunk, rows, operand)
+            local = chunk.local(rows, operand.rows)
             if local is None and columns is None:
                 dead = chunk.bytes > 0 and self._needed_from(operand) >= chunk.stop
                 return chunk.register, dead, False
             copy = dense
             size = self._piece(operand, rows, columns) if copy else 0
-            register = self._allocate(size, kernel)
+            register = self.registers.allocate(size, kernel)
             yield Take(register, chunk.register, operand, local, columns, copy)
             return register, copy, True
         parts: list[int] = []
         views: list[int] = []
         for chunk in chunks:
-            local = _local(chunk, (max(rows[0], chunk.start), min(rows[1], chunk.stop)), operand)
+            local = chunk.local((max(rows[0], chunk.start), min(rows[1], chunk.stop)), operand.rows)
             if local is None and columns is None:
                 parts.append(chunk.register)
                 continue
-            view = self._allocate(0, kernel)
+            view = self.registers.allocate(0, kernel)
             yield Take(view, chunk.register, operand, local, columns, False)
             parts.append(view)
             views.append(view)
-        register = self._allocate(self._piece(operand, rows, columns), kernel)
+        register = self.registers.allocate(self._piece(operand, rows, columns), kernel)
         yield Join(register, tuple(parts), operand)
         if views:
-            yield self._free(*views)
+            yield self.registers.free(*views)
         return register, True, True
 
     def _trim(self, operand: Kernel) -> Iterator[Instruction]:
@@ -391,19 +315,17 @@ class Scheduler:
         if not buffer.chunks:
             return
         keep = self._needed_from(operand)
-        gone = [c for c in buffer.chunks if c.stop <= keep]
-        if gone:
-            buffer.chunks = [c for c in buffer.chunks if c.stop > keep]
-            yield self._free(*(c.register for c in gone))
+        if gone := buffer.drop_before(keep):
+            yield self.registers.free(*gone)
         if not buffer.chunks:
             return
         chunk = buffer.chunks[0]
         waste = keep - chunk.start
         if waste * 4 >= chunk.stop - chunk.start and waste > 0:
             size = chunk.bytes // (chunk.stop - chunk.start) * (chunk.stop - keep)
-            register = self._allocate(size, operand)
+            register = self.registers.allocate(size, operand)
             yield Take(register, chunk.register, operand, (waste, chunk.stop - chunk.start), None, True)
-            yield self._free(chunk.register)
+            yield self.registers.free(chunk.register)
             buffer.chunks[0] = Chunk(keep, chunk.stop, register, size)
 
     def _needed_from(self, operand: Kernel) -> int:
@@ -425,25 +347,19 @@ class Scheduler:
     # ------------------------------------------------------------ ends of phases
 
     def _finish_phase(self, phase: int) -> Iterator[Instruction]:
+        whole = self.registers.whole
         for kernel in self.stage.kernels:
             if kernel.phase != phase or kernel.kind not in (Kind.REDUCE, Kind.WHOLE):
                 continue
-            register = self._allocate(kernel.row_bytes, kernel)
+            register = self.registers.allocate(kernel.row_bytes, kernel)
             yield Finish(register, kernel)
-            self._whole[kernel] = register
-            if kernel.exit >= 0 and kernel.exit not in self._opened:
-                self._opened.add(kernel.exit)
-                yield Store(kernel.exit, register, kernel, (0, 0), (0, 0))
+            whole[kernel] = register
+            if kernel.exit >= 0 and self.registers.claim(kernel):
+                yield Store(kernel.exit, self.registers.output(kernel), register, kernel, (0, 0), (0, 0))
         late = {k for kernel in self.stage.kernels if kernel.phase > phase for k in kernel.takes}
-        dead = [
-            k for k in self._whole if k.kind is not Kind.SOURCE and k.phase <= phase and k not in late and k.exit < 0
-        ]
+        dead = [k for k in whole if k.kind is not Kind.SOURCE and k.phase <= phase and k not in late and k.exit < 0]
         if dead:
-            yield self._free(*(self._whole.pop(k) for k in dead))
-
-    def whole(self, kernel: Kernel) -> int:
-        """The register of a value without rows."""
-        return self._whole[kernel]
+            yield self.registers.free(*(whole.pop(k) for k in dead))
 
     # ------------------------------------------------------------ sizes
 
@@ -454,24 +370,9 @@ class Scheduler:
         )
 
     def _piece(self, operand: Kernel, rows: Interval, columns: Interval | None) -> int:
-        if columns is None:
-            held = self.wanted[1].get(operand, (0, operand.sizes[1]))
-            columns = (0, operand.sizes[1]) if operand.kind is Kind.SOURCE or operand.exit >= 0 else held
-        return self._size(operand, rows[1] - rows[0], columns)
+        return self._size(operand, rows[1] - rows[0], self._columns(operand) if columns is None else columns)
 
-    def _count(self, kernel: Kernel, rows: Interval, columns: Interval, size: int) -> None:
-        """What the planner estimates time from."""
-        count, share = rows[1] - rows[0], (columns[1] - columns[0]) / max(1, kernel.sizes[1])
-        self.firings += 1
-        self.fired[kernel] = self.fired.get(kernel, 0) + 1
-        terms = self.seconds_terms
-        terms[0] += kernel.macs_per_row * count * share
-        terms[1] += size + sum(k.row_bytes * count * share for k, _, _ in kernel.reads)
-        terms[2] += 1
-
-
-def _local(chunk: Chunk, rows: Interval, operand: Kernel) -> Interval | None:
-    """Rows of a chunk, from its own first row; None for all of it."""
-    base = 0 if chunk.register < 0 or operand.kind is Kind.SOURCE else chunk.start
-    whole = (0, operand.rows) if chunk.register < 0 or operand.kind is Kind.SOURCE else (chunk.start, chunk.stop)
-    return None if rows == whole else (rows[0] - base, rows[1] - base)
+    def _columns(self, operand: Kernel) -> Interval:
+        """The columns that are there of a value."""
+        every = (0, operand.sizes[1])
+        return every if operand.kind is Kind.SOURCE or operand.exit >= 0 else self.wanted[1].get(operand, every)

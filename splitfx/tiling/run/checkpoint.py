@@ -274,7 +274,6 @@ class _Bands(Scheduler):
 
     def __init__(self, stage: Stage, count: int) -> None:
         super().__init__(stage, Schedule(0, (), (count, 1)), sources_counted=False)
-        self._whole = {kernel: place for place, kernel in enumerate(stage.sources)}
 
     def band(self, number: int) -> Any:
         return self._tile(number, 0)
@@ -303,11 +302,13 @@ class _Band(Execution):
         self.pieces.clear()
 
     def take(self, one: Take) -> None:
-        if one.src < 0 and one.rows is not None:  # an output that is read again: this band holds its own rows of it
+        if (
+            one.src in self.starts and one.rows is not None
+        ):  # an output that is read again: this band holds its own rows of it
             first = self.starts[one.src]
             one = Take(one.dst, one.src, one.kernel, (one.rows[0] - first, one.rows[1] - first), one.columns, False)
         super().take(one)
-        if 0 <= one.src < len(self.work.inputs):
+        if one.src < len(self.work.inputs):
             self.registers[one.dst] = self._crop(self.registers[one.dst], one)
 
     def _crop(self, view: torch.Tensor, one: Take) -> torch.Tensor:
@@ -327,7 +328,7 @@ class _Band(Execution):
     def store(self, one: Store) -> None:
         piece, kernel = self.registers[one.src], one.kernel
         assert kernel.dims is not None
-        self.registers[-1 - one.exit], self.starts[-1 - one.exit] = piece, one.rows[0]
+        self.registers[one.memory], self.starts[one.memory] = piece, one.rows[0]
         count = self.work.segment.plan.bands
         first, last = (kernel.rows * part // count for part in (self.number, self.number + 1))
         if last > first:  # rows beyond belong to the next band, which computes them too

@@ -45,7 +45,8 @@ class Program:
         for instruction in counted.instructions():
             if len(found) <= KEPT:
                 found.append(instruction)
-        self.peak, self.binding, self.firings = counted.peak, counted.binding, counted.firings
+        self.peak, self.binding = counted.registers.peak, counted.registers.binding
+        self.firings = counted.cost.calls
         if len(found) <= KEPT:
             self._kept = found
 
@@ -140,7 +141,7 @@ class Execution:
         value = self.stage.values[one.kernel.node]
         like = next(iter(self.registers.values()))
         self.results[one.exit] = torch.empty(tuple(value.shape), dtype=value.dtype, device=like.device)
-        self.registers[-1 - one.exit] = self.results[one.exit]
+        self.registers[one.memory] = self.results[one.exit]
 
     def store(self, one: Store) -> None:
         kernel, piece = one.kernel, self.registers[one.src]
@@ -148,7 +149,7 @@ class Execution:
             self.results[one.exit] = piece
         elif self.functional:
             self.pieces.setdefault(one.exit, []).append((one.rows, one.columns, piece))
-            self.registers[-1 - one.exit] = self._so_far(one)
+            self.registers[one.memory] = self._so_far(one)
         else:
             place = self.results[one.exit].narrow(kernel.dims[0], one.rows[0], one.rows[1] - one.rows[0])
             place = place.narrow(kernel.dims[1], one.columns[0], one.columns[1] - one.columns[0])

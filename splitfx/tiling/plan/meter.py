@@ -1,0 +1,28 @@
+"""The cost of a schedule: what the planner estimates time from, counted while the instructions are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from splitfx.tiling.plan.instructions import Interval
+from splitfx.tiling.plan.stage import Kernel
+
+
+class CostMeter:
+    """Multiply-accumulates, bytes read and written, and ``calls`` of kernels, each ``fired`` so many times."""
+
+    def __init__(self) -> None:
+        self.macs = 0.0
+        self.moved_bytes = 0.0
+        self.fired: Counter[Kernel] = Counter()
+
+    @property
+    def calls(self) -> int:
+        return self.fired.total()
+
+    def count(self, kernel: Kernel, rows: Interval, columns: Interval, size: int) -> None:
+        """A kernel has made a piece of ``size`` bytes."""
+        count, share = rows[1] - rows[0], (columns[1] - columns[0]) / max(1, kernel.sizes[1])
+        self.macs += kernel.macs_per_row * count * share
+        self.moved_bytes += size + sum(k.row_bytes * count * share for k, _, _ in kernel.reads)
+        self.fired[kernel] += 1
