@@ -17,32 +17,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Parser, with_all
-from splitfx.cli.commands import (
-    check,
-    compare,
-    doctor,
-    explain,
-    export,
-    finetune,
-    inspect,
-    measure,
-    passes,
-    profile,
-    search,
-    transform,
-)
+from splitfx.cli.commands import COMMANDS
 from splitfx.errors import SplitfxError, VerificationError, nearest
 from splitfx.ground.progress import Progress
 from splitfx.text import one_line
-
-COMMANDS: dict[str, ModuleType] = {  # in the order of --help
-    one.__name__.rpartition(".")[2]: one
-    for one in (profile, transform, finetune, search, export, check, compare, measure, explain, inspect, passes, doctor)
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,3 +4,27 @@ it, prints to stdout and returns the exit code.
 Everything that can be refused is refused before work starts: files that are there already, plans, passes. All but the
 parser is imported inside ``run``, so that ``splitfx --help`` answers at once.
 """
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from splitfx.cli.commands import (
+    check,
+    compare,
+    doctor,
+    explain,
+    export,
+    finetune,
+    inspect,
+    measure,
+    passes,
+    profile,
+    search,
+    transform,
+)
+
+COMMANDS: dict[str, ModuleType] = {  # in the order of --help
+    one.__name__.rpartition(".")[2]: one
+    for one in (profile, transform, finetune, search, export, check, compare, measure, explain, inspect, passes, doctor)
+}
