@@ -103,6 +103,11 @@ def test_sabotage_an_import_that_nobody_declared_is_found():
     assert undeclared({"torch", "PIL", "pytest", "no_such_module"}) == {"pytest", "no_such_module"}
 
 
+def test_the_probe_of_onnxruntime_starts_without_torch(tmp_path: Path):
+    code = "import sys, splitfx.export.probe; print('torch' in sys.modules)"
+    assert run_python(code, tmp_path, path=str(ROOT)) == "False"
+
+
 def test_constraints_are_names_and_versions_only():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [one for one in lines if one and not one.startswith("#")]

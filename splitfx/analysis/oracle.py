@@ -19,6 +19,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import VerificationError
+from splitfx.ground.difference import relative_error
 from splitfx.ground.exclusive import exclusive, reseed, twin
 from splitfx.ir.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
 from splitfx.ir.layers import Masked
@@ -190,16 +191,7 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0, sma
     for a, b in zip(*_both(before, after, seed, small), strict=True):
         if a.shape != b.shape:
             raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
-        if a.numel() == 0:
-            continue
-        a, b = a.double(), b.double()
-        if not torch.equal(a.isfinite(), b.isfinite()):
-            return float("inf")
-        finite = a.isfinite()
-        if finite.any():
-            # An output that is exactly zero has no size of its own: rounding may make it something like 1e-17.
-            scale = float(a[finite].abs().max()) or 1.0
-            worst = max(worst, float((a - b)[finite].abs().max()) / scale)
+        worst = max(worst, relative_error(b, a))
     return worst
 
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
 from splitfx.export.report import OutputError
+from splitfx.ground.difference import apart
 from splitfx.ground.exclusive import reseed
 from splitfx.ir import graph as graphs
 
@@ -37,18 +38,10 @@ UNCHECKED = "pass verify=False to write it unchecked"
 
 
 def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> OutputError:
-    """Infinite where one side has an inf or nan that the other has not."""
-    a, b = got.double(), want.double()
-    finite = torch.isfinite(b)
-    same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a[torch.isinf(b)], b[torch.isinf(b)])
-    if not same or not bool(torch.isfinite(a[finite]).all()):
-        return OutputError(name, tuple(want.shape), math.inf, math.inf)
-    if not bool(finite.any()):
-        return OutputError(name, tuple(want.shape), 0.0, 0.0)
-    largest = float((a[finite] - b[finite]).abs().max())
-    scale = float(b[finite].abs().max())
-    relative = 0.0 if largest == 0 else math.inf if scale == 0 else largest / scale
-    return OutputError(name, tuple(want.shape), largest, relative)
+    """Infinite where one side has an inf or nan that the other has not, and relative to nothing but zeros."""
+    far, largest = apart(got, want)
+    relative = 0.0 if far == 0 else far / largest if largest else math.inf
+    return OutputError(name, tuple(want.shape), far, relative)
 
 
 def fault(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float | None = None) -> tuple[OutputError, str]:

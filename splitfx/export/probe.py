@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from splitfx.errors import SplitfxError
 from splitfx.export import sessions
 from splitfx.export.sessions import CPU, CUDA
+from splitfx.ground.timing import took
 
 # y = Identity(x) on float[1], a serialised ModelProto (IR version 8, opset 17); spares the onnx package.
 TINY = bytes.fromhex(
@@ -185,12 +185,7 @@ def timed(run: Callable[[], Any], runs: int) -> list[float]:
     """Milliseconds of each run, after some to warm up."""
     for _ in range(WARM_UP):
         run()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times
+    return [took(run) * 1e3 for _ in range(runs)]
 
 
 def _fallback(path: Path, request: dict[str, Any], feed: dict[str, Any]) -> list[str]:

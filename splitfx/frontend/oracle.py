@@ -20,6 +20,7 @@ from splitfx.analysis.oracle import ROUNDING, TOLERANCE
 from splitfx.errors import TraceError
 from splitfx.frontend.failures import reason
 from splitfx.frontend.first_call import FirstCall, own_copy, run
+from splitfx.ground.difference import relative_error
 from splitfx.ir.graph import Staged, layer
 from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
@@ -133,13 +134,7 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
         return 0.0
     if not (theirs.dtype.is_floating_point or theirs.dtype.is_complex):
         return 0.0 if float((ours != theirs).double().mean()) <= _ODD else float("inf")
-    wide = torch.complex128 if theirs.dtype.is_complex else torch.float64
-    a, b = ours.to(wide), theirs.to(wide)
-    odd = ~b.isfinite()
-    if not torch.equal(odd, ~a.isfinite()) or not torch.equal(a[odd].nan_to_num(), b[odd].nan_to_num()):
-        return float("inf")
-    far, scale = (a - b)[~odd].abs(), b[~odd].abs()
-    return float(far.max()) / (float(scale.max()) or 1.0) if far.numel() else 0.0
+    return relative_error(ours, theirs)
 
 
 def _form(value: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import SplitfxError
+from splitfx.ground.difference import relative_error
 from splitfx.ground.table import seconds
+from splitfx.ground.timing import settling, took
 from splitfx.ir.graph import random_inputs
 from splitfx.parallel.link import ParallelError
 from splitfx.parallel.ranks import Ranks
@@ -60,12 +61,12 @@ def _run(options: argparse.Namespace) -> int:
         with torch.inference_mode():
             wanted = whole(*args, **kwargs)
             alone = _median(lambda: whole(*args, **kwargs), options.runs, lambda: None, device)
-        off = _off(_tensor(output), _tensor(wanted))
+        off = relative_error(_tensor(output), _tensor(wanted))
         print(ranks.placement)
         print(
             f"{ranks.size} ranks {seconds(together)}, the whole model on one process {seconds(alone)}; off by {off:.1e}"
         )
-    if not off <= PARITY:  # not a number either
+    if off > PARITY:
         raise ParallelError(f"the ranks' output is off by {off:.1e} of its largest value; {PARITY:.0e} allowed")
     return 0
 
@@ -75,22 +76,11 @@ def _tensor(output: Any) -> torch.Tensor:
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)).cpu()
 
 
-def _off(output: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, relative to the largest output; not a number where one of them is none."""
-    largest = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)  # all zeros are equal to all zeros
-    return float((output - wanted).abs().max() / largest)
-
-
 def _median(call: Callable[[], Any], runs: int, together: Callable[[], None], device: torch.device) -> float:
-    settle = torch.cuda.synchronize if device.type == "cuda" else lambda device: None  # a GPU answers before it is done
     found = []
     for _ in range(max(runs, 1)):
         together()
-        settle(device)
-        start = time.perf_counter()
-        call()
-        settle(device)
-        found.append(time.perf_counter() - start)
+        found.append(took(call, settling(device)))
     return statistics.median(found)
 
 

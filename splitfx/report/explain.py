@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from splitfx.compiler.pipeline import Step
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
+from splitfx.ground.difference import apart
 from splitfx.ir.graph import info
 from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
@@ -80,12 +81,12 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparis
         raise UnsupportedError(
             f"the outputs differ in shape: {[tuple(t.shape) for t in first]} and {[tuple(t.shape) for t in second]}"
         )
-    far = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in zip(first, second, strict=True) if a.numel()]
+    far = [apart(b, a) for a, b in zip(first, second, strict=True)]
     return Comparison(
         profile(model, example_inputs),
         profile(split, example_inputs),
         max((d for d, _ in far), default=0.0),
-        max((d / max(s, 1e-30) for d, s in far), default=0.0),
+        max((d / (s or 1.0) for d, s in far), default=0.0),
     )
 
 

@@ -13,7 +13,6 @@ import copy
 import ctypes
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ground.table import seconds, size
+from splitfx.ground.timing import settling, took
 from splitfx.ir.modes import in_eval
 
 WARM_UP = 3
@@ -109,18 +109,13 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of every run of every function, in rounds; the order turns round from one round to the next."""
     found: dict[str, list[float]] = {name: [] for name in functions}
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    settle = settling(device)
     with torch.inference_mode():
         for turn in range(-warm_up, runs):
             names = list(functions) if turn % 2 == 0 else list(functions)[::-1]
             for name in names:
-                wait()
-                start = time.perf_counter()
-                functions[name]()
-                wait()
-                if turn >= 0:
-                    found[name].append(time.perf_counter() - start)
-    return found
+                found[name].append(took(functions[name], settle))
+    return {name: times[warm_up:] for name, times in found.items()}
 
 
 def _p90(times: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.analysis.oracle import TOLERANCE, Exact, random_flat, require_equal, run_exact
 from splitfx.errors import VerificationError
+from splitfx.ground.difference import relative_error
 from splitfx.ground.exclusive import reseed
 from splitfx.ir.graph import by_path, layer
 from splitfx.ir.modes import in_eval
@@ -59,13 +60,7 @@ def _off(name: str, entry: Entry, wanted: torch.Tensor, found: torch.Tensor) -> 
     if wanted.shape != found.shape:
         what = f"{list(found.shape)} instead of {list(wanted.shape)}"
         raise VerificationError(f"pass '{name}' broke its promise: sub{entry.number} returns {what}")
-    finite = wanted.isfinite()
-    if not torch.equal(finite, found.isfinite()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    scale = float(wanted[finite].double().abs().max()) or 1.0
-    return float((wanted - found)[finite].double().abs().max()) / scale
+    return relative_error(found, wanted)
 
 
 def _origin(before: fx.GraphModule, node: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from splitfx.errors import ExportError
 from splitfx.export.bundles.branches_runner import KIND, Branches, OnnxPart, fingerprint
 from splitfx.export.onnx import export_onnx
+from splitfx.ground.difference import relative_error
 from splitfx.ir import graph as graphs
 from splitfx.splitnet.tree import Tree
 
@@ -76,8 +77,8 @@ def _check_parity(tree: Tree, draft: Path, provider: str) -> None:
     with torch.inference_mode():
         wanted = pytree.tree_leaves(whole(*args, **kwargs))[0]
     found = Branches(draft, provider).run(*args, **kwargs)
-    off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-    if not off <= PARITY:
+    off = relative_error(found, wanted)
+    if off > PARITY:
         raise ExportError(
             f"the written files are off by {off:.1e} of the largest output on {provider}; {PARITY:.0e} allowed."
         )

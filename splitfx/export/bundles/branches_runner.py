@@ -19,10 +19,10 @@ import torch
 from msgspec import Meta, Struct
 
 from splitfx.errors import ExportError
-from splitfx.export import sessions
+from splitfx.export.bundles.opened import Opened
 from splitfx.export.data_files import data_files
 from splitfx.files import FolderKind, is_file_name
-from splitfx.files.typed import Count, Text, typed
+from splitfx.files.typed import Count, Text
 from splitfx.ground.table import number, size, table
 from splitfx.splitnet.arguments import bound
 from splitfx.splitnet.tree import MERGE
@@ -62,8 +62,8 @@ class Branches:
         threads: int | None = None,
         groups: Iterable[int] | None = None,
     ) -> None:
-        self.folder, full = Path(folder), sessions.full_name(provider)
-        about = typed(KIND.read_manifest(self.folder), _Manifest, ExportError, str(self.folder / KIND.manifest))
+        self._opened = Opened(KIND, _Manifest, folder, provider, threads)
+        self.folder, about = self._opened.folder, self._opened.about
         self.inputs, self.arguments, self.classes = about.inputs, about.arguments, about.classes
         everyone = range(len(self.classes))
         self.groups = tuple(everyone) if groups is None else tuple(sorted(set(groups)))
@@ -79,15 +79,10 @@ class Branches:
         self._check_values(listed)
         if whole:
             self._check_values(self.parts)
-        self._sessions = {}
         for part in self.parts:
-            file = _checked_file(self.folder, part)
-            options = sessions.session_options(threads or torch.get_num_threads())
-            self._sessions[part.name] = session = sessions.open_session(file, full, options)
-            if len(session.get_outputs()) != len(part.outputs):
-                raise ExportError(
-                    f"{self.folder / KIND.manifest} is damaged: {file.name} gives other values than it says."
-                )
+            _check_file(self.folder, part)
+            if len(self._opened.session(part.file).get_outputs()) != len(part.outputs):
+                raise ExportError(f"{self._opened.manifest} is damaged: {part.file} gives other values than it says.")
 
     def _check_values(self, listed: Iterable[OnnxPart]) -> None:
         """Every value that a part reads is given by one in front of it; the merge reads one per group."""
@@ -95,14 +90,12 @@ class Branches:
         for part in listed:
             lost = next((name for name in part.inputs if name not in known), None)
             if lost is not None:
-                where = self.folder / KIND.manifest
-                raise ExportError(
-                    f"{where} is damaged: {part.name} reads {shown(lost)}, which no part in front of it gives."
-                )
+                reads = f"{part.name} reads {shown(lost)}, which no part in front of it gives"
+                raise ExportError(f"{self._opened.manifest} is damaged: {reads}.")
             known |= set(part.outputs)
         if len(self._logits) != len(self.classes):
             raise ExportError(
-                f"{self.folder / KIND.manifest} is damaged: its parts and its {len(self.classes)} groups differ."
+                f"{self._opened.manifest} is damaged: its parts and its {len(self.classes)} groups differ."
             )
 
     def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -124,10 +117,7 @@ class Branches:
         except ValueError as error:
             raise ExportError(f"{error}.") from None
         for part in self.parts:
-            session = self._sessions[part.name]
-            read = tuple(values[name] for name in part.inputs)
-            feed = sessions.feeds(session, read, {}, self.folder / part.file)
-            made = map(torch.from_numpy, sessions.ran(session, feed, self.folder / part.file))
+            made, _ = self._opened.run(part.file, tuple(values[name] for name in part.inputs))
             values |= dict(zip(part.outputs, made, strict=True))
         return values
 
@@ -168,7 +158,7 @@ class _Manifest(Struct):
             raise ValueError(f"see parts: there are {len(self.classes)} groups")
 
 
-def _checked_file(folder: Path, part: OnnxPart) -> Path:
+def _check_file(folder: Path, part: OnnxPart) -> None:
     path = folder / part.file
     if not is_file_name(part.file):
         raise ExportError(f"{folder / KIND.manifest} is damaged: {part.file!r} is no file of this folder.")
@@ -181,7 +171,6 @@ def _checked_file(folder: Path, part: OnnxPart) -> Path:
         )
     if found["sha256"] != part.sha256:
         raise ExportError(f"{path} is damaged or of another export: its SHA-256 differs; copy or export it again.")
-    return path
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from msgspec import Meta, Struct
 
-from splitfx.errors import ExportError, UnsupportedError
-from splitfx.export import sessions
+from splitfx.errors import UnsupportedError
+from splitfx.export.bundles.opened import Opened
 from splitfx.export.bundles.submodels import KIND
-from splitfx.files.typed import Count, Text, typed
+from splitfx.files.typed import Count, Text
 from splitfx.ground.table import number, seconds, size, table
 from splitfx.text import shown
 
@@ -73,15 +71,12 @@ class Bundle:
     """Opens a bundle on one provider. ``threads``: of onnxruntime, None for torch's number."""
 
     def __init__(self, folder: str | os.PathLike[str], provider: str = "cpu", threads: int | None = None) -> None:
-        self.folder = Path(folder)
-        self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
-        path = self.folder / KIND.manifest
-        about = typed(KIND.read_manifest(self.folder), _Manifest, ExportError, str(path))
+        self._opened = Opened(KIND, _Manifest, folder, provider, threads)
+        self.folder, about = self._opened.folder, self._opened.about
         self.models = tuple(about.models)
         for one in self.models:
             KIND.held_file(self.folder, one.file, 1)
         KIND.held_file(self.folder, about.weights.file, about.weights.bytes)
-        self._sessions: dict[str, Any] = {}
         self._times: dict[tuple[str, Sizes], deque[float]] = {}
 
     # ------------------------------------------------------------ running
@@ -151,18 +146,7 @@ class Bundle:
         return max(models, key=lambda m: m.macs)
 
     def _timed(self, name: str, inputs: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], float]:
-        session = self._session(name)
-        feed = sessions.feeds(session, inputs, {}, self.folder / f"{name}.onnx")
-        started = time.perf_counter()
-        found = sessions.ran(session, feed, self.folder / f"{name}.onnx")
-        return tuple(map(torch.from_numpy, found)), time.perf_counter() - started
-
-    def _session(self, name: str) -> Any:
-        if name not in self._sessions:
-            file = next(one.file for one in self.models if one.name == name)
-            options = sessions.session_options(self.threads)
-            self._sessions[name] = sessions.open_session(self.folder / file, self.provider, options)
-        return self._sessions[name]
+        return self._opened.run(next(one.file for one in self.models if one.name == name), inputs)
 
     def _remember(self, name: str, inputs: tuple[torch.Tensor, ...], took: float) -> None:
         self._times.setdefault((name, _sizes(inputs)), deque(maxlen=REMEMBERED)).append(took)

@@ -1,0 +1,28 @@
+"""How long a call takes; a GPU is waited for, since it answers before it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # a process that only runs onnxruntime starts without it
+
+
+def settling(device: torch.device) -> Callable[[], None]:
+    """A function that waits until a device has done what it was given."""
+    if device.type != "cuda":
+        return lambda: None
+    import torch
+
+    return lambda: torch.cuda.synchronize(device)
+
+
+def took(call: Callable[[], Any], settle: Callable[[], None] = lambda: None) -> float:
+    """Seconds of one call, from settled to settled."""
+    settle()
+    start = time.perf_counter()
+    call()
+    settle()
+    return time.perf_counter() - start
