@@ -25,14 +25,11 @@ from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import UnsupportedError
 from splitfx.ir.editing import bypass
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
-from splitfx.ir.ops import bind, in_place, op_name, slices_all
+from splitfx.ir.ops import Spatial, bind, in_place, op, op_name, slices_all
 from splitfx.ir.schema import may_share
 from splitfx.ir.walks import reached
 
-_DROPS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 _LEAVES = ("StochasticDepth", "DropPath")  # torchvision's and timm's; p is named in different ways
-# Autograd keeps no output of these, so an in-place operation may take it over.
-_KEEPS_NO_OUTPUT = ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "cat")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class DropIdentity(Pass):
             return None
         if name in ("identity", "alias"):
             return ""
-        if name in _DROPS or type(module_of(node)).__name__ in _LEAVES:
+        if op(node).drops or type(module_of(node)).__name__ in _LEAVES:
             return self.drops(node)
         known = facts.shapes
         if not isinstance(node.args[0], fx.Node) or not isinstance(known.get(node.args[0]), torch.Tensor):
@@ -84,7 +81,7 @@ class DropIdentity(Pass):
         if name == "flatten":
             given, rank = bind(node), len(shape(known[node.args[0]]))
             return "" if rank and given["start_dim"] % rank == given["end_dim"] % rank else None
-        if name in ("pad", "constant_pad_nd"):
+        if op(node).spatial is Spatial.PAD:
             pads = node.args[1]
             return "" if isinstance(pads, list | tuple) and not any(pads) else None
         if name == "slice":
@@ -120,7 +117,8 @@ def blocked(node: fx.Node, place: dict[fx.Node, int]) -> str:
         return ""
     writers = sorted(later, key=lambda n: place[n])
     direct = [n for n in writers if n.args[0] is node]
-    alone = len(operand.users) == 1 and len(node.users) == 1 and op_name(operand) in _KEEPS_NO_OUTPUT
+    # Where autograd keeps no output, an operation in place may take it over.
+    alone = len(operand.users) == 1 and len(node.users) == 1 and not op(operand).keeps_output
     if alone and len(direct) == 1 and not in_place(operand) and not in_place(node):
         return ""
     return f"{layer((direct or writers)[0])} works in place and would overwrite {layer(operand)}"

@@ -36,7 +36,7 @@ from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
 from splitfx.ir.editing import free_path, insert_after
 from splitfx.ir.graph import layer, module_of, read_alone, set_path, tied
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class _Job:
         return [e for e in self.axes.edges if first <= place[e.node] <= last]
 
     def shared(self) -> set[fx.Node]:
-        convs = [e.node for e in self.axes.edges if op_name(e.node).startswith("conv")]
+        convs = [e.node for e in self.axes.edges if op(e.node).convolves]
         return set(convs[: self.options.share])
 
     def whole_axes(self, block: Block, shared: set[fx.Node]) -> dict[int, str]:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from splitfx.export.sessions import session_options
     from splitfx.frontend.trace import trace
     from splitfx.ir.notes import Note
+    from splitfx.ir.ops.registered import register_op
+    from splitfx.ir.ops.row import Window
     from splitfx.report.compare_halo import HaloComparison, compare_halo
     from splitfx.report.explain import Comparison, Explanation, compare, explain
     from splitfx.report.html import inspect_html
@@ -86,6 +88,8 @@ _HOME = {
     "splitfx.compiler.plan": ["Plan"],
     "splitfx.compiler.protocol": ["Pass", "Promise", "Outcome"],
     "splitfx.ir.notes": ["Note"],
+    "splitfx.ir.ops.registered": ["register_op"],
+    "splitfx.ir.ops.row": ["Window"],
     "splitfx.report.profile": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
@@ -152,6 +156,7 @@ __all__ = [
     "Tuner",
     "UnsupportedError",
     "VerificationError",
+    "Window",
     "check_onnx",
     "compare",
     "compare_halo",
@@ -169,6 +174,7 @@ __all__ = [
     "pareto",
     "preview_search",
     "profile",
+    "register_op",
     "save",
     "search_factors",
     "search_front",

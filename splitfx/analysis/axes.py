@@ -23,7 +23,7 @@ from torch import fx
 from splitfx.analysis.moves import Labels, channel_dim, compress, move
 from splitfx.analysis.shapes import shape
 from splitfx.ir.graph import layer, output_node
-from splitfx.ir.ops import Channel, bind, op, op_name
+from splitfx.ir.ops import Channel, Spatial, bind, op, op_name, per_channel
 from splitfx.ir.schema import sharing, written
 
 __all__ = ["Axes", "Edge", "axes"]
@@ -150,16 +150,28 @@ class _Builder:
             return None
         if any(shape(self.values[n])[-len(out) :] != out and len(shape(self.values[n])) != len(out) for n in known[:1]):
             return self.reduced(node, known[0])
-        reduces = op(node).spatial.value == "global" and op_name(node) not in ("instance_norm",)
+        reduces = op(node).spatial is Spatial.GLOBAL and op(node).reduces != "moments"
         if reduces and len(operands) == 1:
             return self.reduced(node, known[0])
-        return self.broadcast(node, operands, out)
+        apart = per_channel(node)
+        result = self.broadcast(node, [n for n in operands if n not in apart], out)
+        for operand in apart if isinstance(result, torch.Tensor) else ():
+            self.labelled(operand, result.flatten())
+        return result
+
+    def labelled(self, operand: fx.Node, channels: Labels) -> None:
+        """An operand with one value per channel has these channels."""
+        if shape(self.values[operand]) != tuple(channels.shape):
+            return
+        held = self.labels.get(operand)
+        if isinstance(held, torch.Tensor):
+            self.link(held, channels)
+        else:
+            self.labels[operand] = channels
 
     def reduced(self, node: fx.Node, operand: fx.Node) -> Any:
         """A reduction over dims that hold no labels keeps the others."""
         mine, before, after = self.labels[operand], shape(self.values[operand]), shape(self.values[node])
-        if "pool" in op_name(node):
-            return mine
         if len(after) == len(before):
             lost = any(mine.shape[d] > 1 and after[d] != before[d] for d in range(len(after)))
             return self.barrier(node) if lost else mine
@@ -207,18 +219,17 @@ class _Builder:
         a = bind(node)
         operand = a["input"]
         held = self.labels.get(operand)
-        linear = op_name(node) == "linear"
         rank = len(shape(self.values[node]))
-        dim = rank - 1 if linear else 1
         if not isinstance(held, torch.Tensor) or rank < 2:
             return self.barrier(node)
+        dim = op(node).channel_dim % rank
         size = shape(self.values[operand])[dim]
         if any(held.shape[d] > 1 for d in range(held.dim()) if d != dim):
             return self.barrier(node)
-        if not linear and not isinstance(a["groups"], int):
+        if not isinstance(a.get("groups", 1), int):
             return self.barrier(node)  # as many groups as the batch has images: the channels are not its own
         ins = held.flatten().expand(size) if held.numel() == 1 else held.flatten()
-        groups = 1 if linear else int(a["groups"])
+        groups = int(a.get("groups", 1))
         outs_count = shape(self.values[node])[dim]
         if groups == size and groups > 1:
             return _along_dim(ins.repeat_interleave(outs_count // groups), dim, rank)  # depthwise
@@ -249,7 +260,7 @@ class _Builder:
         elif self.is_constant(node):
             return None  # as its parameter: whoever reads it gives it channels
         result = move(node, self.labels, self.values)
-        if op_name(node) == "pixel_shuffle" and isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor) and op(node).joins_channels:
             self.units.extend(self.labels[node.args[0]].flatten().numpy().reshape(result.numel(), -1))  # type: ignore[index]
         return self.barrier(node) if result is None else result
 
@@ -303,7 +314,7 @@ class _Builder:
         """Softmax over a dim without labels (positions) keeps the channels; everything else is a barrier."""
         operand = node.args[0] if node.args else None
         held = self.labels.get(operand) if isinstance(operand, fx.Node) else None
-        dim = bind(node).get("dim") if op_name(node) in ("softmax", "log_softmax") else None
+        dim = bind(node).get("dim") if op(node).keeps_channels else None
         if isinstance(held, torch.Tensor) and isinstance(dim, int) and held.shape[dim] == 1:
             return held
         return self.barrier(node)

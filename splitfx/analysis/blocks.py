@@ -17,7 +17,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.shapes import shape
 from splitfx.ir.graph import layer, module_of
-from splitfx.ir.ops import Channel, Spatial, bind, op, op_name, window
+from splitfx.ir.ops import Channel, Spatial, bind, op, window
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Block:
 def blocks(known: Facts) -> list[Block]:
     """The blocks of a graph, in order."""
     place = {node: i for i, node in enumerate(known.graph.graph.nodes)}
-    convs = [e for e in known.axes.edges if op_name(e.node).startswith("conv")]
+    convs = [e for e in known.axes.edges if op(e.node).convolves]
     found: list[Block] = []
     start = -1
     for end in boundaries(known):

@@ -9,7 +9,6 @@ listed in ``uncounted`` with the reason; the totals are then a lower bound, neve
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis.shapes import shape
 from splitfx.ir.graph import Staged, TensorSpec, attribute, layer, module_of
 from splitfx.ir.ops import Op, bind, op, op_name
+from splitfx.ir.ops.row import CannotCount
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,6 @@ class Cost:
         return 2 * self.macs
 
 
-class _CannotCount(Exception):
-    """Carries the reason to `cost`."""
-
-
 def cost(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Cost:
     """Count ``graph`` for the sizes in ``shapes`` (`splitfx.analysis.shapes`)."""
     seen: set[int] = set()
@@ -81,9 +77,9 @@ def cost(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Cost:
             if isinstance(module_of(node), Staged):
                 macs, ops = _inside(node, shapes)
             else:
-                macs = _macs(node, shapes) if row.macs else 0
+                macs = _macs(node, row, shapes)
                 ops = macs + _elementwise(node, row, shapes)
-        except _CannotCount as reason:
+        except CannotCount as reason:
             uncounted.append(Uncounted(layer(node), _name(node), str(reason)))
         rows[node] = NodeCost(_new_parameters(node, graph, seen), macs, ops, _bytes(shapes[node]))
     return Cost(rows, sum(p.numel() for p in graph.parameters()), tuple(uncounted))
@@ -148,44 +144,17 @@ def _elementwise(node: fx.Node, row: Op, shapes: dict[fx.Node, Any]) -> int:
     if row.per_output is None:
         if not _elements(shapes[node]):
             return 0
-        raise _CannotCount("the operation table has no row for it")
+        raise CannotCount("the operation table has no row for it")
     found = row.per_output * _elements(shapes[node])
     if row.per_input:
         found += row.per_input * _elements(shapes[node.all_input_nodes[0]])
-    if row.macs and _has_bias(node):
+    if row.macs is not None and row.biased(bind(node)):
         found += _elements(shapes[node])
     return found
 
 
-def _has_bias(node: fx.Node) -> bool:
-    return op_name(node) in ("addmm", "baddbmm") or bind(node).get("bias") is not None
-
-
-def _macs(node: fx.Node, shapes: dict[fx.Node, Any]) -> int:
-    name, out = op_name(node), _elements(shapes[node])
-    a = bind(node)
+def _macs(node: fx.Node, row: Op, shapes: dict[fx.Node, Any]) -> int:
+    if row.macs is None:
+        return 0
     of = lambda value: shape(shapes[value] if isinstance(value, fx.Node) else value)  # noqa: E731
-    if name.startswith("conv_transpose"):
-        return math.prod(of(a["input"])) * math.prod(of(a["weight"])[1:])
-    if name.startswith("conv"):
-        return out * math.prod(of(a["weight"])[1:])  # weight is out × in/groups × kernel
-    if name == "linear":
-        return out * of(a["weight"])[-1]
-    if name == "scaled_dot_product_attention":
-        query, keys, value = of(a["query"]), of(a["key"]), of(a["value"])
-        return math.prod(query[:-1]) * keys[-2] * (query[-1] + value[-1])
-    if name == "einsum":
-        return _einsum(str(a["equation"]), [of(one) for one in a["tensors"]])
-    left = {"addmm": "mat1", "baddbmm": "batch1"}.get(name, "input")
-    return out * of(a[left])[-1]
-
-
-def _einsum(equation: str, sizes: list[tuple[int, ...]]) -> int:
-    """Every index of a product of two operands runs once through the multiply-accumulates."""
-    operands = equation.replace(" ", "").partition("->")[0].split(",")
-    if len(sizes) != 2 or "." in equation:
-        raise _CannotCount(f"einsum {equation!r} is no product of two operands with named indices")
-    extent: dict[str, int] = {}
-    for letters, size in zip(operands, sizes, strict=True):
-        extent |= {i: n for i, n in zip(letters, size, strict=True) if n > 1 or i not in extent}
-    return math.prod(extent.values())
+    return row.macs(bind(node), of, _elements(shapes[node]))

@@ -23,10 +23,7 @@ from torch.utils import _pytree as pytree
 from splitfx.analysis.live import LiveStorage, has_storage, key
 from splitfx.ground.exclusive import exclusive, twin
 from splitfx.ir.graph import layer, module_of
-from splitfx.ir.ops import op_name
-
-# In eval mode these return their operand itself.
-_PASS_THROUGH = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf", "entry")
+from splitfx.ir.ops import Result, op, op_name
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def _storages(nodes: list[fx.Node], shapes: dict[fx.Node, Any]) -> tuple[dict[fx
         tensors = [t for t in pytree.tree_leaves(shapes[node]) if has_storage(t)]
         if node.op == "get_attr":
             state |= {key(t) for t in tensors}
-        if node.op == "call_module" and op_name(node) in _PASS_THROUGH:
+        if node.op == "call_module" and op(node).result is Result.OPERAND:
             held[node] = held[node.args[0]]  # type: ignore[index]
             continue
         held[node] = {key(t) for t in tensors} - state
@@ -163,9 +160,9 @@ class _Temporaries:
 def is_composite(node: fx.Node) -> bool:
     """The node's operator is made of others, so it may hold temporaries."""
     if node.op == "call_module":
-        if op_name(node) == "batch_norm" and getattr(module_of(node), "running_mean", None) is not None:
+        if op(node).like_operand and getattr(module_of(node), "running_mean", None) is not None:
             return False  # one kernel in eval mode, of which fake tensors would run every step
-        return op_name(node) not in _PASS_THROUGH
+        return op(node).result is not Result.OPERAND
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

@@ -15,25 +15,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from splitfx.analysis.shapes import shape
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op
 
 Labels = torch.Tensor  # int64, see above
-
-# Operations that only regroup positions in order: the sizes before and after say all.
-RESHAPES = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "view_as",
-        "contiguous",
-        "clone",
-    ]
-)
 
 
 def compress(labels: Labels) -> Labels:
@@ -92,12 +76,11 @@ def move(node: fx.Node, labels: dict[fx.Node, Any], values: dict[fx.Node, Any]) 
 
     None when the operation invents positions (padding of a labelled dim) or cannot be run on labels.
     """
-    name = op_name(node)
-    operand = node.args[0]
-    if name == "getitem":
+    row, operand = op(node), node.args[0]
+    if row.name == "getitem":
         held = labels.get(operand)  # type: ignore[arg-type]
         return held[node.args[1]] if isinstance(held, list) and isinstance(node.args[1], int) else None
-    if name == "cat":
+    if row.name == "cat":
         parts = list(operand)  # type: ignore[arg-type]
         if any(labels.get(p) is None for p in parts):
             return None
@@ -105,14 +88,10 @@ def move(node: fx.Node, labels: dict[fx.Node, Any], values: dict[fx.Node, Any]) 
     if not isinstance(operand, fx.Node) or not isinstance(labels.get(operand), torch.Tensor):
         return None
     mine, before = labels[operand], shape(values[operand])
-    if name in RESHAPES:
+    if row.regroups:
         return reshape(mine, before, shape(values[node]))
-    if name in ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"):
-        return _pad(node, mine, before)
-    if name == "pixel_shuffle":
-        return mine[:, :: int(node.args[1]) ** 2] if channel_dim(mine) == 1 else None  # type: ignore[arg-type]
-    if name == "pixel_unshuffle":
-        return mine.repeat_interleave(int(node.args[1]) ** 2, 1) if channel_dim(mine) == 1 else None  # type: ignore[arg-type]
+    if row.relabels is not None:
+        return row.relabels(node, mine, before)
     return _run(node, mine, before, values)
 
 
@@ -120,13 +99,6 @@ def _dim(node: fx.Node) -> int:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
     return dim
-
-
-def _pad(node: fx.Node, labels: Labels, before: tuple[int, ...]) -> Labels | None:
-    pads = node.args[1]
-    assert isinstance(pads, list | tuple)
-    padded = {len(before) - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
-    return None if any(labels.shape[d] > 1 for d in padded) else labels
 
 
 def _run(node: fx.Node, labels: Labels, before: tuple[int, ...], values: dict[fx.Node, Any]) -> Any:

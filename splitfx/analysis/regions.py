@@ -1,7 +1,9 @@
 """Regions: which rows a piece of a node's output needs, and what can be made of the rows that are there.
 
-Half-open intervals in global coordinates, per node, operand and spatial axis (0 is H, 1 is W), read off the operation
-table. An `Edge` is two tables: output row i reads operand rows [low[i], high[i]). For a window of kernel k, stride s,
+Half-open intervals in global coordinates, per node, operand and spatial axis (0 is H, 1 is W), by the rules of the
+operations' rows (`splitfx.ir.ops`), which hold for any number of axes.
+
+An `Edge` is two tables: output row i reads operand rows [low[i], high[i]). For a window of kernel k, stride s,
 padding p, dilation d
 
     low[i] = i*s - p,   high[i] = i*s - p + d*(k - 1) + 1,
@@ -16,21 +18,17 @@ are barriers, with the reason.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from splitfx.analysis.shapes import shape
-from splitfx.analysis.taps import PADS, adaptive_size, pad_before, padded_rows, padding_mode, pads, resize_taps
-from splitfx.ir.graph import module_of
-from splitfx.ir.layers import FunctionalBatchNorm
-from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, slices_all, window
+from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, per_channel, window
+from splitfx.ir.ops.row import At, Dims, Placed, Taps
 
-Dims = tuple[int, int]
 NCHW: Dims = (2, 3)
 AXES = ("rows", "columns")
 
@@ -40,13 +38,13 @@ class Edge:
 
     __slots__ = ("high", "identity", "low", "size")
 
-    def __init__(self, low: np.ndarray, high: np.ndarray, size: int, identity: bool = False) -> None:
+    def __init__(self, low: np.ndarray, high: np.ndarray, size: int) -> None:
         # Rows at a mirrored border are read backwards: running extremes keep both tables rising, and a piece asks
         # at most for more than it reads.
         self.low: list[int] = np.minimum.accumulate(low[::-1])[::-1].tolist()
         self.high: list[int] = np.maximum.accumulate(high).tolist()
         self.size = size
-        self.identity = identity
+        self.identity = len(low) == size and bool((low == np.arange(size)).all() and (high == low + 1).all())
 
     def need(self, start: int, stop: int) -> tuple[int, int, int, int]:
         """Operand rows (start, stop) that output rows [start, stop) read, and the rows of padding at either side.
@@ -103,6 +101,15 @@ class Regions:
         """The operands that are feature maps; parameters, numbers and plain vectors are read whole."""
         return [n for n in node.all_input_nodes if self.dims[n] is not None]
 
+    def placed(self, node: fx.Node) -> Placed:
+        """What the row of a node that reads a map is asked with."""
+        first, source = node.args[0] if node.args else None, self.maps(node)[0]
+        dims = self.dims[source]
+        assert dims is not None
+        together = all(self.dims[n] == dims for n in node.all_input_nodes)
+        operand = first if isinstance(first, fx.Node) else source
+        return Placed(node, bind(node), dims, self.sizes(operand), self.sizes(node), operand, self.values, together)
+
     def edge(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
         """The tables of a node that is no barrier and one of its feature maps."""
         key = (node, operand, axis)
@@ -111,38 +118,17 @@ class Regions:
         return self._edges[key]
 
     def _made(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
-        count, size, rule = self.rows(node, axis), self.rows(operand, axis), op(node).spatial
-        rows = np.arange(count)
-        if rule is Spatial.WINDOW:
-            return _window_edge(self.window(node), axis, rows, size)
-        if rule is Spatial.RESIZE:
-            return self._resize_edge(node, axis, rows, size)
-        if op_name(node) in PADS:
-            source = padded_rows(node, axis, count, size, self.values)
-            if padding_mode(node) == "constant":
-                before = pad_before(node, axis, self.values)
-                return Edge(rows - before, rows - before + 1, size)
-            return Edge(source, source + 1, size)
-        if rule is Spatial.GLOBAL and adaptive_size(node, self.values) is not None:
-            return Edge(rows * size // count, -(-(rows + 1) * size // count), size)
-        if size == count:
-            return Edge(rows, rows + 1, size, identity=True)
-        return Edge(np.zeros(count, int), np.full(count, size), size)
+        row, dims = op(node), self.dims[node]
+        count, size = self.rows(node, axis), self.rows(operand, axis)
+        rule = self.window(node) if row.window is not None else None
+        taps = row.taps or (_window_taps if rule is not None else _row_by_row)
+        low, high = taps(At(node, axis, len(dims or ()), count, size, self.values, rule))
+        return Edge(low, high, size)
 
     def window(self, node: fx.Node) -> Window:
-        weight = bind(node).get("weight")
-        return window(node, weight_shape=shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
-
-    def _resize_edge(self, node: fx.Node, axis: int, rows: np.ndarray, size: int) -> Edge:
-        name = op_name(node)
-        if name == "pixel_shuffle":
-            ratio = int(bind(node)["upscale_factor"])
-            return Edge(rows // ratio, rows // ratio + 1, size)
-        if name == "pixel_unshuffle":
-            ratio = int(bind(node)["downscale_factor"])
-            return Edge(rows * ratio, rows * ratio + ratio, size)
-        taps, _ = resize_taps(node, axis, len(rows), size, self.values[node].dtype)
-        return Edge(taps.min(0), taps.max(0) + 1, size)
+        """The window of a conv or pool, over as many axes as its map has."""
+        weight, axes = bind(node).get("weight"), len(self.sizes(node)) - 2
+        return window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
 
 
 def constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
@@ -157,16 +143,11 @@ def constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
 
 CONSTANT = "constant__"  # begins the names of inputs of a stage that follow from parameters: no maps
 
-_OVER_DIMS = ("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm")
-_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-_SAME_AS_FIRST = ("contiguous", "clone", "leaf", "identity", *_DROPOUTS)
-RESHAPES = ("view", "_unsafe_view", "reshape")
-PARTS = ("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split")
-
 
 def is_weight(node: fx.Node) -> bool:
     """A computed tensor that convolutions read as their weight: no map, even where it has four dims."""
-    return any(op(user).macs and node not in user.args[:1] and node in user.args[1:2] for user in node.users)
+    reads = lambda user: op(user).macs is not None and node not in user.args[:1] and node in user.args[1:2]  # noqa: E731
+    return any(map(reads, node.users))
 
 
 def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
@@ -187,98 +168,32 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
         return whole, f"{name or node.target} reads no feature map"
     dims = known.dims[maps[0]]
     assert dims is not None
-    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE) or name in PADS:
+    at = known.placed(node)
+    if row.refuses is not None and (why := row.refuses(at)):
+        return whole, why
+    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
         why = "" if dims == NCHW and len(sizes) == 4 else f"{name} does not read a map with channels in front"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
-        if name in PADS and padding_mode(node) == "circular":
-            why = "circular padding has no rule"
-        if name in PADS and len(pads(node, known.values)) > 4:
-            why = "padding of channels has no rule"
         return NCHW if not why else whole, why
-    if row.spatial is Spatial.GLOBAL:
-        inner = _reduced(node, dims, known)
-        if inner is not None:
-            return inner, ""
-        if adaptive_size(node, known.values) not in (None, (1, 1)) and name == "adaptive_avg_pool2d" and dims == NCHW:
-            return NCHW, ""
-        return whole, f"{name} reduces over the whole map"
-    if name == "batch_norm" and _of_the_batch(node):
-        return whole, "batch_norm takes its statistics from the batch, in eval mode too"
-    moved = _moved(node, name, dims, known)
+    follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)
+    moved = follows(at) if follows is not None else None
+    if moved is not None and follows is _elementwise and not _alike(node, dims, sizes, known):
+        moved = None
     if moved is not None:
         return moved, ""
+    if row.spatial is Spatial.GLOBAL:
+        return whole, f"{name} reduces over the whole map"
     return whole, f"{name or node.target} has no spatial rule"
 
 
-def _reduced(node: fx.Node, dims: Dims, known: Regions) -> Dims | None:
-    """Where H and W go in a reduction over other dims, such as a mean over channels; None for one over H or W."""
-    given, source = bind(node).get("dim"), known.maps(node)[0]
-    if op_name(node) not in _OVER_DIMS or given in (None, [], ()):
-        return None
-    rank = len(known.sizes(source))
-    over = {int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])}
-    if over & set(dims) or not isinstance(known.values[node], torch.Tensor):
-        return None
-    if bind(node).get("keepdim"):
-        return dims
-    return dims[0] - sum(d < dims[0] for d in over), dims[1] - sum(d < dims[1] for d in over)
+def _elementwise(at: Placed) -> Dims | None:
+    return at.dims
 
 
-def _of_the_batch(node: fx.Node) -> bool:
-    """A batch norm without running statistics, or one that is called in train mode for good."""
-    module = module_of(node)
-    if isinstance(module, FunctionalBatchNorm):
-        return len(node.args) > 3 and node.args[3] is None
-    if module is not None:
-        return getattr(module, "running_mean", None) is None
-    return bool(bind(node).get("training")) or bind(node).get("running_mean") is None
-
-
-def _acts(node: fx.Node, known: Regions) -> bool:
-    """A leaf of the user's, or a dropout, that is not its operand itself in eval mode."""
-    if op_name(node) == "leaf":
-        same = known.values[node] is known.values[node.all_input_nodes[0]]
-        return not same and not isinstance(module_of(node), nn.RReLU)
-    return node.op == "call_function" and op_name(node) in _DROPOUTS and bool(bind(node).get("train"))
-
-
-def _moved(node: fx.Node, name: str, dims: Dims, known: Regions) -> Dims | None:
-    """Where H and W go, for operations that leave every row by itself; None for those that do not."""
-    first = node.args[0] if node.args else None
-    source = first if isinstance(first, fx.Node) else known.maps(node)[0]
-    given, sizes = known.sizes(source), known.sizes(node)
-    rank = len(given)
-    if _acts(node, known):
-        return None
-    if name in _SAME_AS_FIRST or (name in ("layer_norm", "softmax", "log_softmax", "glu", "linear", "rms_norm")):
-        return dims if not _inner(node, name, rank) & set(dims) else None
-    if name == "cat":
-        dim = bind(node).get("dim") or 0
-        alike = all(known.dims[n] == dims for n in node.all_input_nodes)
-        return dims if alike and dim % rank not in dims else None
-    if name in ("permute", "transpose"):
-        order = _order(node, name, rank)
-        return order.index(dims[0]), order.index(dims[1])
-    if name in RESHAPES:
-        return _reshaped(given, sizes, dims)
-    if name in PARTS:
-        return dims if (bind(node).get("dim") or 0) % rank not in dims else None
-    if name == "getitem":
-        return dims if isinstance(known.values[source], list | tuple) else None
-    if name in ("slice", "narrow"):
-        whole = sizes[dims[0]] == given[dims[0]] and sizes[dims[1]] == given[dims[1]]
-        elsewhere = (bind(node).get("dim") or 0) % rank not in dims
-        return dims if whole and (elsewhere or slices_all(node)) else None
-    if name == "channel_shuffle":
-        return dims
-    if op(node).spatial is Spatial.POINTWISE and name != "glu_gate":
-        return dims if _elementwise(node, dims, sizes, known) else None
-    return None
-
-
-def _elementwise(node: fx.Node, dims: Dims, sizes: tuple[int, ...], known: Regions) -> bool:
+def _alike(node: fx.Node, dims: Dims, sizes: tuple[int, ...], known: Regions) -> bool:
     """Every operand is a map in the same place, or has one row and one column (it is broadcast)."""
+    apart = per_channel(node)
     for operand in node.all_input_nodes:
         given = known.sizes(operand)
         if not isinstance(known.values[operand], torch.Tensor):
@@ -286,52 +201,29 @@ def _elementwise(node: fx.Node, dims: Dims, sizes: tuple[int, ...], known: Regio
         if known.dims[operand] is not None:
             if len(given) != len(sizes) or known.dims[operand] != dims:
                 return False
-        else:
+        elif operand not in apart:
             back = [d - len(sizes) for d in dims]
-            if any(-b <= len(given) and given[b] != 1 for b in back) and op_name(node) not in _PER_CHANNEL:
+            if any(-b <= len(given) and given[b] != 1 for b in back):
                 return False
     return max(dims) < len(sizes)
 
 
-_PER_CHANNEL = ("batch_norm", "prelu")
+# ---------------------------------------------------------------- tables of operations without one of their own
 
 
-def _inner(node: fx.Node, name: str, rank: int) -> set[int]:
-    """The dims that an operation mixes."""
-    if name in ("layer_norm", "rms_norm"):
-        return set(range(rank - len(bind(node)["normalized_shape"]), rank))
-    if name in ("softmax", "log_softmax", "glu"):
-        return {int(bind(node).get("dim", -1)) % rank}
-    return {rank - 1} if name == "linear" else set()
-
-
-def _order(node: fx.Node, name: str, rank: int) -> list[int]:
-    if name == "permute":
-        return [int(d) % rank for d in bind(node)["dims"]]
-    order, a = list(range(rank)), bind(node)
-    i, j = int(a["dim0"]) % rank, int(a["dim1"]) % rank
-    order[i], order[j] = order[j], order[i]
-    return order
-
-
-def _reshaped(given: tuple[int, ...], sizes: tuple[int, ...], dims: Dims) -> Dims | None:
-    """H and W stay H and W where the elements in front of them, and they themselves, are as many as before."""
-    if dims[1] != dims[0] + 1:
-        return None
-    front, h, w = math.prod(given[: dims[0]]), given[dims[0]], given[dims[1]]
-    for place in range(len(sizes) - 1):
-        if math.prod(sizes[:place]) == front and sizes[place] == h and sizes[place + 1] == w:
-            return place, place + 1
-    return None
-
-
-# ---------------------------------------------------------------- tables of single operations
-
-
-def _window_edge(rule: Window, axis: int, rows: np.ndarray, size: int) -> Edge:
+def _window_taps(at: At) -> Taps:
+    rule, axis = at.window, at.axis
+    assert rule is not None
     k, s, d, p = rule.kernel[axis], rule.stride[axis], rule.dilation[axis], rule.padding[axis]
     if rule.transposed:
-        low = np.clip(-(-(rows + p - d * (k - 1)) // s), 0, size - 1)
-        return Edge(low, np.clip((rows + p) // s + 1, low + 1, size), size)
-    low = rows * s - p
-    return Edge(low, low + d * (k - 1) + 1, size, identity=k == s == 1 and p == 0)
+        low = np.clip(-(-(at.rows + p - d * (k - 1)) // s), 0, at.size - 1)
+        return low, np.clip((at.rows + p) // s + 1, low + 1, at.size)
+    low = at.rows * s - p
+    return low, low + d * (k - 1) + 1
+
+
+def _row_by_row(at: At) -> Taps:
+    """The same row; all of them where there are others (a single one that is broadcast)."""
+    if at.size == at.count:
+        return at.rows, at.rows + 1
+    return np.zeros(at.count, int), np.full(at.count, at.size)

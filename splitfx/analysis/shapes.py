@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from splitfx.errors import UnsupportedError
 from splitfx.ground.exclusive import Autocast, casting, exclusive, twin
 from splitfx.ir.graph import TensorSpec, attribute, info, layer, module_of
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op, op_name
 
 
 def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()) -> dict[fx.Node, Any]:
@@ -63,7 +63,7 @@ def _found(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]
         module = module_of(node)
         if module is None:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        if op_name(node) == "batch_norm":
+        if op(node).like_operand:
             return torch.empty_like(args[0])  # type: ignore[arg-type]  # as large as what it reads; the kernel's own rule is slow to ask
         if op_name(node) == "tiled":
             module = module.get_submodule("stage")  # the same values, without running every piece

@@ -32,15 +32,10 @@ from splitfx.errors import UnsupportedError
 from splitfx.ir.editing import reorder_nodes
 from splitfx.ir.graph import layer, module_of, set_path
 from splitfx.ir.notes import Note
-from splitfx.ir.ops import Channel, bind, in_place, op, op_name, out_of_place
+from splitfx.ir.ops import Channel, Spatial, bind, in_place, op, op_name, out_of_place, per_channel
 from splitfx.ir.schema import may_do_nothing, may_share
 
 aten = torch.ops.aten
-_SIZED = ("view", "_unsafe_view", "reshape", "expand")  # their second argument is a size for every dim
-_TURNED = (
-    "permute", "transpose", "movedim", "swapaxes", "contiguous", "clone", "squeeze", "unsqueeze", "select", "slice",
-    "flip", "roll", "t", "mT",
-)  # fmt: skip
 
 
 def carve(graph: fx.GraphModule, divisions: Divisions, lowering: Mapping[fx.Node, str]) -> list[Note]:
@@ -100,7 +95,7 @@ class _Carver(Pieces):
             held = self.grouped(node) if getattr(module_of(node), "groups", 1) > 1 else self.dense(node)
         elif rule in (Channel.SAME, Channel.UNIT):
             held = self.same(node)
-        elif op_name(node) in ("layer_norm", "rms_norm"):
+        elif rule is Channel.UNKNOWN and op(node).layer is not None:
             held = self.normalised(node)
         else:
             held = self.moved(node) if rule is Channel.MOVE else None
@@ -130,7 +125,7 @@ class _Carver(Pieces):
 
     def divided(self, node: fx.Node, division: Division) -> Value:
         operand, module = bind(node)["input"], module_of(node)
-        value = self.value(operand) or self.undivided(operand, -1 if isinstance(module, nn.Linear) else 1)
+        value = self.value(operand) or self.undivided(operand, op(node).channel_dim)
         assert module is not None
         size = sum(map(len, division.outs))
         dim = self.dim(node)
@@ -202,7 +197,8 @@ class _Carver(Pieces):
     def normalised(self, node: fx.Node) -> Value | None:
         """A norm over all channels takes them in any order: the order goes into its scale and shift."""
         value, module = self.value(bind(node)["input"]), module_of(node)
-        if value is None or not isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        layer_of = op(node).layer
+        if value is None or module is None or layer_of is None or not hasattr(module, "normalized_shape"):
             return None
         order = np.concatenate([p for _, p in value.pieces])
         last = len(shape(self.values[node])) - 1
@@ -212,7 +208,7 @@ class _Carver(Pieces):
             or np.array_equal(order, np.arange(len(order)))
         ):
             return None
-        make = partial(narrow.channelwise, module, order)
+        make = partial(layer_of.narrow, module, order)
         new = self.call(node, "", (order,), make, self.assemble(value, order), None)
         return Value([(new, order)], last, value.size)
 
@@ -231,10 +227,12 @@ class _Carver(Pieces):
                 along[n] = self.undivided(n, dim - rank)
         if not along or any(n in self.split and n not in along for n in operands):
             return None
-        reduces = op(node).spatial.value == "global"
-        if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in along.items()):
+        reduces = op(node).spatial is Spatial.GLOBAL
+        apart = per_channel(node)
+        beside = {n: v for n, v in along.items() if n not in apart}
+        if not reduces and any(v.dim - len(shape(self.values[n])) != dim - rank for n, v in beside.items()):
             return None
-        lead = self.lead(along)
+        lead = self.lead(beside)
         made = [(self.piecewise(node, along, positions, g), positions) for g, (_, positions) in enumerate(lead.pieces)]
         return None if any(n is None for n, _ in made) else Value(made, dim, size)  # type: ignore[arg-type]
 
@@ -249,12 +247,12 @@ class _Carver(Pieces):
         )
         if branch is not None:
             branch = next((self.branch[n] for n in source.values() if n in self.branch), g)
-        module = module_of(node)
-        if module is not None and narrow.has_channels(module):
-            if not narrow.divides(module, positions):
+        module, held = module_of(node), op(node).layer
+        if module is not None and held is not None and held.held(module):
+            if not held.fits(module, positions):
                 return None
             whole = len(positions) == next(iter(along.values())).size
-            make = partial(narrow.channelwise, module, positions)
+            make = partial(held.narrow, module, positions)
             return self.call(
                 node, "" if whole else f"branch{g}", (positions,), make, next(iter(source.values())), branch
             )
@@ -304,12 +302,12 @@ class _Carver(Pieces):
         after, dim = shape(self.values[node]), channel_dim(found.ids)
         if dim is None or after[dim] != base.size or not np.array_equal(found.ids.flatten(), np.arange(base.size)):
             return None
-        if len(base.pieces) > 1 and op_name(node) not in (*_SIZED, *_TURNED):
+        if len(base.pieces) > 1 and not (op(node).sized or op(node).turns):
             return None
         pieces = []
         for piece, positions in base.pieces:
             new = self.new.node_copy(node, lambda n, p=piece: p if n is node.args[0] else self.need(n))
-            if op_name(node) in _SIZED and len(positions) < base.size:
+            if op(node).sized and len(positions) < base.size:
                 given = list(new.args[1])  # type: ignore[arg-type]
                 given[dim] = len(positions)
                 new.args = (new.args[0], given, *new.args[2:])
@@ -327,7 +325,7 @@ class _Carver(Pieces):
         after = shape(self.values[node])
         if op_name(node) == "flatten":
             return self.flattened(node, held, ids, after)
-        if op_name(node) in ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d") or (
+        if op(node).spatial is Spatial.PAD or (
             after != held.sizes
             and channel_dim(ids) == held.base.dim
             and len(after) == len(held.sizes)

@@ -19,16 +19,15 @@ from splitfx.analysis import Facts
 from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
 from splitfx.carving.division import Division, Divisions
-from splitfx.carving.narrow import is_channels_last
 from splitfx.ground.exclusive import exclusive
 from splitfx.ir.graph import layer, module_of
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op, op_name
+from splitfx.ir.ops.channels import is_channels_last
 
 REPEATS, ENOUGH_SECONDS = 3, 0.05
 
 
 Lowering = Literal["auto", "grouped", "branches"]
-_RELAYS = ("cat", "chunk", "split", "view", "reshape", "transpose", "channel_shuffle")
 
 
 def choose_lowering(
@@ -71,7 +70,7 @@ def _input_sizes(known: Facts, node: fx.Node, channels: int) -> tuple[int, ...]:
 def _relays_channels(block: Block) -> str:
     node, last = block.edges[0].node, block.edges[-1].node
     while node is not last:
-        if op_name(node) in _RELAYS:
+        if op(node).relays:
             return f"{op_name(node)} at {layer(node)}"
         node = node.next
     return ""

@@ -23,22 +23,30 @@ from torch._export.verifier import SpecViolationError
 from torch.utils._python_dispatch import _disable_current_modes
 
 from splitfx.errors import ExportError
+from splitfx.ir.ops import ROWS
+from splitfx.ir.schema import qualified_name
 
 aten = torch.ops.aten
 
 
 def rewritten(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with the operations of `TABLE` replaced, where it has one."""
-    found = {node.target for node in exported.graph.nodes} & TABLE.keys()
+    found = {node.target: _written_as(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    found = {target: call for target, call in found.items() if call is not None}
     if not found:
         return exported
     try:
-        return exported.run_decompositions({target: TABLE[target] for target in found})
+        return exported.run_decompositions(found)
     except SpecViolationError as error:  # torch 2.11 loses a constant that a rewrite makes
         names = ", ".join(sorted(str(target) for target in found))
         raise ExportError(
             f"torch {torch.__version__} loses a table on the way to ONNX, for one of {names}: use a newer torch."
         ) from error
+
+
+def _written_as(target: Any) -> Callable[..., Any] | None:
+    registered = ROWS.get(qualified_name(target))
+    return TABLE.get(target) or (registered.decomposition if registered is not None else None)
 
 
 def _average_pool(pool: Any, axes: int) -> Callable[..., Any]:

@@ -29,71 +29,13 @@ from splitfx.frontend.places import memory, places
 from splitfx.ir.copies import unhooked
 from splitfx.ir.graph import Whole
 from splitfx.ir.layers import FunctionalBatchNorm
+from splitfx.ir.ops import ROWS
+from splitfx.ir.ops.elementwise import DROPOUTS
 from splitfx.ir.schema import arguments, aten_name, mutates, sharing, written
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
-_DROPOUTS = {
-    "dropout": nn.Dropout,
-    "feature_dropout": nn.Dropout2d,
-    "alpha_dropout": nn.AlphaDropout,
-    "feature_alpha_dropout": nn.FeatureAlphaDropout,
-}
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-
-Recipe = tuple[type[nn.Module], dict[str, Any]]
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _conv(a: dict[str, Any], w: torch.Tensor) -> Recipe:
-    padding = a["padding"] if isinstance(a["padding"], str) else _plain(a["padding"])
-    options = {"stride": _plain(a["stride"]), "padding": padding, "dilation": _plain(a["dilation"])}
-    sizes = {
-        "in_channels": w.shape[1] * a["groups"],
-        "out_channels": w.shape[0],
-        "kernel_size": tuple(w.shape[2:]),
-    }
-    return _CONVS[w.dim() - 2], {**sizes, **options, "groups": a["groups"]}
-
-
-def _conv_transpose(a: dict[str, Any], w: torch.Tensor) -> Recipe:
-    options = {k: _plain(a[k]) for k in ("stride", "padding", "output_padding", "dilation")}
-    sizes = {
-        "in_channels": w.shape[0],
-        "out_channels": w.shape[1] * a["groups"],
-        "kernel_size": tuple(w.shape[2:]),
-    }
-    return _TRANSPOSED[w.dim() - 2], {**sizes, **options, "groups": a["groups"]}
-
-
-def _recipe(name: str, a: dict[str, Any], w: torch.Tensor) -> Recipe | None:
-    """The module class and options for an operator with weight ``w``; None for one that stays a function."""
-    if name in ("conv1d", "conv2d", "conv3d"):
-        return _conv(a, w)
-    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-        return _conv_transpose(a, w)
-    if name == "linear":
-        return nn.Linear, {"in_features": w.shape[1], "out_features": w.shape[0]}
-    if name in ("layer_norm", "rms_norm"):
-        kind = nn.LayerNorm if name == "layer_norm" else nn.RMSNorm
-        return kind, {"normalized_shape": _plain(a["normalized_shape"]), "eps": a["eps"]}
-    if name == "group_norm":
-        return nn.GroupNorm, {"num_groups": a["num_groups"], "num_channels": w.numel(), "eps": a["eps"]}
-    if name == "prelu":
-        return nn.PReLU, {"num_parameters": w.numel()}
-    if name == "embedding" and not a["scale_grad_by_freq"] and not a["sparse"]:
-        padding = a["padding_idx"] if a["padding_idx"] >= 0 else None
-        return nn.Embedding, {
-            "num_embeddings": w.shape[0],
-            "embedding_dim": w.shape[1],
-            "padding_idx": padding,
-        }
-    return None
 
 
 class Raiser:
@@ -255,7 +197,7 @@ class Raiser:
             self.modules[path] = self.owners[path]  # private, with the user's own tensors
             return self.graph.call_module(path, tuple(self.value_of(n) for n in node.args[0]))  # type: ignore[union-attr, arg-type]
         name = aten_name(node.target)
-        if name in _DROPOUTS:
+        if name in DROPOUTS:
             return self.dropout(node, name)
         if name == "batch_norm":
             return self.batch_norm(node)
@@ -264,19 +206,21 @@ class Raiser:
         return self.weighted(node, name) if name else None
 
     def weighted(self, node: fx.Node, name: str) -> fx.Node | None:
-        a = arguments(node)
-        weight, bias = self.parameter(a.get("weight")), self.parameter(a.get("bias"))
-        if weight is None or (a.get("bias") is not None and bias is None):
+        raised = ROWS[name].raised if name in ROWS else None
+        if raised is None:
             return None
-        recipe = _recipe(name, a, weight)
-        held = {"weight": weight} if name in ("prelu", "embedding", "rms_norm") else {"weight": weight, "bias": bias}
-        path = self.owner(node, held)
+        a = arguments(node)
+        held = {key: self.parameter(a.get(key)) for key in raised.tensors}
+        weight = held["weight"]
+        if weight is None or (a.get("bias") is not None and held.get("bias") is None):
+            return None
+        path, recipe = self.owner(node, held), raised.recipe(a, weight)
         if recipe is None or path is None:
             return None
         kind, options = recipe
-        if name.startswith(("conv", "linear", "layer_norm")):
-            options = {**options, "bias": bias is not None}
-        data = a["indices"] if name == "embedding" else a["input"] if "input" in a else a["self"]
+        if raised.optional_bias:
+            options = {**options, "bias": held["bias"] is not None}
+        data = a.get(raised.data, a.get("self"))
         return self.call(path, kind, options, held, data)
 
     def batch_norm(self, node: fx.Node) -> fx.Node | None:
@@ -341,7 +285,7 @@ class Raiser:
         owned = isinstance(self.owners.get(here), nn.modules.dropout._DropoutNd)
         path = here if owned else self.fresh(node, "dropout")
         if path not in self.modules:
-            self.modules[path] = _DROPOUTS[name](a["p"], inplace=mutates(node.target))
+            self.modules[path] = DROPOUTS[name](a["p"], inplace=mutates(node.target))
             self.modules[path].training = self.mode(here)
         return self.graph.call_module(path, (self.value_of(node.args[0]),))  # type: ignore[arg-type]
 

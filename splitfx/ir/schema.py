@@ -35,6 +35,13 @@ def aten_name(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.startswith("_") and mutates(target) else name
 
 
+def qualified_name(target: Any) -> str:
+    """``lib::op`` for an operator of another library than aten; empty for anything else."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "aten":
+        return ""
+    return str(target._schema.name)
+
+
 def mutates(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

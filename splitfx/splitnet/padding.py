@@ -19,11 +19,9 @@ from splitfx.analysis import Facts, facts
 from splitfx.carving import narrow
 from splitfx.ir.graph import layer, module_of, set_path, tied
 from splitfx.ir.notes import Note
-from splitfx.ir.ops import Channel, bind, op, op_name
+from splitfx.ir.ops import Channel, Spatial, bind, op, op_name
+from splitfx.ir.ops.channels import PAD
 from splitfx.splitnet.structure import WHOLE, Labels, Structure
-
-PAD = narrow.PAD
-_FOLLOWED = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 
 
 class Padding:
@@ -85,7 +83,7 @@ class Padding:
             return "has groups of its own" if apart else ""
         if op_name(node) in ("cat", "flatten"):
             return "" if mine is not None else "mixes its channels with others"
-        if rule is not Channel.SAME and op_name(node) not in _FOLLOWED:
+        if rule is not Channel.SAME and op(node).spatial is not Spatial.PAD:
             return "lays its channels anew"
         if mine is None or not np.array_equal(self.places(mine), self.places(names)):
             return "reads all channels at once"
@@ -188,7 +186,7 @@ class Padding:
                 continue
             if op(node).channel is Channel.MIXES:
                 set_path(self.graph, str(node.target), narrow.wider(module, *laid))
-            elif narrow.has_channels(module):
-                set_path(self.graph, str(node.target), narrow.wider_norm(module, laid[-1]))
+            elif (row := op(node).layer) is not None and row.widen is not None and row.held(module):
+                set_path(self.graph, str(node.target), row.widen(module, laid[-1]))
             done.add(node.target)
         return facts(self.graph)

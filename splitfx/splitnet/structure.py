@@ -24,7 +24,7 @@ from splitfx.carving.division import Division
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.ir.graph import layer, output_node, read_alone
 from splitfx.ir.notes import Note
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op
 from splitfx.splitnet.levels import Asked, Levels, asked_levels
 
 Boundary = Literal["grouped", "full"]
@@ -116,7 +116,7 @@ class Structure:
         writers = {axis: max(asked[e.node] for e in edges) for axis, edges in self.axes.writers().items()}
         found: Asked = {}
         for e in self.axes.edges:
-            if op_name(e.node).startswith("conv"):
+            if op(e.node).convolves:
                 before = max(writers.get(int(a), 1) for a in np.unique(self.axes.axis[e.ins]))
                 found[e.node] = min(asked[e.node], before)
         calls: dict[str, int] = {}

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from splitfx.ir.ops import TABLE
-from splitfx.ir.schema import aten_name
+from splitfx.ir.ops import ROWS
+from splitfx.ir.schema import aten_name, qualified_name
 
-_TABLE_ONLY = {"empty"}  # memory as it was left is no value
 _BESIDE_THE_TABLE = """
     acos acosh addbmm addmv addr affine_grid_generator all aminmax angle any argmin asin asinh atan atan2 atanh
     adaptive_max_pool3d bilinear bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
@@ -37,7 +36,7 @@ _BESIDE_THE_TABLE = """
     upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
     _upsample_nearest_exact3d view_as_complex view_as_real vstack _weight_norm xlogy
 """
-ALLOWED = frozenset({*TABLE, *_BESIDE_THE_TABLE.split()} - _TABLE_ONLY)
+ALLOWED = frozenset({*(name for name, row in ROWS.items() if row.stored), *_BESIDE_THE_TABLE.split()})
 _SIZES = ("sym_size", "sym_numel")
 _ON_SIZES = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -59,7 +58,8 @@ def refusal(target: Any) -> str:
     if not isinstance(target, torch._ops.OpOverload):
         known = any(target is one for one in FUNCTIONS.values())
         return "" if known else "is not an operator of torch"
-    if target.namespace != "aten" or aten_name(target) not in ALLOWED:
+    registered = ROWS.get(qualified_name(target))  # by this process, never by the folder
+    if registered is None and aten_name(target) not in ALLOWED:
         return "is not an operator that a stored program may hold"
     schema = target._schema
     if any(one.alias_info is not None and one.alias_info.is_write for one in schema.arguments[1:]):

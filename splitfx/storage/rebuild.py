@@ -29,6 +29,8 @@ from splitfx.ground import names
 from splitfx.ir import graph as graphs
 from splitfx.ir import sizes
 from splitfx.ir.graph import dress
+from splitfx.ir.ops import ROWS
+from splitfx.ir.ops.registered import discover
 from splitfx.storage import operators, rehearsal, stored
 from splitfx.storage.layers import installed, made
 from splitfx.storage.stored import Node, Program
@@ -144,7 +146,7 @@ def _function(name: str) -> Any:
     if name in operators.FUNCTIONS:
         return operators.FUNCTIONS[name]
     parts = _OPERATOR.fullmatch(name)
-    found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None) if parts is not None else None
+    found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None) if parts is not None else _registered(name)
     if not isinstance(found, torch._ops.OpOverload):
         raise ExportError(
             f"the stored program runs '{name[:80]}', which is not an operator that this torch and splitfx know; load "
@@ -154,6 +156,16 @@ def _function(name: str) -> Any:
     if refused:
         raise ExportError(f"the stored program runs '{name[:80]}', which {refused}.")
     return found
+
+
+def _registered(name: str) -> Any:
+    """The overload of a registered operator (`splitfx.register_op`) of this name; None where none is."""
+    library, _, rest = name.partition(".")
+    operator, _, overload = rest.partition(".")
+    if f"{library}::{operator}" not in ROWS:
+        discover()  # an installed package may offer it
+    known = f"{library}::{operator}" in ROWS and overload.isidentifier()
+    return getattr(getattr(getattr(torch.ops, library), operator), overload, None) if known else None
 
 
 # ---------------------------------------------------------------- inputs, outputs and the record

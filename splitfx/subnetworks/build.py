@@ -17,19 +17,13 @@ from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, layer, module_of, set_path
-from splitfx.ir.ops import Spatial, op, op_name
+from splitfx.ir.ops import Result, op, op_name
 from splitfx.ir.walks import ancestors
 from splitfx.subnetworks.entry import Entry, Form
 from splitfx.subnetworks.sites import Site, Sites
 from splitfx.subnetworks.stepdown import Axis, static
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-_WALKED_OVER = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "identity", "leaf", "entry")
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-_ACTIVATIONS = (
-    *("relu", "relu6", "hardtanh", "sigmoid", "silu", "gelu", "hardswish", "hardsigmoid", "tanh", "leaky_relu", "elu"),
-    *("selu", "celu", "mish", "softplus", "softsign", "prelu", "rrelu", "log_sigmoid", "hardshrink", "softshrink"),
-)
 
 
 def make_entry(facts: Facts, sites: Sites, site: Site, number: int, seed: int) -> Entry:
@@ -63,7 +57,7 @@ def _convolution(facts: Facts, sites: Sites, site: Site, generator: torch.Genera
     base, chain = epilogue(site.cut)
     if channel_dim != 1:
         chain = []  # what lies between works on another layout
-    held = getattr(module_of(base), "bias", None) is not None if op_name(base).startswith("conv") else not chain
+    held = getattr(module_of(base), "bias", None) is not None if op(base).convolves else not chain
     conv = _CONVS[rank](
         int(image.shape[1]),
         int(value.shape[channel_dim]),
@@ -94,11 +88,11 @@ def epilogue(cut: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     order; pools, dropouts and identities on the way are walked over."""
     chain: list[fx.Node] = []
     node = cut
-    while node.all_input_nodes and (len(node.all_input_nodes) == 1 or op_name(node) in ("batch_norm",)):
-        pool = "pool" in op_name(node) and op(node).spatial in (Spatial.WINDOW, Spatial.GLOBAL)
-        if op_name(node) in _ACTIVATIONS or isinstance(module_of(node), _NORMS):
+    while node.all_input_nodes and (len(node.all_input_nodes) == 1 or op(node).normalizes):
+        row = op(node)
+        if row.activates or (row.normalizes and module_of(node) is not None and len(node.all_input_nodes) == 1):
             chain.append(node)
-        elif not pool and op_name(node) not in _WALKED_OVER:
+        elif not row.pools and row.result is not Result.OPERAND:
             break
         node = node.all_input_nodes[0]
     return node, chain[::-1]
@@ -115,7 +109,7 @@ def _repeated(root: nn.Module, graph: fx.Graph, origin: fx.Node, operand: fx.Nod
     if isinstance(fresh, nn.PReLU):
         nn.init.constant_(fresh.weight, 0.25)
     fresh.requires_grad_(True)  # it starts anew, so it must learn, whatever is frozen in the model
-    word = "norm" if isinstance(fresh, _NORMS) else "act"
+    word = "norm" if op(origin).normalizes else "act"
     return _call(root, graph, word, fresh, operand, origin)
 
 
@@ -149,7 +143,7 @@ def _embedding(facts: Facts, image: fx.Node, end: fx.Node) -> fx.GraphModule:
             env[node] = graph.placeholder("image")
         elif node not in needed:
             continue
-        elif op_name(node) == "entry":
+        elif isinstance(module_of(node), Entry):
             env[node] = env[node.all_input_nodes[0]]
         elif node.op == "get_attr":
             set_path(root, str(node.target), attribute(whole, str(node.target)), not node.meta.get("transient"))

@@ -18,7 +18,7 @@ from splitfx.analysis.shapes import shape
 from splitfx.errors import PlanError, nearest
 from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
-from splitfx.ir.ops import is_size, op, op_name
+from splitfx.ir.ops import is_size, op
 from splitfx.ir.walks import ancestors, descendants
 from splitfx.subnetworks.trunk import Spread, spreads
 
@@ -41,7 +41,7 @@ class Sites:
         self.facts, self.values = facts, facts.shapes
         self.nodes = list(facts.graph.graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.convs = [n for n in self.nodes if op_name(n).startswith("conv")]
+        self.convs = [n for n in self.nodes if op(n).convolves]
         self.data = self._data()
         self.spread: dict[fx.Node, Spread] = {}
         self.why = self.unfit = self._unfit()

@@ -17,7 +17,8 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
-from splitfx.ir.ops import Spatial, bind, op, op_name, window
+from splitfx.ir.ops import Channel, Result, Spatial, bind, op, window
+from splitfx.ir.ops.row import Placed
 from splitfx.subnetworks.stepdown import Map
 
 
@@ -27,21 +28,6 @@ class Spread:
 
     dims: tuple[int, ...]
     maps: tuple[Map, ...] | None
-
-
-_PADS = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
-_ALONG_CHANNELS = (
-    "slice",
-    "narrow",
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "getitem",
-    "channel_shuffle",
-    "index_select",
-)
-_ALONG_LAST = ("layer_norm", "rms_norm", "linear")
-_REPEATS_SIZE = ("instance_norm", "group_norm")
 
 
 def spreads(facts: Facts, image: fx.Node) -> dict[fx.Node, Spread]:
@@ -77,31 +63,34 @@ class _Follower:
     def follow(self, node: fx.Node) -> Spread | None:
         if node.op not in ("call_function", "call_module"):
             return None
-        name, kind = op_name(node), op(node).spatial
-        if kind is Spatial.WINDOW:
+        row = op(node)
+        if row.spatial is Spatial.WINDOW:
             return self.windowed(node)
-        if name in _PADS:
+        if row.spatial is Spatial.PAD:
             return self.padded(node)
         operand = node.args[0] if node.args else None
         before = self.found.get(operand) if isinstance(operand, fx.Node) else None  # type: ignore[arg-type]
-        if name == "entry":
+        if before is not None and row.result is Result.OPERAND:
             return before
-        if kind is Spatial.POINTWISE and name != "linear":
+        if row.spatial is Spatial.POINTWISE and row.channel is not Channel.MIXES:
             return self.joined(node)
         if before is None:
             return None
-        if name == "permute":
-            order = [d % self.rank for d in node.args[1]]  # type: ignore[union-attr, operator]
-            return Spread(tuple(order.index(d) for d in before.dims), before.maps)
-        if name in _ALONG_LAST and name != "linear" and len(bind(node).get("normalized_shape") or (0,)) > 1:
-            return None
-        if name in _ALONG_LAST:
-            return before if self.rank - 1 not in before.dims else None
-        if name in _REPEATS_SIZE:
+        if row.reduces == "moments":
             return before
-        if name in ("slice", "narrow", "roll", "flip") and not self.same_size(node, before):
-            return Spread(before.dims, None)
-        return before if name in _ALONG_CHANNELS and self.same_size(node, before) else None
+        dims = row.follows(self.placed(node, operand, before)) if row.follows is not None else None
+        if dims is not None:
+            return Spread(dims, before.maps)
+        cropped = row.result is Result.VIEW and not self.same_size(node, before)
+        return Spread(before.dims, None) if cropped else None
+
+    def placed(self, node: fx.Node, operand: fx.Node, before: Spread) -> Placed:
+        return Placed(node, bind(node), before.dims, self.sizes(operand), self.sizes(node), operand, self.values, False)
+
+    def sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes of a value, or of its first part."""
+        value = self.values[node]
+        return shape(value[0] if isinstance(value, list | tuple) and value else value)
 
     def windowed(self, node: fx.Node) -> Spread | None:
         axes = self.rank - 2
@@ -147,14 +136,9 @@ class _Follower:
         return Spread(dims, carried[0].maps if agree else None)
 
     def same_size(self, node: fx.Node, before: Spread) -> bool:
-        """A move that takes channels: the sizes of the map stay (a chunk is several values, each read by a getitem)."""
-        value = self.values[node]
-        first = value[0] if isinstance(value, list | tuple) and value else value
-        held = self.values[node.args[0]]  # type: ignore[index]
-        held = held[0] if isinstance(held, list | tuple) and held else held
-        if not isinstance(first, torch.Tensor) or len(shape(first)) != len(shape(held)):
-            return False
-        return all(shape(first)[d] == shape(held)[d] for d in before.dims)
+        """The sizes of the map stay."""
+        after, held = self.sizes(node), self.sizes(node.args[0])  # type: ignore[arg-type]
+        return len(after) == len(held) and all(after[d] == held[d] for d in before.dims)
 
     def labelled(self, node: fx.Node) -> Spread | None:
         """A value whose rows were moved about (a channel shuffle): a map where its channels are followed to dim 1."""

@@ -12,6 +12,7 @@ import splitfx
 from splitfx.carving import narrow
 from splitfx.carving.division import Division
 from splitfx.errors import VerificationError
+from splitfx.ir.ops import norms
 from splitfx.passes import Group
 from tests.models import ZOO
 from tests.passes.grouping import chain
@@ -33,8 +34,8 @@ def test_sabotage_behind_norms_that_hide_it(monkeypatch: pytest.MonkeyPatch, shu
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
             nn.init.constant_(module.weight, 0.0 if shut else 1.0)
-    right = narrow.channelwise
-    monkeypatch.setattr(narrow, "channelwise", lambda m, p: right(m, (p + 1) % m.num_features))
+    right = norms.picked
+    monkeypatch.setattr(norms, "picked", lambda tensor, p: right(tensor, (p + 1) % len(tensor)))
     with pytest.raises(VerificationError, match="broke its promise"):
         splitfx.transform(model.eval(), Group(factors=(2, 2), lowering="branches"), x)
 

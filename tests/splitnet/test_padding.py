@@ -14,6 +14,7 @@ import splitfx
 from splitfx.carving import narrow
 from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import VerificationError
+from splitfx.ir.ops import norms
 from splitfx.passes import SplitNet
 from splitfx.splitnet import Assignment, random, structure
 from splitfx.splitnet.padding import Padding
@@ -49,8 +50,9 @@ def test_padded_layers_are_grouped_and_nothing_is_gathered(name: str) -> None:
 
 
 def test_padding_with_other_than_zeros_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = narrow._grown
-    monkeypatch.setattr(narrow, "_grown", lambda tensor, places, dim=0, fill=0.0: real(tensor, places, dim, 0.5))
+    real = narrow.grown
+    for module in (narrow, norms):
+        monkeypatch.setattr(module, "grown", lambda tensor, places, dim=0, fill=0.0: real(tensor, places, dim, 0.5))
     graph = traced("wrn")
     with pytest.raises(VerificationError):
         run_pass(graph, SplitNet(ragged(structure(graph, CASES["wrn"][2])), levels=CASES["wrn"][2], lowering="padded"))

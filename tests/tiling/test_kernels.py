@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from splitfx.analysis import taps
 from splitfx.analysis.regions import Edge
+from splitfx.ir.ops import pooling, resizing
 from splitfx.tiling.plan.instructions import Schedule
-from splitfx.tiling.run import kernels
 from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.reductions import Reduction
 from tests import oracle
@@ -165,7 +164,7 @@ def test_sabotage_padding_inside_the_map(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_sabotage_a_wrong_divisor(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every window divided by the size of the kernel."""
     assert off(name, STREAMS[1]) <= STRICT
-    monkeypatch.setattr(kernels, "pool_pads_itself", lambda *_: False)
+    monkeypatch.setattr(pooling, "_pads_itself", lambda *_: False)
     assert off(name, STREAMS[1]) <= STRICT, "the other way to the same numbers"
     honest = torch.Tensor.div_
     monkeypatch.setattr(torch.Tensor, "div_", lambda self, by: honest(self, torch.full_like(by, size)))
@@ -181,13 +180,13 @@ def test_sabotage_rows_let_go_too_early(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_sabotage_a_resize_that_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coordinates from the size of the piece."""
-    honest = taps.resize_taps
+    honest = resizing.weighted_taps
 
     def anew(node: fx.Node, axis: int, count: int, size: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
         rows, weights = honest(node, axis, count, size, dtype)
         return rows, weights if axis else np.roll(weights, 1, 1)
 
-    monkeypatch.setattr(kernels, "resize_taps", anew)
+    monkeypatch.setattr(resizing, "weighted_taps", anew)
     assert off("bilinear up", STREAMS[1]) > 1e-3
 
 

@@ -13,9 +13,8 @@ import enum
 import torch
 from torch import fx
 
-from splitfx.analysis.regions import NCHW, Regions
-from splitfx.analysis.taps import adaptive_size
-from splitfx.ir.ops import Spatial, bind, in_place, is_size, op, op_name
+from splitfx.analysis.regions import Regions
+from splitfx.ir.ops import STRUCTURE, UNKNOWN, Spatial, in_place, is_size, op, op_name
 
 
 class Kind(enum.Enum):
@@ -25,37 +24,24 @@ class Kind(enum.Enum):
     WHOLE = "whole"
 
 
-_REDUCTIONS = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "amin")
-NORMS = ("group_norm", "instance_norm")
-
-
 def reduction(node: fx.Node, regions: Regions) -> str:
     """Why a reduction over H and W cannot consume rows; empty where it can. Any other node: why it is none."""
-    name, maps = op_name(node), regions.maps(node)
-    if len(maps) != 1 or (name not in _REDUCTIONS and name not in NORMS):
-        return regions.barrier(node) or f"{name} is no reduction"
-    dims = regions.dims[maps[0]]
-    if name in NORMS:
-        if bind(node).get("running_mean") is not None:
-            return f"{name} uses running statistics"
-        return "" if dims == NCHW else f"{name} does not read a map with channels in front"
+    row, maps = op(node), regions.maps(node)
+    if len(maps) != 1 or row.consumes is None:
+        return regions.barrier(node) or f"{op_name(node)} is no reduction"
     if any(_index_of_part(user) != 0 for user in node.users) and not isinstance(regions.values[node], torch.Tensor):
-        return f"the places that {name} found are read"
-    if name.startswith("adaptive"):
-        return (
-            ""
-            if adaptive_size(node, regions.values) == (1, 1) and dims == NCHW
-            else f"{name} gives more than one value a channel"
-        )
-    given, rank = bind(node).get("dim"), len(regions.sizes(maps[0]))
-    given = given if isinstance(given, list | tuple) else [given]
-    over = {int(d) % rank for d in given if d is not None}
-    return "" if over == set(dims or ()) and bind(node).get("dtype") is None else f"{name} reduces over other dims"
+        return f"the places that {op_name(node)} found are read"
+    return row.consumes(regions.placed(node))
 
 
 def _index_of_part(node: fx.Node) -> int | None:
     """Which part of a tuple a node takes; None for any other node."""
     return int(node.args[1]) if op_name(node) == "getitem" and isinstance(node.args[1], int) else None
+
+
+def is_norm(node: fx.Node) -> bool:
+    """A norm over a map: a reduction to its statistics, which are then applied to every row."""
+    return op(node).reduces == "moments"
 
 
 class Roles:
@@ -86,7 +72,7 @@ class Roles:
         if None in kinds:
             maps = []  # it reads what is computed outside
         elif maps and not reduction(node, regions):
-            return (Kind.ROWS if op_name(node) in NORMS else Kind.REDUCE), ""
+            return (Kind.ROWS if is_norm(node) else Kind.REDUCE), ""
         elif maps and not regions.barrier(node) and not node.meta.get("writes_view"):
             tall = [n for n in operands if self.kind[n] in whole and max(regions.rows(n, 0), regions.rows(n, 1)) > 1]
             return (None, "reads a small map that was computed whole") if tall else (Kind.ROWS, "")
@@ -104,7 +90,8 @@ def _spreads(node: fx.Node, regions: Regions) -> bool:
 
 def _is_constant(node: fx.Node, regions: Regions) -> bool:
     """One tensor, made of parameters by an operation that draws nothing and overwrites nothing."""
-    known = op(node).name not in ("unknown", "structure") and op_name(node) not in ("leaf", "dropout", "rrelu")
+    row = op(node)
+    known = row not in (UNKNOWN, STRUCTURE) and not row.draws
     return known and isinstance(regions.values[node], torch.Tensor) and not in_place(node)
 
 

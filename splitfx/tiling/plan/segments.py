@@ -15,16 +15,15 @@ from torch import fx
 
 from splitfx.analysis.cuts import cuts
 from splitfx.ir.graph import layer
-from splitfx.ir.ops import in_place, is_size, op_name
-from splitfx.tiling.plan.stage import ALIASES, Kernel, Kind, Stage
+from splitfx.ir.ops import in_place, is_size, op
+from splitfx.tiling.plan.stage import Kernel, Kind, Stage
 
 BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 WORK = 1.25  # the most that bands of a segment may compute, of what the whole segment does
-LINEAR = ("mean", "sum", "adaptive_avg_pool2d")
 
 
 def is_mean(kernel: Kernel) -> bool:
-    return op_name(kernel.node) in ("mean", "adaptive_avg_pool2d")
+    return kernel.row.reduces == "mean"
 
 
 def overwrites(user: fx.Node, node: fx.Node) -> bool:
@@ -77,7 +76,7 @@ def _places(graph: fx.GraphModule, stage: Stage) -> list[int]:
     found = []
     for place, kernel in enumerate(stage.kernels):
         users = [u for u in kernel.node.users if u.op != "output"]
-        renamed = any(overwrites(u, kernel.node) or op_name(u) in ALIASES for u in users)
+        renamed = any(overwrites(u, kernel.node) or op(u).result.renames for u in users)
         if kernel.node in on_path and kernel.kind is Kind.ROWS and not renamed and users:
             found.append(place)
     return found
@@ -135,7 +134,7 @@ def _barrier(kernel: Kernel) -> str:
     """Why a segment with this kernel has to be computed again as a whole."""
     if kernel.kind is Kind.ROWS and any(k.kind in (Kind.REDUCE, Kind.WHOLE) for k in kernel.takes):
         return f"{layer(kernel.node)} applies to the map what was reduced over it"
-    if kernel.kind is Kind.REDUCE and (kernel.role or op_name(kernel.node) not in LINEAR):
+    if kernel.kind is Kind.REDUCE and (kernel.role or kernel.row.reduces not in ("mean", "sum")):
         return f"{layer(kernel.node)} is no sum over the map"
     return ""
 

@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from splitfx.analysis.memory import _PASS_THROUGH
-from splitfx.analysis.regions import PARTS, RESHAPES, Dims, Edge, Regions
-from splitfx.analysis.taps import PADS, pad_before
+from splitfx.analysis.regions import Edge, Regions
 from splitfx.ground.exclusive import kept
 from splitfx.ir.graph import module_of
-from splitfx.ir.ops import Spatial, Window, bind, op, op_name
-from splitfx.tiling.plan.roles import NORMS, Kind, Roles, reduction
-
-ALIASES = (*_PASS_THROUGH, "contiguous", "detach", "alias", "clone")
+from splitfx.ir.ops import Op, Result, Spatial, Window, bind, op, op_name
+from splitfx.ir.ops.padding import in_front
+from splitfx.ir.ops.pieces import Job, Read
+from splitfx.ir.ops.row import Dims
+from splitfx.tiling.plan.roles import Kind, Roles, is_norm, reduction
 
 
 @dataclass(eq=False)
@@ -57,6 +56,7 @@ class Kernel:
     rule: Window | None = None
     before: tuple[int, int] = (0, 0)  # rows and columns that a padding puts in front
     places: dict[fx.Node, int] = field(default_factory=dict)  # operand node -> place in reads, or -1 - place in takes
+    values: dict[fx.Node, Any] = field(default_factory=dict, repr=False)  # of the stage
 
     @property
     def rows(self) -> int:
@@ -67,12 +67,19 @@ class Kernel:
         return self.node.name
 
     @kept
+    def row(self) -> Op:
+        return op(self.node)
+
+    @property
     def spatial(self) -> Spatial:
-        return op(self.node).spatial
+        return self.row.spatial
 
     @kept
-    def operation(self) -> str:
-        return op_name(self.node)
+    def job(self) -> Job:
+        """What the operation's row computes pieces of this value from."""
+        reads = tuple(Read(k.sizes, k.row_bytes, h, w) for k, h, w in self.reads)
+        whole = (*self.takes[0].sizes, self.takes[0].row_bytes) if self.takes else None
+        return Job(self.node, self.values, self.sizes, self.dims, self.row_bytes, reads, whole, self.rule, self.before)
 
     @kept
     def overwrites(self) -> tuple[int, ...]:
@@ -138,7 +145,7 @@ class _Builder:
             source = self._aliased(node, kind)
             if source is not None:
                 self.of[node] = source
-            elif op_name(node) in NORMS and not reduction(node, self.regions):
+            elif is_norm(node) and not reduction(node, self.regions):
                 source = self.of[self.regions.maps(node)[0]]
                 statistics = self._kernel(node, Kind.REDUCE, "statistics")
                 self._read(statistics, source)
@@ -166,10 +173,10 @@ class _Builder:
         operand = self.of.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         if operand is None or node.op == "placeholder":
             return None
-        name = op_name(node)
-        if name == "getitem" and operand.kind is Kind.REDUCE:
+        result = op(node).result
+        if op_name(node) == "getitem" and operand.kind is Kind.REDUCE:
             return operand  # a max pool over the map, whose second part are places
-        if kind is Kind.WHOLE or name not in (*ALIASES, *PARTS):
+        if kind is Kind.WHOLE or not (result.renames or result is Result.PARTS):
             return None
         if isinstance(module_of(node), nn.RReLU) or (operand.kind is Kind.SOURCE and self._leaves(node)):
             return None
@@ -192,10 +199,10 @@ class _Builder:
             size = 16 * tensor.shape[0] * int(bind(node).get("num_groups") or tensor.shape[1])
         rows = max(1, self.regions.rows(node, 0)) if dims is not None and kind is not Kind.REDUCE else 1
         dims = dims if kind is not Kind.REDUCE else None
-        kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role)
+        kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role, values=self.values)
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
-        if op_name(node) in PADS and not role:
-            kernel.before = (pad_before(node, 0, self.values), pad_before(node, 1, self.values))
+        if kernel.spatial is Spatial.PAD and not role:
+            kernel.before = (in_front(node, 0, 2, self.values), in_front(node, 1, 2, self.values))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
         self.kernels.append(kernel)
         return kernel
@@ -265,7 +272,7 @@ class _Builder:
             twin = Kernel(
                 len(self.kernels), kernel.node, kernel.kind, kernel.dims, kernel.sizes, kernel.row_bytes, kernel.role,
                 reads, list(kernel.takes), phase=phase, macs_per_row=kernel.macs_per_row, again=True,
-                rule=kernel.rule, before=kernel.before, places=kernel.places,
+                rule=kernel.rule, before=kernel.before, places=kernel.places, values=kernel.values,
             )  # fmt: skip
             known[kernel] = twin
             self.kernels.append(twin)
@@ -316,19 +323,7 @@ def _part(kernels: list[Kernel]) -> None:
 
 def _identity(size: int) -> Edge:
     rows = np.arange(size)
-    return Edge(rows, rows + 1, size, identity=True)
-
-
-def own_padding(rule: Window, axis: int, pads: tuple[int, int], length: int, count: int) -> int | None:
-    """The padding that a conv or pool may add by itself, on both sides, to give ``count`` outputs of ``length`` rows;
-    None where the real padding is another one, and where there are no rows: torch refuses to pad nothing."""
-    if not length:
-        return None
-    if pads[0] == pads[1]:
-        return pads[0]
-    k, s, d, p = rule.kernel[axis], rule.stride[axis], rule.dilation[axis], rule.padding[axis]
-    fits = pads[0] == p == rule.padding_end[axis] and (length + 2 * p - d * (k - 1) - 1) // s + 1 == count
-    return p if fits else None
+    return Edge(rows, rows + 1, size)
 
 
 def may_overwrite(kernel: Kernel) -> tuple[int, ...]:
@@ -336,13 +331,13 @@ def may_overwrite(kernel: Kernel) -> tuple[int, ...]:
     node = kernel.node
     if kernel.role or kernel.kind is not Kind.ROWS:
         return ()
-    if op_name(node) in RESHAPES:
+    if op(node).reshapes:
         return (0,) if kernel.reads else ()
     if op(node).spatial is not Spatial.POINTWISE:
         return ()
     if overwriting(node) is None or not isinstance(node.args[0], fx.Node):
         return ()
-    both = op_name(node) in ("add", "mul") and not node.kwargs and len(node.args) == 2
+    both = op(node).commutes and not node.kwargs and len(node.args) == 2
     places = [kernel.places.get(a, -1) for a in (node.args if both else node.args[:1]) if isinstance(a, fx.Node)]
     return tuple(p for p in places if p >= 0)
 

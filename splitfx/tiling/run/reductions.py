@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitfx.ir.ops import bind, op_name
+from splitfx.ir.ops import bind
 from splitfx.tiling.plan.stage import Kernel, Stage
 
 
@@ -12,7 +12,7 @@ class Reduction:
     """Takes a map in row by row. Sums are kept in float64; moments are merged by Chan's rule."""
 
     def __init__(self, kernel: Kernel, stage: Stage) -> None:
-        self.kernel, self.stage, self.name = kernel, stage, op_name(kernel.node)
+        self.kernel, self.stage, self.how = kernel, stage, kernel.row.reduces
         dims = stage.regions.dims[stage.regions.maps(kernel.node)[0]]
         assert dims is not None
         self.dims = dims
@@ -24,9 +24,9 @@ class Reduction:
         if self.kernel.role == "statistics":
             self._moments(x)
             return
-        if "max" in self.name or "min" in self.name:
-            part = x.amax(self.dims) if "max" in self.name else x.amin(self.dims)
-            join = torch.maximum if "max" in self.name else torch.minimum
+        if self.how in ("max", "min"):
+            part = x.amax(self.dims) if self.how == "max" else x.amin(self.dims)
+            join = torch.maximum if self.how == "max" else torch.minimum
             self.total = part if self.total is None else join(self.total, part)
             return
         part = x.sum(self.dims, dtype=_accumulator(x.dtype)).double()
@@ -57,8 +57,7 @@ class Reduction:
             return torch.stack([self.total, (self.squares / self.count + eps).rsqrt()])
         wanted = self.stage.values[self.kernel.node]
         wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
-        mean = self.name in ("mean", "adaptive_avg_pool2d")
-        total = self.total / self.count if mean else self.total
+        total = self.total / self.count if self.how == "mean" else self.total
         return total.reshape([int(s) for s in wanted.shape]).to(wanted.dtype)
 
 

@@ -16,7 +16,7 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import TrainingError
 from splitfx.ir.graph import copy_graph, info
-from splitfx.ir.ops import op_name
+from splitfx.ir.ops import op
 
 
 def extended(dense: fx.GraphModule, trained: fx.GraphModule | None, step: Pass, verify: bool = True) -> fx.GraphModule:
@@ -97,7 +97,7 @@ def kept_weight(dense: fx.GraphModule, split: fx.GraphModule) -> float:
     made = set(fusions(split))
 
     def total(graph: fx.GraphModule) -> float:
-        paths = {str(n.target) for n in graph.graph.nodes if n.op == "call_module" and op_name(n).startswith("conv")}
+        paths = {str(n.target) for n in graph.graph.nodes if n.op == "call_module" and op(n).convolves}
         return sum(float(graph.get_submodule(p).weight.detach().double().square().sum()) for p in paths - made)  # type: ignore[union-attr, operator]
 
     return total(split) / max(total(dense), 1e-300)

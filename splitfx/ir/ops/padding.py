@@ -1,0 +1,113 @@
+"""Pads: rows between new ones at both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, part_bytes, picked
+from splitfx.ir.ops.reading import bind, op_name
+from splitfx.ir.ops.row import At, Channel, Placed, Spatial, Taps, rows
+
+Values = Mapping[fx.Node, Any]  # of all nodes, at the size of the whole map: arguments may follow from sizes
+
+
+def sides(node: fx.Node, values: Values) -> list[int]:
+    """What a padding operation puts at each side, the last dim first."""
+    given = bind(node, values)
+    return [int(v) for v in (given.get("pad") or given["padding"])]
+
+
+def in_front(node: fx.Node, axis: int, axes: int, values: Values) -> int:
+    """Rows that a padding operation puts in front along an axis; negative where it cuts them off."""
+    given, place = sides(node, values), 2 * (axes - 1 - axis)
+    return given[place] if place < len(given) else 0
+
+
+def mode_of(node: fx.Node) -> str:
+    """``constant``, ``reflect``, ``replicate`` or ``circular``."""
+    name = op_name(node)
+    known = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate", "constant_pad_nd": "constant"}
+    return known.get(name) or bind(node).get("mode") or "constant"
+
+
+def _source_rows(at: At) -> np.ndarray:
+    """The source row of every output row; outside [0, size) where it is constant."""
+    read, mode = at.rows - in_front(at.node, at.axis, at.axes, at.values), mode_of(at.node)
+    if mode == "reflect" and at.size > 1:
+        read = (at.size - 1) - np.abs((at.size - 1) - np.abs(read))
+    return np.clip(read, 0, at.size - 1) if mode in ("reflect", "replicate") else read
+
+
+def _taps(at: At) -> Taps:
+    read = _source_rows(at)
+    return read, read + 1
+
+
+def _refuses(at: Placed) -> str:
+    if mode_of(at.node) == "circular":
+        return "circular padding has no rule"
+    return "padding of channels has no rule" if len(sides(at.node, at.values)) > 2 * len(at.dims) else ""
+
+
+def _relabels(node: fx.Node, labels: torch.Tensor, before: tuple[int, ...]) -> torch.Tensor | None:
+    """As they are, unless channels are padded."""
+    pads = node.args[1]
+    assert isinstance(pads, list | tuple)
+    padded = {len(before) - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
+    return None if any(labels.shape[d] > 1 for d in padded) else labels
+
+
+def _piece(job: Job) -> Call:
+    node, mode = job.node, mode_of(job.node)
+    given = bind(node).get("value")
+    value = float(given) if isinstance(given, int | float) else 0.0
+    sizes = job.reads[0].sizes
+    both = (job.before[1], job.sizes[1] - sizes[1] - job.before[1])
+    sources = [Table(_source_rows(At(node, axis, 2, job.sizes[axis], sizes[axis], job.values))) for axis in (0, 1)]
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        x = pieces[0]
+        if mode == "constant":
+            (above, below), (before, after) = run.pads[0]
+            for axis, (start, stop) in enumerate((run.rows, run.columns)):
+                if sum(run.pads[0][axis]) >= stop - start:
+                    x = x.narrow(2 + axis, 0, 0)  # all of it is padding
+            return F.pad(x, (before, after, above, below), value=value) if above + below + before + after else x.clone()
+        x = picked(x, 2, sources[0], run.rows, run.starts[0][0])
+        if run.columns == (0, job.sizes[1]) and min(both) >= 0 and max(both) and x.shape[3] == sizes[1]:
+            return F.pad(x, (*both, 0, 0), mode=mode)
+        x = picked(x, 3, sources[1], run.columns, run.starts[0][1])
+        return x.clone() if x is pieces[0] else x
+
+    return call
+
+
+def _workspace(job: Job, span: Span) -> int:
+    """Mirrored rows are taken first, then columns, each only where the piece is at a border."""
+    if mode_of(job.node) == "constant":
+        return 0
+    read = job.reads[0]
+    for axis, (start, stop) in enumerate((span.rows, span.columns)):
+        before = job.before[axis]
+        if start >= before and stop <= before + read.sizes[axis]:
+            return 0
+    first, last, _, _ = read.w.need(*span.columns)
+    return part_bytes(read.row_bytes, read.sizes[1], span.count[0], last - first)
+
+
+rows(
+    "pad constant_pad_nd reflection_pad2d replication_pad2d",
+    spatial=Spatial.PAD,
+    channel=Channel.MOVE,
+    refuses=_refuses,
+    taps=_taps,
+    relabels=_relabels,
+    piece=_piece,
+    workspace=_workspace,
+)

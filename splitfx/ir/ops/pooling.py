@@ -1,0 +1,228 @@
+"""Pools: windows that keep channels apart, and adaptive ones, whose every output has a window of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from splitfx.ir.ops.convolution import per_axis
+from splitfx.ir.ops.pieces import (
+    Call,
+    Job,
+    Piece,
+    Pieces,
+    Span,
+    bordered,
+    joins_by_hand,
+    own_padding,
+    part_bytes,
+    read_alone,
+    real_rows,
+    window_span,
+)
+from splitfx.ir.ops.reading import bind, op_name
+from splitfx.ir.ops.row import At, Bound, Channel, Dims, Placed, Spatial, Taps, Window, rows
+
+
+def _window(bound: Bound, axes: int, weight_shape: tuple[int, ...]) -> Window:
+    kernel = per_axis(bound["kernel_size"], axes)
+    stride = per_axis(bound["stride"], axes) if bound["stride"] else kernel
+    padding, dilation = per_axis(bound["padding"], axes), per_axis(bound.get("dilation") or 1, axes)
+    return Window(kernel, stride, padding, padding, dilation, bool(bound.get("ceil_mode")))
+
+
+# ---------------------------------------------------------------- maxima
+
+
+def _max(job: Job) -> Call:
+    """Along rows, then along columns, as maxima of slices: several times as fast on a CPU as the pooling operator,
+    which also allocates an index for every value."""
+    rule, lowest = job.rule, float("-inf")
+    assert not bind(job.node).get("return_indices")
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        x = read_alone(rule, pieces[0], run)
+        if x.device.type not in ("cpu", "meta") or joins_by_hand():
+            x, padding = bordered(rule, pieces[0], run, lowest)
+            if any(2 * p > k for p, k in zip(padding, rule.kernel, strict=True)):
+                x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=lowest), (0, 0)
+            return F.max_pool2d(x, rule.kernel, rule.stride, padding, rule.dilation, ceil_mode=False)
+        (above, below), (before, after) = run.pads[0]
+        if above or below:
+            x = F.pad(x, (0, 0, above, below), value=lowest)
+        height, width = (stop - start for start, stop in (run.rows, run.columns))
+        tall = x.new_empty((*x.shape[:2], height, x.shape[3] + before + after))
+        if before or after:
+            tall[..., :before] = lowest
+            tall[..., tall.shape[3] - after :] = lowest
+        _slide(x, 2, rule, 0, height, tall.narrow(3, before, x.shape[3]))
+        return _slide(tall, 3, rule, 1, width, x.new_empty((*x.shape[:2], height, width)))
+
+    return call
+
+
+def _slide(x: torch.Tensor, dim: int, rule: Window, axis: int, count: int, out: torch.Tensor) -> torch.Tensor:
+    """Maximum over a window along one axis, into ``out``."""
+    k, s, d = rule.kernel[axis], rule.stride[axis], rule.dilation[axis]
+    index: list[Any] = [slice(None)] * 4
+    for i in range(k):
+        index[dim] = slice(i * d, i * d + (count - 1) * s + 1, s)
+        part = x[tuple(index)]
+        if i == 0:
+            first = part
+        elif i == 1:
+            torch.maximum(first, part, out=out)
+        else:
+            torch.maximum(out, part, out=out)
+    return out if k > 1 else out.copy_(first)
+
+
+def _max_workspace(job: Job, span: Span) -> int:
+    assert span.pads is not None
+    (real, _), read = real_rows(job, span), job.reads[0]
+    bytes_of = lambda rows, columns: part_bytes(read.row_bytes, read.sizes[1], rows, columns)  # noqa: E731
+    tall = bytes_of(real[0] + sum(span.pads[0]), real[1]) if any(span.pads[0]) else 0
+    return tall + bytes_of(span.count[0], real[1] + sum(span.pads[1]))
+
+
+# ---------------------------------------------------------------- averages
+
+
+def _pads_itself(
+    rule: Window, pads: Any, lengths: Sequence[int], rows_: tuple[int, int], columns: tuple[int, int]
+) -> bool:
+    """An average pool may add all padding of a piece: its divisors are then those of the whole map."""
+    for axis, (start, stop) in enumerate((rows_, columns)):
+        real = lengths[axis] if sum(pads[axis]) < window_span(rule, axis, stop - start) else 0
+        own = own_padding(rule, axis, pads[axis], real, stop - start)
+        if own is None or own > rule.padding[axis] or 2 * own > rule.kernel[axis] or not real:
+            return False
+    return True
+
+
+def _average(job: Job) -> Call:
+    a, rule = bind(job.node), job.rule
+    size, stride, padding = rule.kernel, rule.stride, rule.padding
+    include, fixed = bool(a["count_include_pad"]), a.get("divisor_override")
+    lengths = (job.reads[0].h.size, job.reads[0].w.size)
+
+    @cache
+    def divisors(axis: int, start: int, stop: int) -> list[int]:
+        length, found = lengths[axis], []
+        for i in range(start, stop):
+            low = i * stride[axis] - padding[axis]
+            high = min(low + size[axis], length + padding[axis])
+            found.append(high - low if include else min(high, length) - max(low, 0))
+        return found
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        if _pads_itself(rule, run.pads[0], pieces[0].shape[2:], run.rows, run.columns):
+            x, own = bordered(rule, pieces[0], run, 0.0)
+            return F.avg_pool2d(x, size, stride, own, count_include_pad=include, divisor_override=fixed)
+        (above, below), (before, after) = run.pads[0]
+        x = F.pad(read_alone(rule, pieces[0], run), (before, after, above, below))
+        if fixed:
+            return F.avg_pool2d(x, size, stride, 0, divisor_override=fixed)
+        total = F.avg_pool2d(x, size, stride, 0, divisor_override=1)
+        del x  # before the divisors are there, one for every place of the map
+        down = torch.tensor(divisors(0, *run.rows), dtype=total.dtype, device=total.device)[:, None]
+        along = torch.tensor(divisors(1, *run.columns), dtype=total.dtype, device=total.device)
+        return total / (down * along) if torch.is_grad_enabled() else total.div_(down * along)
+
+    return call
+
+
+def _average_workspace(job: Job, span: Span) -> int:
+    assert span.pads is not None
+    (real, own), read = real_rows(job, span), job.reads[0]
+    needs = [edge.need(*part) for edge, part in ((read.h, span.rows), (read.w, span.columns))]
+    lengths = [last - first for first, last, _, _ in needs]
+    if _pads_itself(job.rule, span.pads, lengths, span.rows, span.columns):
+        explicit = [sum(span.pads[axis]) if own[axis] is None else 0 for axis in (0, 1)]
+        if not any(explicit):
+            return 0
+    else:
+        explicit = [sum(span.pads[axis]) for axis in (0, 1)]
+    return part_bytes(read.row_bytes, read.sizes[1], real[0] + explicit[0], real[1] + explicit[1])
+
+
+# ---------------------------------------------------------------- adaptive
+
+
+def adaptive_size(node: fx.Node, values: Mapping[fx.Node, Any], axes: int) -> tuple[int, ...]:
+    """Output size of an adaptive pool, one number for each axis."""
+    return per_axis(bind(node, values)["output_size"], axes)
+
+
+def _cells(at: Placed) -> Dims | None:
+    """A pool to more than one value a channel leaves rows by themselves, each with a window of its own."""
+    axes = at.rank - 2
+    spreads = adaptive_size(at.node, at.values, axes) != (1,) * axes
+    return at.dims if spreads and at.dims == tuple(range(2, at.rank)) else None
+
+
+def _cell_taps(at: At) -> Taps:
+    return at.rows * at.size // at.count, -(-(at.rows + 1) * at.size // at.count)
+
+
+def _to_one(at: Placed) -> str:
+    """Why an adaptive pool cannot take its map in row by row."""
+    axes = at.rank - 2
+    one = adaptive_size(at.node, at.values, axes) == (1,) * axes and at.dims == tuple(range(2, at.rank))
+    return "" if one else f"{op_name(at.node)} gives more than one value a channel"
+
+
+def _adaptive(job: Job) -> Call:
+    h, w, whole = job.reads[0].h, job.reads[0].w, (0, job.sizes[1])
+
+    def band(x: torch.Tensor, left: int, columns: tuple[int, int]) -> torch.Tensor:
+        if columns == whole:
+            return F.adaptive_avg_pool2d(x, (1, job.sizes[1]))
+        cells = [x[..., w.low[j] - left : w.high[j] - left].mean((2, 3)) for j in range(*columns)]
+        return torch.stack(cells, -1)[:, :, None]
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        x, (top, left) = pieces[0], run.starts[0]
+        parts = (band(x[:, :, h.low[i] - top : h.high[i] - top], left, run.columns) for i in range(*run.rows))
+        if joins_by_hand():
+            return torch.cat(list(parts), 2)
+        found = x.new_empty((*x.shape[:2], run.rows[1] - run.rows[0], run.columns[1] - run.columns[0]))
+        for place, part in enumerate(parts):
+            found[:, :, place : place + 1] = part
+        return found
+
+    return call
+
+
+def _adaptive_workspace(job: Job, span: Span) -> int:
+    """One row, and the cells that it is put together from."""
+    size = part_bytes(job.row_bytes, job.sizes[1], *span.count)
+    return 2 * size // max(1, span.count[0])
+
+
+_WINDOWED: dict[str, Any] = {
+    "spatial": Spatial.WINDOW,
+    "channel": Channel.SAME,
+    "per_input": 1,
+    "window": _window,
+}
+rows("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices", **_WINDOWED, piece=_max, workspace=_max_workspace)
+rows("avg_pool1d avg_pool2d avg_pool3d", **_WINDOWED, piece=_average, workspace=_average_workspace)
+_ADAPTIVE: dict[str, Any] = {"spatial": Spatial.GLOBAL, "channel": Channel.SAME, "per_input": 1}
+rows("adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d", **_ADAPTIVE)
+rows("adaptive_max_pool2d", **_ADAPTIVE, reduces="max", consumes=_to_one)
+rows(
+    "adaptive_avg_pool2d",
+    **_ADAPTIVE,
+    reduces="mean",
+    consumes=_to_one,
+    follows=_cells,
+    taps=_cell_taps,
+    piece=_adaptive,
+    workspace=_adaptive_workspace,
+)
