@@ -31,6 +31,7 @@ from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PassError, UnsupportedError
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info, take_apart
+from splitfx.ir.verifier import IllegalGraph
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _writes(tensor: torch.Tensor) -> int:
 def _tidied(step: Pass, work: fx.GraphModule) -> None:
     try:
         tidy(work)
-    except (AssertionError, RuntimeError) as error:
+    except IllegalGraph as error:
         raise PassError(f"pass '{step.name}' left an illegal graph: {str(error).splitlines()[0]}") from error
 
 

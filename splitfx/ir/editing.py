@@ -16,6 +16,7 @@ from torch import fx, nn
 from splitfx.ir.graph import set_path
 from splitfx.ir.ops import in_place
 from splitfx.ir.schema import sharing
+from splitfx.ir.verifier import verify
 
 aten = torch.ops.aten
 
@@ -56,12 +57,12 @@ def bypass(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def tidy(graph: fx.GraphModule) -> None:
-    """Drop modules, parameters and buffers that no node reads, check the graph's form, and compile it again."""
+    """Drop modules, parameters and buffers that no node reads, verify the graph (`IllegalGraph`), compile it again."""
     used_modules = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
     used_values = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     kept = used_modules | used_values | _kept_aliases(graph, used_modules | used_values)
     _prune(graph, "", kept)
-    check(graph)
+    verify(graph)
     graph.recompile()
 
 
@@ -96,19 +97,6 @@ def _prune(module: nn.Module, path: str, kept: set[str]) -> bool:
         if (f"{path}.{name}" if path else name) not in kept:
             delattr(module, name)
     return alive
-
-
-def check(graph: fx.GraphModule) -> None:
-    """The form of a legal graph beyond fx's own lint: an in-place node is the last reader of its operand."""
-    graph.graph.lint()
-    nodes = list(graph.graph.nodes)
-    place, family = {node: i for i, node in enumerate(nodes)}, sharing(graph.graph)
-    for node in nodes:
-        if not in_place(node) or node.meta.get("writes_view") or not isinstance(node.args[0], fx.Node):
-            continue
-        earlier = [m for m in family[node.args[0]] if place[m] < place[node]]
-        late = next((r for m in earlier for r in m.users if place[r] > place[node]), None)
-        assert late is None, f"{node.name} overwrites {node.args[0].name}, which {late.name} reads later"
 
 
 def readers_of_memory(node: fx.Node) -> set[fx.Node]:

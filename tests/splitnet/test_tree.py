@@ -11,8 +11,9 @@ from torch import fx, nn
 
 import splitfx
 from splitfx.errors import UnsupportedError, VerificationError
-from splitfx.ir.editing import check, like
+from splitfx.ir.editing import like
 from splitfx.ir.graph import copy_graph
+from splitfx.ir.verifier import verify
 from splitfx.passes import FoldBatchNorm, SplitNet, Tile
 from splitfx.splitnet import boundary
 from splitfx.splitnet import tree as trees
@@ -98,7 +99,7 @@ def overwriting(split: fx.GraphModule) -> fx.GraphModule:
     with changed.graph.inserting_before(reader):
         over = like(changed.graph.call_function(torch.ops.aten.neg_.default, (shared,)), shared)
     reader.replace_input_with(shared, over)
-    check(changed)
+    verify(changed)
     changed.recompile()
     return changed
 
