@@ -16,6 +16,7 @@ from splitfx.analysis import facts
 from splitfx.errors import ExportError, SplitfxError
 from splitfx.ir.ops import registered
 from splitfx.passes import Group, SplitNet, Tile
+from splitfx.tiling.run.executor import Tiled
 from tests import oracle
 
 
@@ -147,7 +148,7 @@ class TestRegistered:
     def test_tile_computes_pieces_of_them(self, model: nn.Module, schedule: dict) -> None:
         model = model.double()
         split = splitfx.transform(model, Tile(**schedule), image().double())
-        tiled = {n.target for m in split.modules() if hasattr(m, "stage") for n in m.stage.graph.nodes}
+        tiled = {n.target for m in split.modules() if isinstance(m, Tiled) for n in m.stage.graph.nodes}
         assert {torch.ops.splitfx_tests.spread.default, torch.ops.splitfx_tests.bend.default} <= tiled
         for size in ((33, 22), (64, 17)):
             x = image(*size).double()

@@ -155,8 +155,9 @@ class _Builder:
             return self.reduced(node, known[0])
         apart = per_channel(node)
         result = self.broadcast(node, [n for n in operands if n not in apart], out)
-        for operand in apart if isinstance(result, torch.Tensor) else ():
-            self.labelled(operand, result.flatten())
+        if result is not None:
+            for operand in apart:
+                self.labelled(operand, result.flatten())
         return result
 
     def labelled(self, operand: fx.Node, channels: Labels) -> None:

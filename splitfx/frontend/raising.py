@@ -30,7 +30,7 @@ from splitfx.ir.copies import unhooked
 from splitfx.ir.graph import Whole
 from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.ops import ROWS
-from splitfx.ir.ops.elementwise import DROPOUTS
+from splitfx.ir.ops.families.elementwise import DROPOUTS
 from splitfx.ir.schema import arguments, aten_name, mutates, sharing, written
 
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -78,7 +78,11 @@ class _Follower:
             return None
         if row.reduces == "moments":
             return before
-        dims = row.follows(self.placed(node, operand, before)) if row.follows is not None else None
+        dims = (
+            row.follows(self.placed(node, operand, before))
+            if row.follows is not None and isinstance(operand, fx.Node)
+            else None
+        )
         if dims is not None:
             return Spread(dims, before.maps)
         cropped = row.result is Result.VIEW and not self.same_size(node, before)

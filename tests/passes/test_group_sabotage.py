@@ -12,7 +12,7 @@ import splitfx
 from splitfx.carving import narrow
 from splitfx.carving.division import Division
 from splitfx.errors import VerificationError
-from splitfx.ir.ops import norms
+from splitfx.ir.ops.families import norms
 from splitfx.passes import Group
 from tests.models import ZOO
 from tests.passes.grouping import chain

@@ -14,7 +14,7 @@ import splitfx
 from splitfx.carving import narrow
 from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import VerificationError
-from splitfx.ir.ops import norms
+from splitfx.ir.ops.families import norms
 from splitfx.passes import SplitNet
 from splitfx.splitnet import Assignment, random, structure
 from splitfx.splitnet.padding import Padding

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from splitfx.analysis.regions import Edge
-from splitfx.ir.ops import pooling, resizing
+from splitfx.ir.ops.families import pooling, resizing
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.reductions import Reduction

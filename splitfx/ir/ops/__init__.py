@@ -1,4 +1,4 @@
-"""Operations: one row each, in a file per family, and how a node is read by them.
+"""Operations: one row each, in a file per family (`splitfx.ir.ops.families`), and how a node is read by them.
 
 `splitfx.ir.ops.row` says what a row holds. `op(node)` finds a node's row, `bind(node)` its arguments under one set of
 names in either spelling, module or operator, in place or not.
@@ -6,18 +6,7 @@ names in either spelling, module or operator, in place or not.
 
 from __future__ import annotations
 
-from splitfx.ir.ops import (  # the families fill the table
-    convolution,
-    elementwise,
-    movement,
-    norms,
-    padding,
-    pooling,
-    products,
-    reductions,
-    resizing,
-    structure,
-)
+from splitfx.ir.ops import families  # which fill the table
 from splitfx.ir.ops.reading import (
     bind,
     in_place,
@@ -43,25 +32,16 @@ __all__ = [
     "Spatial",
     "Window",
     "bind",
-    "convolution",
     "describe",
-    "elementwise",
+    "families",
     "in_place",
     "is_size",
-    "movement",
-    "norms",
     "op",
     "op_name",
     "out_of_place",
-    "padding",
     "per_channel",
-    "pooling",
-    "products",
-    "reductions",
     "register_op",
-    "resizing",
     "slices_all",
-    "structure",
     "text",
     "window",
 ]

@@ -86,7 +86,8 @@ class Window:
     @staticmethod
     def of(size: int, stride: int = 1, padding: int = 0, dilation: int = 1, axes: int = 2) -> Window:
         """The same along all axes, padded alike on both sides."""
-        return Window(*((one,) * axes for one in (size, stride, padding, padding, dilation)))
+        each = [(one,) * axes for one in (size, stride, padding, padding, dilation)]
+        return Window(each[0], each[1], each[2], each[3], each[4])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from splitfx.analysis.regions import Edge, Regions
 from splitfx.ground.exclusive import kept
 from splitfx.ir.graph import module_of
 from splitfx.ir.ops import Op, Result, Spatial, Window, bind, op, op_name
-from splitfx.ir.ops.padding import in_front
+from splitfx.ir.ops.families.padding import in_front
 from splitfx.ir.ops.pieces import Job, Read
 from splitfx.ir.ops.row import Dims
 from splitfx.tiling.plan.roles import Kind, Roles, is_norm, reduction

@@ -16,7 +16,7 @@ from torch import fx
 
 from splitfx.ir.graph import attribute, module_of
 from splitfx.ir.ops import bind, is_size, op_name, out_of_place
-from splitfx.ir.ops.norms import applied
+from splitfx.ir.ops.families.norms import applied
 from splitfx.ir.ops.pieces import Call, Pieces
 from splitfx.tiling.plan.instructions import Run
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting

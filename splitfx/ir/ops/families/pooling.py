@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from splitfx.ir.ops.convolution import per_axis
+from splitfx.ir.ops.families.convolution import per_axis
 from splitfx.ir.ops.pieces import (
     Call,
     Job,
