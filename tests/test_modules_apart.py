@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import splitfx
-from splitfx.carving import narrow
+from splitfx.ir.ops import channels
 from splitfx.passes import Group
 from tests.models import conv_bn, image
 from tests.passes.test_contract import NAMES, ZOO, case
@@ -72,7 +72,7 @@ def test_a_shared_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     assert not shared(*branches())
-    monkeypatch.setattr(narrow, "unhooked", tensors_apart)
+    monkeypatch.setattr(channels, "unhooked", tensors_apart)
     assert any("_forward_hooks" in one for one in shared(*branches()))
 
 

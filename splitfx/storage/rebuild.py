@@ -30,7 +30,7 @@ from splitfx.ir import graph as graphs
 from splitfx.ir import sizes
 from splitfx.ir.graph import dress
 from splitfx.ir.ops import ROWS
-from splitfx.ir.ops.registered import discover
+from splitfx.ir.ops.discovery import discover
 from splitfx.storage import operators, rehearsal, stored
 from splitfx.storage.layers import installed, made
 from splitfx.storage.stored import Node, Program

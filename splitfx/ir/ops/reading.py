@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from splitfx.ir.graph import module_of
+from splitfx.ir.ops.discovery import discover
 from splitfx.ir.ops.row import BY_MODULE, ROWS, STRUCTURE, UNKNOWN, Channel, Op, Window
 from splitfx.ir.schema import arguments, aten_name, mutates, qualified_name
 
@@ -31,8 +32,6 @@ def op_name(node: fx.Node) -> str:
         return name
     name = qualified_name(node.target)
     if name and name not in ROWS:
-        from splitfx.ir.ops.registered import discover
-
         discover()
     return name if name in ROWS else ""
 

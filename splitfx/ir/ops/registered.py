@@ -7,7 +7,6 @@ A package registers its own by an entry point in the group "splitfx.ops": a func
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,8 +18,6 @@ from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, part_bytes, re
 from splitfx.ir.ops.reading import bind
 from splitfx.ir.ops.row import ROWS, Bound, Channel, Op, Spatial, Window, add
 from splitfx.ir.schema import aten_name, mutates, qualified_name
-
-ENTRY_POINTS = "splitfx.ops"
 
 
 def register_op(
@@ -127,20 +124,3 @@ def _padded(job: Job, span: Span) -> int:
         return 0
     (real, _), read = real_rows(job, span), job.reads[0]
     return part_bytes(read.row_bytes, read.sizes[1], *(real[axis] + sum(span.pads[axis]) for axis in (0, 1)))
-
-
-# ---------------------------------------------------------------- packages
-
-
-@functools.cache
-def discover() -> None:
-    """Let installed packages register their operators. Raises `SplitfxError` that names a package that cannot."""
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()()
-        except Exception as error:  # foreign code may raise anything; the user needs to know whose it is
-            package = point.dist.name if point.dist else "unknown"
-            raise SplitfxError(
-                f"entry point '{point.name}' ({point.value}) of the installed package '{package}' cannot register its "
-                f"operators: {error}. Repair or uninstall that package."
-            ) from error
