@@ -94,7 +94,7 @@ def _call(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
     if inputs is None:
         if not graphs.is_canonical(model):
             raise ExportError(f"{type(model).__name__} was not traced by splitfx; pass the inputs to check with.")
-        return graphs.random_inputs(model)  # type: ignore[arg-type]
+        return graphs.random_inputs(model)
     from splitfx.frontend.example_inputs import split_inputs
 
     return split_inputs(inputs)

@@ -201,7 +201,7 @@ class Strips(nn.Module):
         inside = set(plan.inside)
         rest = [n for n in nodes if n not in inside and n.op not in ("placeholder", "output")]
         found = walk.values(rest, known)
-        return [found[n] for n in graphs.output_node(self.stage).args[0]]  # type: ignore[union-attr]
+        return [found[n] for n in graphs.operands(graphs.output_node(self.stage))]
 
 
 class _Walk(fx.Interpreter):

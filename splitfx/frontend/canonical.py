@@ -128,7 +128,7 @@ def canonicalise(
     dressed(result)
     _report(found, model, result)
     if is_canonical(model):
-        _carry_over(found, model, result)  # type: ignore[arg-type]
+        _carry_over(found, model, result)
     result.graph.lint()
     mark_view_writes(result.graph)
     return dress(result)
@@ -149,7 +149,7 @@ def _unlifted(program: torch.export.ExportedProgram, private: nn.Module) -> fx.G
     signature = program.graph_signature
     kinds = {s.kind.name for s in (*signature.input_specs, *signature.output_specs)}
     if not _is_plain(program) or not kinds <= {"USER_INPUT", "PARAMETER", "BUFFER", "CONSTANT_TENSOR", "USER_OUTPUT"}:
-        return program.module(check_guards=False)  # type: ignore[return-value]
+        return program.module(check_guards=False)
     exported = program.graph_module
     holes = exported.graph.find_nodes(op="placeholder")
     for hole, spec in zip(holes, signature.input_specs, strict=True):

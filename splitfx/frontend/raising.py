@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 from splitfx.frontend.behaviour import Behaviour
 from splitfx.frontend.places import memory, places
 from splitfx.ir.copies import unhooked
-from splitfx.ir.graph import Whole
+from splitfx.ir.graph import Whole, operand, operands
 from splitfx.ir.layers import FunctionalBatchNorm
 from splitfx.ir.ops import ROWS
 from splitfx.ir.ops.families.elementwise import DROPOUTS
@@ -77,7 +77,7 @@ class Raiser:
 
     def write(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            inlined = self.env.get(node.args[0])  # type: ignore[arg-type]
+            inlined = self.env.get(operand(node))
             if isinstance(inlined, tuple):
                 self.env[node] = inlined[node.args[1]]  # type: ignore[index]
                 return
@@ -100,15 +100,16 @@ class Raiser:
 
     def grad_switch(self, node: fx.Node) -> None:
         """``with torch.no_grad():`` in the user's forward: its operations inline, between two switches."""
-        enabled, inner, *operands = node.args
+        enabled, _, *given = node.args
+        inner = operand(node, 1)
         body: fx.GraphModule = self.tensor(inner)[1]  # type: ignore[index, assignment]
         before = self.call_plain(torch.is_grad_enabled)
         self.call_plain(torch._C._set_grad_enabled, bool(enabled))
         holes = [n for n in body.graph.nodes if n.op == "placeholder"]
-        for hole, operand in zip(holes, operands, strict=True):
-            self.env[hole] = self.value_of(operand) if isinstance(operand, fx.Node) else operand
-            hole.meta["outer"] = operand
-        self.walk(body.graph, f"{inner.meta['path']}.")  # type: ignore[union-attr]
+        for hole, outer in zip(holes, given, strict=True):
+            self.env[hole] = self.value_of(outer) if isinstance(outer, fx.Node) else outer
+            hole.meta["outer"] = outer
+        self.walk(body.graph, f"{inner.meta['path']}.")
         results = next(n for n in reversed(body.graph.nodes) if n.op == "output").args[0]
         self.env[node] = tuple(map_arg(results, self.value_of))
         self.call_plain(torch._C._set_grad_enabled, before)  # the caller may run the graph under no_grad
@@ -191,11 +192,11 @@ class Raiser:
                 self.modules[path] = self.owners[path]  # private all the way down, as a stage is
             elif path not in self.modules:
                 self.modules[path] = unhooked(self.users[path])  # what a hook computes is traced
-            return self.graph.call_module(path, (self.value_of(node.args[0]),))  # type: ignore[arg-type]
+            return self.graph.call_module(path, (self.value_of(operand(node)),))
         if node.target is torch.ops.splitfx.stage.default:
             path = str(node.args[1])
             self.modules[path] = self.owners[path]  # private, with the user's own tensors
-            return self.graph.call_module(path, tuple(self.value_of(n) for n in node.args[0]))  # type: ignore[union-attr, arg-type]
+            return self.graph.call_module(path, tuple(map(self.value_of, operands(node))))
         name = aten_name(node.target)
         if name in DROPOUTS:
             return self.dropout(node, name)
@@ -287,7 +288,7 @@ class Raiser:
         if path not in self.modules:
             self.modules[path] = DROPOUTS[name](a["p"], inplace=mutates(node.target))
             self.modules[path].training = self.mode(here)
-        return self.graph.call_module(path, (self.value_of(node.args[0]),))  # type: ignore[arg-type]
+        return self.graph.call_module(path, (self.value_of(operand(node)),))
 
     def mode(self, path: str) -> bool:
         return self.users[path].training if path in self.users else self.model.training

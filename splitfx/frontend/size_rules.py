@@ -85,7 +85,7 @@ class Heard:
             path = self.paths.get(id(frame.f_locals.get("self")))
             if line and path is not None:
                 return f"{path} at {line}" if path else line
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
 
@@ -109,11 +109,11 @@ def listening(model: nn.Module, ones: bool = True) -> Iterator[Heard]:
             heard.note(orig_expr, value)
         return value
 
-    ShapeEnv.evaluate_expr = evaluate_expr  # type: ignore[method-assign]
+    ShapeEnv.evaluate_expr = evaluate_expr
     try:
         yield heard
     finally:
-        ShapeEnv.evaluate_expr = original  # type: ignore[method-assign]
+        ShapeEnv.evaluate_expr = original
 
 
 def _pins(expr: Any) -> bool:
@@ -135,7 +135,7 @@ def _of_an_operation(expr: Any) -> bool:
     while frame is not None and _is_symbolic(frame.f_code.co_filename):
         if frame.f_code.co_name == "__bool__":
             return False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return frame is None or getattr(frame.f_locals.get("func"), "__name__", "") not in _INDEXING
 
 

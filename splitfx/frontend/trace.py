@@ -379,7 +379,7 @@ def registered_outputs(model: nn.Module) -> Iterator[None]:
         register_dataclasses(result)
         return result
 
-    watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    watched.__signature__ = inspect.signature(forward)
     watched.__name__ = "forward"
     had = "forward" in vars(model)
     model.forward = watched

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import fx, nn
@@ -125,7 +125,7 @@ def dress(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def info(graph: fx.GraphModule) -> TraceInfo:
+def info(graph: nn.Module) -> TraceInfo:
     """The `TraceInfo` of a canonical graph; `UnsupportedError` for any other module."""
     found = getattr(graph, "meta", {}).get(INFO)
     if not isinstance(found, TraceInfo):
@@ -135,7 +135,7 @@ def info(graph: fx.GraphModule) -> TraceInfo:
     return found
 
 
-def is_canonical(module: nn.Module) -> bool:
+def is_canonical(module: nn.Module) -> TypeGuard[fx.GraphModule]:
     return isinstance(module, fx.GraphModule) and isinstance(module.meta.get(INFO), TraceInfo)
 
 
@@ -161,6 +161,36 @@ def module_of(node: fx.Node) -> nn.Module | None:
     for part in str(node.target).split("."):  # get_submodule does the same at three times the price
         found = found._modules.get(part) if found is not None else None
     return found if found is not None else owner.get_submodule(str(node.target))
+
+
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """The value that a node takes as its positional argument ``index``. Raises `TypeError` where there is none."""
+    found = node.args[index] if index < len(node.args) else None
+    if not isinstance(found, fx.Node):
+        raise TypeError(f"{node.name} takes no value as argument {index}: {found!r}")
+    return found
+
+
+def operands(node: fx.Node, index: int = 0) -> list[fx.Node]:
+    """As `operand`, where a list of values is taken: what is concatenated, or put out."""
+    found = node.args[index] if index < len(node.args) else None
+    if not isinstance(found, list | tuple) or not all(isinstance(one, fx.Node) for one in found):
+        raise TypeError(f"{node.name} takes no list of values as argument {index}: {found!r}")
+    return [one for one in found if isinstance(one, fx.Node)]
+
+
+class Weighted(Protocol):
+    """A layer that holds its weight, as torch's do."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def weighted(module: nn.Module) -> Weighted:
+    """The module as one with a weight. Raises `TypeError` where it has none."""
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        raise TypeError(f"{type(module).__name__} holds no weight")
+    return cast(Weighted, module)
 
 
 def attribute(graph: nn.Module, path: str) -> Any:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splitfx.ir.graph import weighted
+
 
 class FunctionalBatchNorm(nn.Module):
     """``F.batch_norm`` on tensors that the user keeps under other names; follows train() and eval()."""
@@ -30,7 +32,7 @@ class Masked(nn.Module):
         raise NotImplementedError
 
     def weight(self) -> torch.Tensor:
-        return self.clear(self.layer.weight.detach().clone())  # type: ignore[operator, union-attr]
+        return self.clear(weighted(self.layer).weight.detach().clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))

@@ -16,10 +16,16 @@ from torch import fx, nn
 from splitfx.ir.graph import module_of
 
 
+def schema_of(node: fx.Node) -> torch.FunctionSchema:
+    """The schema of the operator that a node calls."""
+    target: Any = node.target
+    return target._schema
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """A node's arguments under their aten schema names, defaults filled in."""
     given = dict(node.kwargs)
-    for position, spec in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, spec in enumerate(schema_of(node).arguments):
         if position < len(node.args):
             given[spec.name] = node.args[position]
         elif spec.name not in given:
@@ -50,7 +56,7 @@ def written(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     """The values that a node overwrites, each with whether the node's result *is* that value afterwards."""
     if node.op != "call_function" or not mutates(node.target):
         return []
-    schema, given = node.target._schema, arguments(node)  # type: ignore[union-attr]
+    schema, given = schema_of(node), arguments(node)
     results = [r.alias_info.before_set for r in schema.returns if r.alias_info is not None]
     single = len(schema.returns) == 1
     found = []

@@ -40,7 +40,7 @@ class Explanation:
 
 def explain(split: nn.Module) -> Explanation:
     """The record of every step that made ``split``. Raises `UnsupportedError` for a model that splitfx did not make."""
-    known = info(split)  # type: ignore[arg-type]
+    known = info(split)
     return Explanation(known.model_class, known.front_end, known.notes, tuple(known.steps))
 
 

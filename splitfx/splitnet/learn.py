@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from splitfx.carving.narrow import BatchNorm, transposed
 from splitfx.errors import PassError, PlanError
-from splitfx.ir.graph import module_of
+from splitfx.ir.graph import module_of, weighted
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
 from splitfx.splitnet.levels import Levels
@@ -229,7 +229,7 @@ class _Layer:
         self.whole = len(self.grouped) == count and bool((self.grouped == np.arange(count)).all())
 
     def __call__(self, soft: dict[str, torch.Tensor]) -> torch.Tensor:
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        weight = weighted(self.module).weight
         if transposed(self.module):
             weight = weight.transpose(0, 1)
         square = weight.square().to(next(iter(soft.values())).dtype)

@@ -214,12 +214,12 @@ def clustered_labels(found: Structure, seed: int) -> Labels:
 
 
 def _rows(edge: Any) -> np.ndarray:
-    from splitfx.ir.graph import module_of
+    from splitfx.ir.graph import module_of, weighted
 
     module = module_of(edge.node)
     if module is None:
         raise PlanError(f"{layer(edge.node)}: clustering needs a layer that holds its weight")
-    rows = module.weight.detach().double().cpu().flatten(1).numpy()  # type: ignore[union-attr, operator]
+    rows = weighted(module).weight.detach().double().cpu().flatten(1).numpy()
     if not np.isfinite(rows).all():
         raise PlanError(f"{layer(edge.node)}: its weights are not finite; clustering needs a trained model")
     return rows

@@ -29,7 +29,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.ground.table import number, size, table
 from splitfx.ir import graph as graphs
 from splitfx.ir.editing import readers_of_memory
-from splitfx.ir.graph import TensorSpec, TraceInfo, attribute, layer, output_node
+from splitfx.ir.graph import TensorSpec, TraceInfo, attribute, layer, operands, output_node
 from splitfx.ir.ops import Channel, bind, in_place, is_size, op, op_name, out_of_place
 from splitfx.ir.walks import ancestors, descendants
 from splitfx.splitnet import boundary
@@ -75,7 +75,7 @@ class Tree:
             if verify:
                 require_equal("splitnet", split, self.graph)
         self._joint, self._needs = joint, needs(self.graph, joint)
-        self.pieces = tuple(n.name for n in joint.args[0])  # type: ignore[union-attr]
+        self.pieces = tuple(n.name for n in operands(joint))
         self.inputs = tuple(n.name for n in self.graph.graph.nodes if n.op == "placeholder")
         self.arguments = arguments_of(self.graph)
         self.dim: int = bind(joint)["dim"]  # along which the groups' logits lie side by side
@@ -223,8 +223,8 @@ def needs(graph: fx.GraphModule, joint: fx.Node) -> dict[fx.Node, frozenset[int]
     readers."""
     who: dict[fx.Node, set[int]] = {}
     values = facts(graph).shapes
-    for g, piece in enumerate(joint.args[0]):  # type: ignore[arg-type, var-annotated]
-        for node in ancestors([piece]):  # type: ignore[list-item]
+    for g, piece in enumerate(operands(joint)):
+        for node in ancestors([piece]):
             who.setdefault(node, set()).add(g)
     for node in graph.graph.nodes:  # a tuple is taken apart where it is made
         if node in who and op_name(node) == "getitem" and not isinstance(values[node.args[0]], torch.Tensor):
@@ -242,7 +242,7 @@ def _classes(graph: fx.GraphModule, joint: fx.Node) -> tuple[tuple[int, ...], ..
     """Where each group's logits end up: carving puts a gather behind the concat where the order is not there yet."""
     values = facts(graph).shapes
     dim: int = bind(joint)["dim"]
-    widths = [values[n].shape[dim] for n in joint.args[0]]  # type: ignore[index, union-attr]
+    widths = [values[n].shape[dim] for n in operands(joint)]
     order = torch.arange(sum(widths))
     users = list(joint.users)
     if len(users) == 1 and op_name(users[0]) == "index_select":

@@ -58,7 +58,7 @@ def installed(root: nn.Module, path: str, kind: str, tensor: torch.Tensor) -> No
         owner = root.get_submodule(parent)
     except AttributeError:
         owner = nn.Module()  # no layer there: the tensor is read on its own
-    slots: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers  # type: ignore[assignment]
+    slots: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
     if slots.get(name) is None:
         graphs.set_path(root, path, tensor, persistent=kind == "buffer")
         return

@@ -216,7 +216,7 @@ def _tree(plain: Any) -> Any:
         name, fields, children = held
         if not all(map(names.is_name, (name, *fields))) or len(set(fields)) != len(fields):
             raise ValueError(f"an unusable name: {str((name, *fields))[:80]}")
-        return namedtuple(name, fields)(*map(_tree, children))  # type: ignore[misc]
+        return namedtuple(name, fields)(*map(_tree, children))
     if word not in ("tuple", "list"):
         raise ValueError(f"an unknown container: {word[:80]}")
     return tuple(map(_tree, held)) if word == "tuple" else [_tree(one) for one in held]

@@ -16,7 +16,7 @@ from torch import fx, nn
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.ir.editing import like
-from splitfx.ir.graph import attribute, layer, module_of, set_path
+from splitfx.ir.graph import attribute, layer, module_of, set_path, weighted
 from splitfx.ir.ops import Result, op, op_name
 from splitfx.ir.walks import ancestors
 from splitfx.subnetworks.entry import Entry, Form
@@ -34,7 +34,7 @@ def make_entry(facts: Facts, sites: Sites, site: Site, number: int, seed: int) -
         graph, form = _embedding(facts, sites.image, site.embedding), "embedding"
     else:
         graph, form = _convolution(facts, sites, site, generator)
-    entry = Entry(graph, number, images.index(sites.image), form)  # type: ignore[arg-type]
+    entry = Entry(graph, number, images.index(sites.image), form)
     for module in entry.modules():
         module.training = facts.graph.training
     return entry
@@ -61,9 +61,9 @@ def _convolution(facts: Facts, sites: Sites, site: Site, generator: torch.Genera
     conv = _CONVS[rank](
         int(image.shape[1]),
         int(value.shape[channel_dim]),
-        tuple(a.kernel for a in ways),  # type: ignore[arg-type]
-        tuple(a.stride for a in ways),  # type: ignore[arg-type]
-        tuple(a.padding for a in ways),  # type: ignore[arg-type]
+        tuple(a.kernel for a in ways),
+        tuple(a.stride for a in ways),
+        tuple(a.padding for a in ways),
         bias=held,
         device="meta",
     )
@@ -121,7 +121,7 @@ def _call(root: nn.Module, graph: fx.Graph, word: str, module: nn.Module, operan
 
 def _fill(conv: nn.Module, value: torch.Tensor, generator: torch.Generator) -> None:
     """Weights for a rectifier behind (He et al.), drawn in float64 whatever the model's type; zero bias."""
-    weight: torch.Tensor = conv.weight  # type: ignore[assignment]
+    weight = weighted(conv).weight
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * math.sqrt(2 / weight[0].numel())
     place = {"device": value.device, "dtype": value.dtype}
     conv.weight = nn.Parameter(drawn.to(**place))

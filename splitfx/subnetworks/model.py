@@ -138,7 +138,7 @@ def _part(split: fx.GraphModule, number: int) -> _Part:
             elif old.op == "get_attr":
                 homes[env[old]] = str(old.target)
     made.set_codegen(split.graph._codegen)
-    made.owning_module = None  # type: ignore[assignment]
+    made.owning_module = None
     if entry is not None:
         _all_private(split, entry, made)
     return _Part(made, homes)

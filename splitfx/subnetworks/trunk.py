@@ -17,6 +17,7 @@ from torch import fx
 from splitfx.analysis import Facts
 from splitfx.analysis.moves import channel_dim
 from splitfx.analysis.shapes import shape
+from splitfx.ir.graph import operand
 from splitfx.ir.ops import Channel, Result, Spatial, bind, op, window
 from splitfx.ir.ops.row import Placed
 from splitfx.subnetworks.stepdown import Map
@@ -68,8 +69,8 @@ class _Follower:
             return self.windowed(node)
         if row.spatial is Spatial.PAD:
             return self.padded(node)
-        operand = node.args[0] if node.args else None
-        before = self.found.get(operand) if isinstance(operand, fx.Node) else None  # type: ignore[arg-type]
+        first = node.args[0] if node.args else None
+        before = self.found.get(first) if isinstance(first, fx.Node) else None
         if before is not None and row.result is Result.OPERAND:
             return before
         if row.spatial is Spatial.POINTWISE and row.channel is not Channel.MIXES:
@@ -88,8 +89,8 @@ class _Follower:
         cropped = row.result is Result.VIEW and not self.same_size(node, before)
         return Spread(before.dims, None) if cropped else None
 
-    def placed(self, node: fx.Node, operand: fx.Node, before: Spread) -> Placed:
-        return Placed(node, bind(node), before.dims, self.sizes(operand), self.sizes(node), operand, self.values, False)
+    def placed(self, node: fx.Node, source: fx.Node, before: Spread) -> Placed:
+        return Placed(node, bind(node), before.dims, self.sizes(source), self.sizes(node), source, self.values, False)
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a value, or of its first part."""
@@ -103,7 +104,7 @@ class _Follower:
         weight = bind(node).get("weight")
         rule = window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
         dims = tuple(range(2, self.rank))
-        before = self.found.get(node.args[0])  # type: ignore[arg-type]
+        before = self.found.get(operand(node))
         if before is None or before.maps is None or before.dims != dims or rule.transposed:
             return Spread(dims, None)
         padding = [a + b for a, b in zip(rule.padding, rule.padding_end, strict=True)]
@@ -111,7 +112,7 @@ class _Follower:
         return Spread(dims, tuple(m.then(k, s, p, d, rule.ceil_mode) for m, k, s, p, d in ways))
 
     def padded(self, node: fx.Node) -> Spread | None:
-        before = self.found.get(node.args[0])  # type: ignore[arg-type]
+        before = self.found.get(operand(node))
         sides: Any = node.args[1] if len(node.args) > 1 else None
         if isinstance(sides, list | tuple):
             sides = [self.values[s] if isinstance(s, fx.Node) else s for s in sides]
@@ -141,7 +142,7 @@ class _Follower:
 
     def same_size(self, node: fx.Node, before: Spread) -> bool:
         """The sizes of the map stay."""
-        after, held = self.sizes(node), self.sizes(node.args[0])  # type: ignore[arg-type]
+        after, held = self.sizes(node), self.sizes(operand(node))
         return len(after) == len(held) and all(after[d] == held[d] for d in before.dims)
 
     def labelled(self, node: fx.Node) -> Spread | None:

@@ -103,7 +103,7 @@ def seeded(seed: int, epoch: int, process: Process) -> int:
 def _loader(data: Dataset[Any], parts: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)  # the workers' seeds
     try:
-        yield from DataLoader(data, batch_sampler=parts, num_workers=workers, generator=generator)  # type: ignore[arg-type]
+        yield from DataLoader(data, batch_sampler=parts, num_workers=workers, generator=generator)
     except TrainingError as error:  # that of a worker carries the worker's traceback, which ends with what was said
         raise TrainingError(str(error).rpartition("splitfx.errors.TrainingError: ")[2]) from error
 

@@ -351,7 +351,7 @@ def _lost_connections(split: nn.Module) -> bool:
 
 def _may_own_more(split: nn.Module) -> bool:
     """Whether there may be parameters that the output does not depend on; processes must know of them."""
-    return not is_canonical(split) or bool(info(split).untouched)  # type: ignore[arg-type]
+    return not is_canonical(split) or bool(info(split).untouched)
 
 
 @contextmanager

@@ -58,22 +58,22 @@ class MultiModelLoss:
     def __call__(self, split: nn.Module, inputs: Any, targets: Any) -> Losses:
         if not hasattr(split, "forward_all"):
             raise TrainingError(f"{type(split).__name__} has no sub-models: make them with the pass SubNetworks")
+        models: Any = split
         if self.sandwich is None and not self.accumulate:
-            outputs = split.forward_all(inputs)  # type: ignore[operator]
+            outputs = models.forward_all(inputs)
             return self._losses(enumerate(outputs), len(outputs), targets)
         if not hasattr(split, "forward_one"):
             raise TrainingError(f"sandwich and accumulate need forward_one, which {type(split).__name__} has not")
-        count = len(split.names)  # type: ignore[arg-type]
-        chosen = self._chosen(split, count)
-        forward: Callable[..., Any] = split.forward_one  # type: ignore[assignment]
+        count, forward = len(models.names), models.forward_one
+        chosen = self._chosen(models, count)
         if not self.accumulate or not torch.is_grad_enabled():
             return self._losses(((i, forward(i - 1, inputs)) for i in chosen), count, targets)
         return self._one_by_one(split, chosen, count, lambda i: forward(i - 1, inputs), targets)
 
-    def _chosen(self, split: nn.Module, count: int) -> list[int]:
+    def _chosen(self, split: Any, count: int) -> list[int]:
         if self.sandwich is None or count <= 2:
             return list(range(count))
-        least = min(split.figures(), key=lambda m: m.macs).number + 1  # type: ignore[operator]
+        least = min(split.figures(), key=lambda m: m.macs).number + 1
         others = [i for i in range(1, count) if i != least]
         drawn = [others[i] for i in torch.randperm(len(others))[: self.sandwich].tolist()]
         return sorted({0, least, *drawn})
@@ -127,17 +127,17 @@ class MultiModelLoss:
             raise TrainingError("no model has a parameter that is trained: all of them are frozen (requires_grad)")
         first = names[chosen[0]]
         carried = _Carried.apply(found[first], [g for _, g in reached], *(p for p, _ in reached))
-        return {**found, first: carried}  # type: ignore[dict-item]
+        return {**found, first: carried}
 
 
 class _Carried(torch.autograd.Function):
     """A value whose gradients were computed before."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, grads: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: torch.Tensor, grads: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
         ctx.grads = grads
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return None, None, *(grad.to(g.dtype) * g for g in ctx.grads)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -109,10 +110,10 @@ def _tile(name: str, value: str, words: object, before: int | None, now: int) ->
     return f'<div class="tile"><small>{name}</small><b>{value}</b><small>{change}</small></div>'
 
 
-def _plan(plan: object) -> list[str]:
+def _plan(plan: Any) -> list[str]:
     if plan is None:
         return []
-    return ["<h2>Plan</h2>", f'<div class="wide"><pre>{escape(plan.to_toml().strip())}</pre></div>']  # type: ignore[attr-defined]
+    return ["<h2>Plan</h2>", f'<div class="wide"><pre>{escape(plan.to_toml().strip())}</pre></div>']
 
 
 def _step(position: int, step: Step) -> Iterable[str]:

@@ -275,10 +275,10 @@ def _labels(chart: list[Series], x: Scale, y: Scale) -> list[str]:
 def _along(marks: list[Mark], x: Scale, y: Scale) -> Iterator[tuple[float, float]]:
     """Points of a series' line, a few pixels apart."""
     for a, b in pairwise(marks):
-        ends = (x(a.x), y(a.y), x(b.x), y(b.y))
-        steps = 1 + int(math.dist(ends[:2], ends[2:]) / 4)
+        (x0, y0), (x1, y1) = (x(a.x), y(a.y)), (x(b.x), y(b.y))
+        steps = 1 + int(math.dist((x0, y0), (x1, y1)) / 4)
         for i in range(steps):
-            yield tuple(p + (q - p) * i / steps for p, q in zip(ends[:2], ends[2:], strict=True))  # type: ignore[misc]
+            yield x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps
 
 
 def _around(x: float, y: float, width: float) -> list[tuple[float, float, str]]:

@@ -133,7 +133,7 @@ class Segment:
         tensors = {name: attribute(owner, name) for name in self.parameters}
         once = {id(p): name for name, p in reversed(tensors.items()) if p.requires_grad}  # tied ones count once
         trained = [name for name in tensors if name in once.values()]
-        return _Recomputed.apply(self, tuple(trained), len(inputs), *inputs, *(tensors[n] for n in trained))  # type: ignore[return-value]
+        return _Recomputed.apply(self, tuple(trained), len(inputs), *inputs, *(tensors[n] for n in trained))
 
 
 def _schedule(stage: Stage) -> Schedule:
