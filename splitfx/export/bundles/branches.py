@@ -78,7 +78,7 @@ def _check_parity(tree: Tree, draft: Path, provider: str) -> None:
         wanted = pytree.tree_leaves(whole(*args, **kwargs))[0]
     found = Branches(draft, provider).run(*args, **kwargs)
     off = relative_error(found, wanted)
-    if off > PARITY:
+    if not off <= PARITY:
         raise ExportError(
             f"the written files are off by {off:.1e} of the largest output on {provider}; {PARITY:.0e} allowed."
         )
