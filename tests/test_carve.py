@@ -17,6 +17,7 @@ from splitfx.carving import narrow
 from splitfx.carving.carve import carve
 from splitfx.carving.division import Division, masked
 from splitfx.frontend.trace import trace
+from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph
 from splitfx.ir.ops import text
 from splitfx.passes import Group
@@ -155,6 +156,21 @@ def test_a_layer_of_two_calls_of_which_one_needs_another_order() -> None:
     oracle.assert_equal_outputs(graph, reference, x)
     assert (said.where, "2 layers take its place" in said.what) == ("both", True)
     assert {str(n.target) for n in graph.graph.nodes if n.op == "call_module"} >= {"both", "both_2"}
+
+
+def test_what_an_earlier_carve_has_made_is_left_alone() -> None:
+    """Both gather channels by an index of their own, at a path of their own."""
+    model = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(4))).double().eval()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    graph, parts = trace(model, x), (np.array([0, 3, 5]), np.array([1, 2, 4]))
+    for path in ("1", "2"):
+        (node,) = halves(graph, path)
+        reference = masked(graph, {node: Division(parts, parts)})
+        carve(graph, {node: Division(parts, parts)}, {node: "branches"})
+        tidy(graph)
+        oracle.assert_equal_outputs(graph, reference, x)
+    indices = [str(n.target) for n in graph.graph.nodes if n.op == "get_attr"]
+    assert len(set(indices)) == len(indices) > 2
 
 
 def test_branches_of_one_branch_come_together() -> None:

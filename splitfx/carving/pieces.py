@@ -8,8 +8,9 @@ is a slice, a concat or, last, one gather.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,8 @@ class Pieces:
         self.cut: dict[Any, fx.Node] = {}  # arrangements made so far
         self.modules: dict[str, nn.Module] = {}
         self.made: dict[Any, str] = {}
+        # By the user, or by an earlier pass that carved too.
+        self.taken = {name for name, _ in graph.named_modules(remove_duplicate=False)}
         self.callers: dict[str, list[fx.Node]] = {}  # of each narrow module
         self.parted: set[str] = set()  # layers that have become several narrow ones, below their own path
         self.read = read_alone(graph)  # these layers stay as they are
@@ -171,7 +174,7 @@ class Pieces:
             return node
         if np.array_equal(index, np.arange(index[0], index[0] + len(index))):
             return self.make(aten.slice.Tensor, node, dim, int(index[0]), int(index[0] + len(index)), branch=branch)
-        path = f"channel_order.{len(self.modules)}"
+        path = self.free(f"channel_order.{i}" for i in count(len(self.modules)))
         holder = nn.Module()
         holder.register_buffer("index", torch.from_numpy(np.ascontiguousarray(index)))
         self.modules[path] = holder
@@ -204,8 +207,11 @@ class Pieces:
 
     def another(self, path: str) -> str:
         """A path for a further form of a layer, which neither the user nor we have taken."""
-        taken = self.modules.keys() | {name for name, _ in self.graph.named_modules(remove_duplicate=False)}
-        return next(f"{path}_{i}" for i in range(2, len(taken) + 3) if f"{path}_{i}" not in taken)
+        return self.free(f"{path}_{i}" for i in count(2))
+
+    def free(self, paths: Iterator[str]) -> str:
+        """The first of some paths that nothing lies at."""
+        return next(path for path in paths if path not in self.taken and path not in self.modules)
 
     def keep_dense(self) -> None:
         """A layer that one call reads as it is keeps its path; the form that other calls have made of it moves."""

@@ -13,7 +13,7 @@ import torch
 from networkx.utils import UnionFind
 from torch import fx, nn
 
-from splitfx.ir.graph import module_of
+from splitfx.ir.graph import Staged, module_of
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema:
@@ -100,7 +100,7 @@ def sharing(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def may_do_nothing(node: fx.Node) -> bool:
     """Dropout and train-dependent leaves return their operand itself in eval mode; layers in place always."""
     module = module_of(node)
-    if module is None:
+    if module is None or isinstance(module, Staged):  # whose results lie in memory of their own
         return False
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) or getattr(module, "inplace", False)
     return dropout or not type(module).__module__.startswith("torch.nn")

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import splitfx
 from splitfx.analysis import facts
 from splitfx.analysis.shapes import shapes
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec
+from splitfx.passes import Tile
 from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.stage import Kind, Roles, compile_stage
@@ -351,3 +353,20 @@ def test_no_stage_crosses_a_switch_of_gradients(counts: tuple[int, int, int]) ->
             y.square().sum().backward()
         found.append({p.replace("tiled.stage.", ""): w.grad for p, w in one.named_parameters() if w.grad is not None})
     oracle.assert_equal(found[1], found[0])
+
+
+def test_a_stage_shares_no_memory_with_what_it_reads() -> None:
+    """What it returns is overwritten behind it while its input is still read."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.second(self.first(x).relu_())
+
+    torch.manual_seed(0)
+    model, x = Net().double().eval(), torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    split = splitfx.transform(model, Tile(until="first", grid=(3, 2)), x)
+    assert oracle.difference(split(x), model(x)) == ""
