@@ -29,7 +29,8 @@ from splitfx.analysis.shapes import shape
 from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, per_channel, window
 from splitfx.ir.ops.row import At, Dims, Placed, Taps
 
-NCHW: Dims = (2, 3)
+NCHW: Dims = (2, 3)  # also of a volume, whose third axis is whole in every piece
+MAPS = (4, 5)  # dims of an image and of a volume, batch and channels in front
 AXES = ("rows", "columns")
 
 
@@ -122,7 +123,8 @@ class Regions:
         count, size = self.rows(node, axis), self.rows(operand, axis)
         rule = self.window(node) if row.window is not None else None
         taps = row.taps or (_window_taps if rule is not None else _row_by_row)
-        low, high = taps(At(node, axis, len(dims or ()), count, size, self.values, rule))
+        axes = len(self.sizes(node)) - 2 if dims == NCHW else len(dims or ())
+        low, high = taps(At(node, axis, axes, count, size, self.values, rule))
         return Edge(low, high, size)
 
     def window(self, node: fx.Node) -> Window:
@@ -156,14 +158,14 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if is_weight(node):
         return None, "the weight of a convolution"
     if node.op == "placeholder":
-        is_map = len(sizes) == 4 and not str(node.target).startswith(CONSTANT)
+        is_map = len(sizes) in MAPS and not str(node.target).startswith(CONSTANT)
         return (NCHW if is_map else None), "an input of the model"
     if known.constant(node):
         return None, "made of parameters alone"
     if node.op in ("get_attr", "output") or not isinstance(known.values[node], torch.Tensor | list | tuple):
         return None, f"{name or node.op} returns no feature map"
     maps = known.maps(node)
-    whole = NCHW if len(sizes) == 4 else None  # what a barrier returns is a new map, complete at once
+    whole = NCHW if len(sizes) in MAPS else None  # what a barrier returns is a new map, complete at once
     if not maps:
         return whole, f"{name or node.target} reads no feature map"
     dims = known.dims[maps[0]]
@@ -172,7 +174,10 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if row.refuses is not None and (why := row.refuses(at)):
         return whole, why
     if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
-        why = "" if dims == NCHW and len(sizes) == 4 else f"{name} does not read a map with channels in front"
+        like = dims == NCHW and len(sizes) in MAPS and len(known.sizes(maps[0])) == len(sizes)
+        why = "" if like else f"{name} does not read a map with channels in front"
+        if like and row.window is not None and len(known.window(node).kernel) != len(sizes) - 2:
+            why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
         return NCHW if not why else whole, why

@@ -2,7 +2,8 @@
 
 A `Job` says which value it is and where its operands lie; ``row.piece(job)`` returns the function that computes any
 piece of it, ``call(run, pieces, wholes)``, exactly as the whole would be: padding is real only where a piece lies at
-the border of the map, divisors and coordinates come from the positions in the whole map. ``row.workspace(job, span)``
+the border of the map, divisors and coordinates come from the positions in the whole map. Rows and columns are the first
+two axes of a map; of a volume the third is whole in every piece. ``row.workspace(job, span)``
 predicts what that function allocates, by the same arithmetic, so the two cannot disagree.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,12 +64,22 @@ def _nothing(name: str) -> Argument:
 
 @dataclass(frozen=True)
 class Read:
-    """An operand of which pieces are read: its rows and columns, the bytes of one row, and the reach of both axes."""
+    """An operand of which pieces are read: its rows and columns, the bytes of one row, the reach of both axes, and the
+    sizes of the axes behind them, which are whole."""
 
     sizes: tuple[int, int]
     row_bytes: int
     h: Reach
     w: Reach
+    rest: tuple[int, ...] = ()
+
+    def bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes of a piece of it of so many rows, columns and places along the further axes."""
+        rows, columns, *more = lengths
+        size = self.row_bytes * rows * columns // max(1, self.sizes[1])
+        for wanted, whole in zip(more, self.rest, strict=True):
+            size = size * wanted // max(1, whole)
+        return size
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,20 @@ class Job:
     def rule(self) -> Window:
         assert self.window is not None
         return self.window
+
+    @cached_property
+    def rest(self) -> tuple[int, ...]:
+        """Sizes of the axes behind rows and columns: of a volume one, of an image none."""
+        return tuple(int(s) for s in self.values[self.node].shape[4:]) if self.values else ()
+
+    def spans(self, run: Piece | Span) -> tuple[Interval, ...]:
+        """What a piece is along every axis."""
+        return (run.rows, run.columns, *((0, size) for size in self.rest))
+
+    def pads(self, pads: Pads, sizes: Sequence[int]) -> tuple[Interval, ...]:
+        """The real padding of a window's piece along every axis, of operands whose further axes have these sizes."""
+        both = enumerate(zip(sizes, self.rest, strict=True), 2)
+        return (*pads, *(whole_pads(self.rule, axis, size, count) for axis, (size, count) in both))
 
 
 @dataclass(frozen=True)
@@ -137,35 +163,56 @@ def own_padding(rule: Window, axis: int, pads: tuple[int, int], length: int, cou
     return p if fits else None
 
 
-def read_alone(rule: Window, x: torch.Tensor, run: Piece) -> torch.Tensor:
+def whole_pads(rule: Window, axis: int, size: int, count: int) -> Interval:
+    """The padding of an axis that is whole in every piece; negative at its end where the last rows are read by none."""
+    return rule.padding[axis], window_span(rule, axis, count) - size - rule.padding[axis]
+
+
+def padded(x: torch.Tensor, pads: Sequence[Interval], mode: str = "constant", value: float = 0.0) -> torch.Tensor:
+    """Padding along the axes behind the channels, the first axis first; the tensor itself where there is none."""
+    if not any(map(any, pads)):
+        return x
+    return F.pad(x, [n for one in reversed(pads) for n in one], mode, value)
+
+
+def read_alone(job: Job, x: torch.Tensor, run: Piece) -> torch.Tensor:
     """Of a piece the rows and columns that are read: none of them where windows lie in the padding alone."""
     for axis, (start, stop) in enumerate((run.rows, run.columns)):
-        span = window_span(rule, axis, stop - start)
+        span = window_span(job.rule, axis, stop - start)
         if sum(run.pads[0][axis]) >= span:
             x = x.narrow(2 + axis, 0, 0)
     return x
 
 
-def bordered(rule: Window, x: torch.Tensor, run: Piece, value: float) -> tuple[torch.Tensor, tuple[int, int]]:
+def bordered(job: Job, x: torch.Tensor, run: Piece, value: float) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A piece with its real padding, as far as the operation cannot add it itself, and what it can."""
-    x, own, explicit = read_alone(rule, x, run), [], []
-    for axis, span in enumerate((run.rows, run.columns)):
-        padding = own_padding(rule, axis, run.pads[0][axis], x.shape[2 + axis], span[1] - span[0])
+    x, own, explicit = read_alone(job, x, run), [], []
+    for axis, (span, pads) in enumerate(zip(job.spans(run), job.pads(run.pads[0], x.shape[4:]), strict=True)):
+        padding = own_padding(job.rule, axis, pads, x.shape[2 + axis], span[1] - span[0])
         own.append(padding or 0)
-        explicit.append(run.pads[0][axis] if padding is None else (0, 0))
-    return (F.pad(x, (*explicit[1], *explicit[0]), value=value) if any(map(any, explicit)) else x), (own[0], own[1])
+        explicit.append(pads if padding is None else (0, 0))
+    return padded(x, explicit, value=value), tuple(own)
 
 
-def real_rows(job: Job, span: Span) -> tuple[list[int], list[int | None]]:
-    """Rows and columns of the first operand that a window's piece reads, and the padding that it may add itself."""
-    assert span.pads is not None
-    rule, read = job.rule, job.reads[0]
+def lengths_read(job: Job, span: Span) -> list[int]:
+    """How much of its first operand a piece reads along every axis."""
+    read = job.reads[0]
     needs = [edge.need(*part) for edge, part in ((read.h, span.rows), (read.w, span.columns))]
-    lengths = [last - first for first, last, _, _ in needs]
-    spans = [window_span(rule, axis, n) for axis, n in enumerate(span.count)]
-    real = [n if sum(span.pads[axis]) < spans[axis] else 0 for axis, n in enumerate(lengths)]
-    own = [own_padding(rule, axis, span.pads[axis], real[axis], n) for axis, n in enumerate(span.count)]
-    return real, own
+    return [*(last - first for first, last, _, _ in needs), *read.rest]
+
+
+def real_rows(job: Job, span: Span) -> tuple[list[int], list[int], tuple[Interval, ...]]:
+    """What a window's piece reads of its first operand along every axis, the padding that is added to that explicitly,
+    because the operation cannot add it itself, and all padding."""
+    assert span.pads is not None
+    rule, pads = job.rule, job.pads(span.pads, job.reads[0].rest)
+    counts = [stop - start for start, stop in job.spans(span)]
+    lengths = lengths_read(job, span)
+    alone = [axis < 2 and sum(pads[axis]) >= window_span(rule, axis, n) for axis, n in enumerate(counts)]
+    real = [0 if nothing else n for nothing, n in zip(alone, lengths, strict=True)]
+    own = [own_padding(rule, axis, pads[axis], real[axis], n) for axis, n in enumerate(counts)]
+    explicit = [sum(pads[axis]) if own[axis] is None else 0 for axis in range(len(counts))]
+    return real, explicit, pads
 
 
 # ---------------------------------------------------------------- rows by number

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
 
 from splitfx.errors import SplitfxError
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, part_bytes, read_alone, real_rows
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, padded, read_alone, real_rows
 from splitfx.ir.ops.reading import bind
 from splitfx.ir.ops.row import ROWS, Bound, Channel, Op, Spatial, Window, add
 from splitfx.ir.schema import aten_name, mutates, qualified_name
@@ -107,9 +106,7 @@ def _windowed(padding: str, value: float, job: Job) -> Call:
     given = {name: job.argument(name) for name in others if name in bind(job.node)}
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        (above, below), (before, after) = run.pads[0]
-        x = read_alone(job.rule, pieces[0], run)
-        x = F.pad(x, (before, after, above, below), value=value) if above + below + before + after else x
+        x = padded(read_alone(job, pieces[0], run), job.pads(run.pads[0], pieces[0].shape[4:]), value=value)
         found = {name: argument(pieces, wholes) for name, argument in given.items()}
         if padding:
             found[padding] = [0] * len(found[padding]) if isinstance(found[padding], list | tuple) else 0
@@ -119,8 +116,5 @@ def _windowed(padding: str, value: float, job: Job) -> Call:
 
 
 def _padded(job: Job, span: Span) -> int:
-    assert span.pads is not None
-    if not any(map(sum, span.pads)):
-        return 0
-    (real, _), read = real_rows(job, span), job.reads[0]
-    return part_bytes(read.row_bytes, read.sizes[1], *(real[axis] + sum(span.pads[axis]) for axis in (0, 1)))
+    real, _, pads = real_rows(job, span)
+    return job.reads[0].bytes([n + sum(one) for n, one in zip(real, pads, strict=True)]) if any(map(any, pads)) else 0

@@ -130,6 +130,11 @@ class Placed:
     def rank(self) -> int:
         return len(self.given)
 
+    @property
+    def channels_first(self) -> bool:
+        """The rows and columns are the first two axes behind the channels; a volume has one more behind them."""
+        return self.dims == (2, 3)
+
     def outside(self, mixed: Iterable[int]) -> Dims | None:
         """The axes where they are, if the operation mixes other dims than these."""
         return self.dims if not {d % self.rank for d in mixed} & set(self.dims) else None

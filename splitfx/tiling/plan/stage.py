@@ -63,6 +63,12 @@ class Kernel:
         return self.sizes[0]
 
     @property
+    def rest(self) -> tuple[int, ...]:
+        """Sizes of the axes of a map behind its rows and columns."""
+        value = self.values[self.node]
+        return tuple(int(s) for s in value.shape[4:]) if isinstance(value, torch.Tensor) else ()
+
+    @property
     def name(self) -> str:
         return self.node.name
 
@@ -77,7 +83,7 @@ class Kernel:
     @kept
     def job(self) -> Job:
         """What the operation's row computes pieces of this value from."""
-        reads = tuple(Read(k.sizes, k.row_bytes, h, w) for k, h, w in self.reads)
+        reads = tuple(Read(k.sizes, k.row_bytes, h, w, k.rest) for k, h, w in self.reads)
         whole = (*self.takes[0].sizes, self.takes[0].row_bytes) if self.takes else None
         return Job(self.node, self.values, self.sizes, self.dims, self.row_bytes, reads, whole, self.rule, self.before)
 
@@ -202,7 +208,8 @@ class _Builder:
         kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role, values=self.values)
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
         if kernel.spatial is Spatial.PAD and not role:
-            kernel.before = (in_front(node, 0, 2, self.values), in_front(node, 1, 2, self.values))
+            axes = len(tensor.shape) - 2
+            kernel.before = (in_front(node, 0, axes, self.values), in_front(node, 1, axes, self.values))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
         self.kernels.append(kernel)
         return kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from splitfx.ir.ops import bind
@@ -15,7 +17,9 @@ class Reduction:
         self.kernel, self.stage, self.how = kernel, stage, kernel.row.reduces
         dims = stage.regions.dims[stage.regions.maps(kernel.node)[0]]
         assert dims is not None
-        self.dims = dims
+        source = stage.regions.maps(kernel.node)[0]
+        rank = len(stage.regions.sizes(source))
+        self.dims = (*dims, *range(4, rank)) if dims == (2, 3) else dims
         self.total: torch.Tensor | None = None
         self.squares: torch.Tensor | None = None
         self.count = 0
@@ -30,7 +34,7 @@ class Reduction:
             self.total = part if self.total is None else join(self.total, part)
             return
         part = x.sum(self.dims, dtype=_accumulator(x.dtype)).double()
-        self.count += x.shape[self.dims[0]] * x.shape[self.dims[1]]
+        self.count += prod(x.shape[dim] for dim in self.dims)
         self.total = part if self.total is None else self.total + part
 
     def _moments(self, x: torch.Tensor) -> None:

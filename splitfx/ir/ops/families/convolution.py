@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, bordered, part_bytes, real_rows
+from splitfx.ir.ops.pieces import (
+    Call,
+    Interval,
+    Job,
+    Piece,
+    Pieces,
+    Span,
+    bordered,
+    lengths_read,
+    padded,
+    part_bytes,
+    real_rows,
+)
 from splitfx.ir.ops.reading import bind
 from splitfx.ir.ops.row import Bound, Channel, Raised, Sizes, Spatial, Window, rows
 
@@ -82,32 +95,27 @@ def _transposed_macs(a: Bound, of: Sizes, out: int) -> int:
 def _piece(job: Job) -> Call:
     weight, bias, given = job.argument("weight"), job.argument("bias"), bind(job.node)
     stride, dilation, groups = given["stride"], given["dilation"], given["groups"]
+    convolve: Any = F.conv3d if job.rest else F.conv2d
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        x, padding = bordered(job.rule, pieces[0], run, 0.0)
+        x, padding = bordered(job, pieces[0], run, 0.0)
         w, b = weight(pieces, wholes), bias(pieces, wholes)
-        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+        return convolve(x, w, b, stride, padding, dilation, groups)
 
     return call
 
 
 def _workspace(job: Job, span: Span) -> int:
-    assert span.pads is not None
-    real, own = real_rows(job, span)
-    explicit = [sum(span.pads[axis]) if own[axis] is None else 0 for axis in (0, 1)]
-    read = job.reads[0]
-    return (
-        part_bytes(read.row_bytes, read.sizes[1], real[0] + explicit[0], real[1] + explicit[1]) if any(explicit) else 0
-    )
+    real, explicit, _ = real_rows(job, span)
+    return job.reads[0].bytes([n + more for n, more in zip(real, explicit, strict=True)]) if any(explicit) else 0
 
 
-def _ends(rule: Window, spans: tuple[Any, Any], starts: Any, lengths: Any) -> list[int]:
-    """What a transposed convolution of a piece lacks at its left, right, above, below; negative: what is too much."""
-    found: list[int] = []
-    for axis in (1, 0):
-        start, stop = spans[axis]
-        first = starts[axis] * rule.stride[axis] - rule.padding[axis]
-        found += [first - start, stop - first - _natural(rule, axis, lengths[axis])]
+def _ends(rule: Window, spans: Sequence[Interval], starts: Sequence[int], lengths: Sequence[int]) -> list[Interval]:
+    """What a transposed convolution of a piece lacks before and after, along every axis; negative: what is too much."""
+    found = []
+    for axis, (start, stop) in enumerate(spans):
+        first = (starts[axis] if axis < 2 else 0) * rule.stride[axis] - rule.padding[axis]
+        found.append((first - start, stop - first - _natural(rule, axis, lengths[axis])))
     return found
 
 
@@ -119,32 +127,29 @@ def _natural(rule: Window, axis: int, length: int) -> int:
 def _transposed_piece(job: Job) -> Call:
     weight, bias, given = job.argument("weight"), job.argument("bias"), bind(job.node)
     stride, groups, dilation = given["stride"], given["groups"], given["dilation"]
+    convolve: Any = F.conv_transpose3d if job.rest else F.conv_transpose2d
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         w, b = weight(pieces, wholes), bias(pieces, wholes)
-        ends = _ends(job.rule, (run.rows, run.columns), run.starts[0], pieces[0].shape[2:])
-        if not any(ends):
-            return F.conv_transpose2d(pieces[0], w, b, stride, 0, 0, groups, dilation)
-        if max(ends) <= 0:  # only rows and columns that are cut off
-            y = F.conv_transpose2d(pieces[0], w, b, stride, 0, 0, groups, dilation)
-            return F.pad(y, ends)
-        y = F.pad(F.conv_transpose2d(pieces[0], w, None, stride, 0, 0, groups, dilation), ends)
+        ends = _ends(job.rule, job.spans(run), run.starts[0], pieces[0].shape[2:])
+        if max(map(max, ends)) <= 0:  # only rows and columns that are cut off
+            return padded(convolve(pieces[0], w, b, stride, 0, 0, groups, dilation), ends)
+        y = padded(convolve(pieces[0], w, None, stride, 0, 0, groups, dilation), ends)
         if b is None:
             return y
-        b = b.to(y.dtype)[:, None, None]
+        b = b.to(y.dtype)[(..., *[None] * len(ends))]
         return y + b if torch.is_grad_enabled() else y.add_(b)
 
     return call
 
 
 def _transposed_workspace(job: Job, span: Span) -> int:
-    read = job.reads[0]
-    needs = [edge.need(*part) for edge, part in ((read.h, span.rows), (read.w, span.columns))]
-    lengths = [last - first for first, last, _, _ in needs]
-    ends = _ends(job.rule, (span.rows, span.columns), [first for first, *_ in needs], lengths)
-    if not any(ends):
+    read, lengths = job.reads[0], lengths_read(job, span)
+    starts = [edge.need(*part)[0] for edge, part in ((read.h, span.rows), (read.w, span.columns))]
+    if not any(map(any, _ends(job.rule, job.spans(span), starts, lengths))):
         return 0
-    return part_bytes(job.row_bytes, job.sizes[1], *(_natural(job.rule, axis, lengths[axis]) for axis in (0, 1)))
+    rows_, columns, *rest = (_natural(job.rule, axis, n) for axis, n in enumerate(lengths))
+    return math.prod(rest) * part_bytes(job.row_bytes, job.sizes[1], rows_, columns) // math.prod(job.rest)
 
 
 rows(

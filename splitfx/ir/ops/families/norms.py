@@ -88,7 +88,7 @@ def _over_the_map(at: Placed) -> str:
     name = op_name(at.node)
     if at.bound.get("running_mean") is not None:
         return f"{name} uses running statistics"
-    return "" if at.dims == tuple(range(2, at.rank)) else f"{name} does not read a map with channels in front"
+    return "" if at.channels_first else f"{name} does not read a map with channels in front"
 
 
 # ---------------------------------------------------------------- pieces
@@ -105,7 +105,8 @@ def applied(job: Job, statistics: int) -> Call:
         w, b = weight(pieces, wholes), bias(pieces, wholes)
         scale = scale * w if w is not None else scale
         shift = b - mean * scale if b is not None else -mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
+        spread = (..., *[None] * (x.dim() - 2))
+        return torch.addcmul(shift.to(x.dtype)[spread], x, scale.to(x.dtype)[spread])
 
     return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, part_bytes, picked
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, picked
 from splitfx.ir.ops.reading import bind, op_name
 from splitfx.ir.ops.row import At, Channel, Placed, Spatial, Taps, rows
 
@@ -52,7 +53,7 @@ def _taps(at: At) -> Taps:
 def _refuses(at: Placed) -> str:
     if mode_of(at.node) == "circular":
         return "circular padding has no rule"
-    return "padding of channels has no rule" if len(sides(at.node, at.values)) > 2 * len(at.dims) else ""
+    return "padding of channels has no rule" if len(sides(at.node, at.values)) > 2 * (at.rank - 2) else ""
 
 
 def _relabels(node: fx.Node, labels: torch.Tensor, before: tuple[int, ...]) -> torch.Tensor | None:
@@ -69,36 +70,45 @@ def _piece(job: Job) -> Call:
     value = float(given) if isinstance(given, int | float) else 0.0
     sizes = job.reads[0].sizes
     both = (job.before[1], job.sizes[1] - sizes[1] - job.before[1])
-    sources = [Table(_source_rows(At(node, axis, 2, job.sizes[axis], sizes[axis], job.values))) for axis in (0, 1)]
+    rest = list(zip(job.rest, job.reads[0].rest, strict=True))
+    axes = 2 + len(rest)
+    counts = [*zip(job.sizes, sizes, strict=True), *rest]
+    sources = [
+        Table(_source_rows(At(node, axis, axes, count, size, job.values))) for axis, (count, size) in enumerate(counts)
+    ]
+    further = [in_front(node, axis, axes, job.values) for axis in range(2, axes)]
+    further = [(first, count - size - first) for first, (count, size) in zip(further, rest, strict=True)]
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x = pieces[0]
         if mode == "constant":
-            (above, below), (before, after) = run.pads[0]
             for axis, (start, stop) in enumerate((run.rows, run.columns)):
                 if sum(run.pads[0][axis]) >= stop - start:
                     x = x.narrow(2 + axis, 0, 0)  # all of it is padding
-            return F.pad(x, (before, after, above, below), value=value) if above + below + before + after else x.clone()
+            pads = (*run.pads[0], *further)
+            return padded(x, pads, value=value) if any(map(any, pads)) else x.clone()
         x = picked(x, 2, sources[0], run.rows, run.starts[0][0])
-        if run.columns == (0, job.sizes[1]) and min(both) >= 0 and max(both) and x.shape[3] == sizes[1]:
+        if not rest and run.columns == (0, job.sizes[1]) and min(both) >= 0 and max(both) and x.shape[3] == sizes[1]:
             return F.pad(x, (*both, 0, 0), mode=mode)
-        x = picked(x, 3, sources[1], run.columns, run.starts[0][1])
+        for axis, span in enumerate(job.spans(run)[1:], 1):
+            x = picked(x, 2 + axis, sources[axis], span, run.starts[0][1] if axis == 1 else 0)
         return x.clone() if x is pieces[0] else x
 
     return call
 
 
 def _workspace(job: Job, span: Span) -> int:
-    """Mirrored rows are taken first, then columns, each only where the piece is at a border."""
+    """Mirrored rows are taken first, then columns, then the rest, each only where the piece is at a border."""
     if mode_of(job.node) == "constant":
         return 0
-    read = job.reads[0]
-    for axis, (start, stop) in enumerate((span.rows, span.columns)):
-        before = job.before[axis]
-        if start >= before and stop <= before + read.sizes[axis]:
-            return 0
-    first, last, _, _ = read.w.need(*span.columns)
-    return part_bytes(read.row_bytes, read.sizes[1], span.count[0], last - first)
+    read, lengths, made = job.reads[0], lengths_read(job, span), [0]
+    axes, sizes = 2 + len(job.rest), (*job.reads[0].sizes, *job.reads[0].rest)
+    for axis, (start, stop) in enumerate(job.spans(span)):
+        before = in_front(job.node, axis, axes, job.values)
+        if start < before or stop > before + sizes[axis]:
+            lengths[axis] = stop - start
+            made.append(read.bytes(lengths))
+    return max(a + b for a, b in pairwise(made)) - made[-1] if len(made) > 1 else 0
 
 
 rows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ from torch.nn import functional as F
 from splitfx.ir.ops.families.convolution import per_axis
 from splitfx.ir.ops.pieces import (
     Call,
+    Interval,
     Job,
     Piece,
     Pieces,
     Span,
     bordered,
     joins_by_hand,
+    lengths_read,
     own_padding,
+    padded,
     part_bytes,
     read_alone,
     real_rows,
@@ -46,12 +50,13 @@ def _max(job: Job) -> Call:
     assert not bind(job.node).get("return_indices")
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        x = read_alone(rule, pieces[0], run)
-        if x.device.type not in ("cpu", "meta") or joins_by_hand():
-            x, padding = bordered(rule, pieces[0], run, lowest)
+        x = read_alone(job, pieces[0], run)
+        if job.rest or x.device.type not in ("cpu", "meta") or joins_by_hand():
+            x, padding = bordered(job, pieces[0], run, lowest)
             if any(2 * p > k for p, k in zip(padding, rule.kernel, strict=True)):
-                x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=lowest), (0, 0)
-            return F.max_pool2d(x, rule.kernel, rule.stride, padding, rule.dilation, ceil_mode=False)
+                x, padding = padded(x, [(p, p) for p in padding], value=lowest), (0,) * len(padding)
+            pool: Any = F.max_pool3d if job.rest else F.max_pool2d
+            return pool(x, rule.kernel, rule.stride, padding, rule.dilation, ceil_mode=False)
         (above, below), (before, after) = run.pads[0]
         if above or below:
             x = F.pad(x, (0, 0, above, below), value=lowest)
@@ -83,21 +88,23 @@ def _slide(x: torch.Tensor, dim: int, rule: Window, axis: int, count: int, out: 
 
 
 def _max_workspace(job: Job, span: Span) -> int:
-    assert span.pads is not None
-    (real, _), read = real_rows(job, span), job.reads[0]
-    bytes_of = lambda rows, columns: part_bytes(read.row_bytes, read.sizes[1], rows, columns)  # noqa: E731
-    tall = bytes_of(real[0] + sum(span.pads[0]), real[1]) if any(span.pads[0]) else 0
-    return tall + bytes_of(span.count[0], real[1] + sum(span.pads[1]))
+    real, explicit, pads = real_rows(job, span)
+    read = job.reads[0]
+    if job.rest:  # torch's own pool, which finds the places of the maxima too
+        grown = read.bytes([n + more for n, more in zip(real, explicit, strict=True)]) if any(explicit) else 0
+        places = math.prod(job.spans(span)[axis][1] - job.spans(span)[axis][0] for axis in range(2 + len(job.rest)))
+        return grown + 8 * places * math.prod(job.values[job.node].shape[:2])
+    tall = read.bytes([real[0] + sum(pads[0]), real[1]]) if any(pads[0]) else 0
+    return tall + read.bytes([span.count[0], real[1] + sum(pads[1])])
 
 
 # ---------------------------------------------------------------- averages
 
 
-def _pads_itself(
-    rule: Window, pads: Any, lengths: Sequence[int], rows_: tuple[int, int], columns: tuple[int, int]
-) -> bool:
-    """An average pool may add all padding of a piece: its divisors are then those of the whole map."""
-    for axis, (start, stop) in enumerate((rows_, columns)):
+def _pads_itself(rule: Window, pads: Sequence[Interval], lengths: Sequence[int], spans: Sequence[Interval]) -> bool:
+    """An average pool may add all padding of a piece: its divisors are then those of the whole map. That of volumes
+    refuses inputs smaller than its window, whatever it pads, and is not asked."""
+    for axis, (start, stop) in enumerate(spans):
         real = lengths[axis] if sum(pads[axis]) < window_span(rule, axis, stop - start) else 0
         own = own_padding(rule, axis, pads[axis], real, stop - start)
         if own is None or own > rule.padding[axis] or 2 * own > rule.kernel[axis] or not real:
@@ -109,7 +116,8 @@ def _average(job: Job) -> Call:
     a, rule = bind(job.node), job.rule
     size, stride, padding = rule.kernel, rule.stride, rule.padding
     include, fixed = bool(a["count_include_pad"]), a.get("divisor_override")
-    lengths = (job.reads[0].h.size, job.reads[0].w.size)
+    lengths = (job.reads[0].h.size, job.reads[0].w.size, *job.reads[0].rest)
+    pool: Any = F.avg_pool3d if job.rest else F.avg_pool2d
 
     @cache
     def divisors(axis: int, start: int, stop: int) -> list[int]:
@@ -121,34 +129,34 @@ def _average(job: Job) -> Call:
         return found
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        if _pads_itself(rule, run.pads[0], pieces[0].shape[2:], run.rows, run.columns):
-            x, own = bordered(rule, pieces[0], run, 0.0)
-            return F.avg_pool2d(x, size, stride, own, count_include_pad=include, divisor_override=fixed)
-        (above, below), (before, after) = run.pads[0]
-        x = F.pad(read_alone(rule, pieces[0], run), (before, after, above, below))
+        pads, spans = job.pads(run.pads[0], pieces[0].shape[4:]), job.spans(run)
+        if not job.rest and _pads_itself(rule, pads, pieces[0].shape[2:], spans):
+            x, own = bordered(job, pieces[0], run, 0.0)
+            return pool(x, size, stride, own, count_include_pad=include, divisor_override=fixed)
+        x = padded(read_alone(job, pieces[0], run), pads)
         if fixed:
-            return F.avg_pool2d(x, size, stride, 0, divisor_override=fixed)
-        total = F.avg_pool2d(x, size, stride, 0, divisor_override=1)
+            return pool(x, size, stride, 0, divisor_override=fixed)
+        total = pool(x, size, stride, 0, divisor_override=1)
         del x  # before the divisors are there, one for every place of the map
-        down = torch.tensor(divisors(0, *run.rows), dtype=total.dtype, device=total.device)[:, None]
-        along = torch.tensor(divisors(1, *run.columns), dtype=total.dtype, device=total.device)
-        return total / (down * along) if torch.is_grad_enabled() else total.div_(down * along)
+        each = [
+            torch.tensor(divisors(axis, *span), dtype=total.dtype, device=total.device).view(
+                -1, *[1] * (len(spans) - 1 - axis)
+            )
+            for axis, span in enumerate(spans)
+        ]
+        product = reduce(torch.mul, each)
+        return total / product if torch.is_grad_enabled() else total.div_(product)
 
     return call
 
 
 def _average_workspace(job: Job, span: Span) -> int:
-    assert span.pads is not None
-    (real, own), read = real_rows(job, span), job.reads[0]
-    needs = [edge.need(*part) for edge, part in ((read.h, span.rows), (read.w, span.columns))]
-    lengths = [last - first for first, last, _, _ in needs]
-    if _pads_itself(job.rule, span.pads, lengths, span.rows, span.columns):
-        explicit = [sum(span.pads[axis]) if own[axis] is None else 0 for axis in (0, 1)]
-        if not any(explicit):
-            return 0
-    else:
-        explicit = [sum(span.pads[axis]) for axis in (0, 1)]
-    return part_bytes(read.row_bytes, read.sizes[1], real[0] + explicit[0], real[1] + explicit[1])
+    real, explicit, pads = real_rows(job, span)
+    if job.rest or not _pads_itself(job.rule, pads, lengths_read(job, span), job.spans(span)):
+        explicit = [sum(one) for one in pads]
+    elif not any(explicit):
+        return 0
+    return job.reads[0].bytes([n + more for n, more in zip(real, explicit, strict=True)])
 
 
 # ---------------------------------------------------------------- adaptive
@@ -163,7 +171,7 @@ def _cells(at: Placed) -> Dims | None:
     """A pool to more than one value a channel leaves rows by themselves, each with a window of its own."""
     axes = at.rank - 2
     spreads = adaptive_size(at.node, at.values, axes) != (1,) * axes
-    return at.dims if spreads and at.dims == tuple(range(2, at.rank)) else None
+    return at.dims if spreads and at.channels_first else None
 
 
 def _cell_taps(at: At) -> Taps:
@@ -173,7 +181,7 @@ def _cell_taps(at: At) -> Taps:
 def _to_one(at: Placed) -> str:
     """Why an adaptive pool cannot take its map in row by row."""
     axes = at.rank - 2
-    one = adaptive_size(at.node, at.values, axes) == (1,) * axes and at.dims == tuple(range(2, at.rank))
+    one = adaptive_size(at.node, at.values, axes) == (1,) * axes and at.channels_first
     return "" if one else f"{op_name(at.node)} gives more than one value a channel"
 
 
@@ -214,7 +222,8 @@ _WINDOWED: dict[str, Any] = {
 rows("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices", **_WINDOWED, piece=_max, workspace=_max_workspace)
 rows("avg_pool1d avg_pool2d avg_pool3d", **_WINDOWED, piece=_average, workspace=_average_workspace)
 _ADAPTIVE: dict[str, Any] = {"spatial": Spatial.GLOBAL, "channel": Channel.SAME, "per_input": 1}
-rows("adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d", **_ADAPTIVE)
+rows("adaptive_avg_pool1d adaptive_max_pool1d", **_ADAPTIVE)
+rows("adaptive_avg_pool3d", **_ADAPTIVE, reduces="mean", consumes=_to_one)
 rows("adaptive_max_pool2d", **_ADAPTIVE, reduces="max", consumes=_to_one)
 rows(
     "adaptive_avg_pool2d",

@@ -27,7 +27,8 @@ def _over_others(at: Placed) -> Dims | None:
 
 def _over_the_map(at: Placed) -> str:
     """Why a reduction cannot take its map in row by row."""
-    whole = _over(at) == set(at.dims) and bind(at.node).get("dtype") is None
+    axes = {*at.dims, *range(4, at.rank)} if at.channels_first else set(at.dims)
+    whole = _over(at) == axes and bind(at.node).get("dtype") is None
     return "" if whole else f"{op_name(at.node)} reduces over other dims"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,16 @@ def weighted_taps(node: fx.Node, axis: int, count: int, size: int, dtype: torch.
     nearest rows, are asked of torch's own kernel: how it rounds depends on the number type, and far down a map that
     shows. Each map that it is given marks every n-th row, of which no more than one is in the reach of n taps.
     """
-    name, scale, corners = op_name(node), given_scale(node, axis), bool(bind(node).get("align_corners"))
+    name, axes, corners = op_name(node), _axes(node), bool(bind(node).get("align_corners"))
+    scale = given_scale(node, axis)
     dtype = dtype if dtype == torch.float64 else torch.float32
 
     def asked(maps: torch.Tensor) -> np.ndarray:
         """Maps [n, size] resized to [n, count]."""
-        n = len(maps)
-        shapes = ((1, n, size, 1), [count, 1]) if axis == 0 else ((1, n, 1, size), [1, count])
-        scales = (scale, None) if axis == 0 else (None, scale)
-        return _resized(name, maps.view(shapes[0]), shapes[1], corners, *scales).view(n, count).numpy()
+        n, wanted, scales = len(maps), [1] * axes, [None] * axes
+        wanted[axis], scales[axis] = count, scale  # type: ignore[call-overload]
+        given = maps.view(1, n, *(size if i == axis else 1 for i in range(axes)))
+        return _resized(name, given, wanted, corners, scales).view(n, count).numpy()
 
     with _disable_current_modes():
         if "nearest" in name:
@@ -53,21 +55,21 @@ def weighted_taps(node: fx.Node, axis: int, count: int, size: int, dtype: torch.
 
 
 def _resized(
-    name: str, x: torch.Tensor, sizes: list[int], corners: bool, by_rows: float | None, by_columns: float | None
+    name: str, x: torch.Tensor, sizes: list[int], corners: bool, scales: Sequence[float | None]
 ) -> torch.Tensor:
-    """A resize of 4-D ``x`` by the kernel of torch that bears this name, to ``sizes``, at the factors given."""
-    aten = torch.ops.aten
-    if "nearest" in name:
-        kernel = aten._upsample_nearest_exact2d if "exact" in name else aten.upsample_nearest2d
-        return kernel(x, sizes, by_rows, by_columns)
-    kernel = aten.upsample_bicubic2d if "bicubic" in name else aten.upsample_bilinear2d
-    return kernel(x, sizes, corners, by_rows, by_columns)
+    """A resize of ``x`` by the kernel of torch that bears this name, to ``sizes``, at the factors given."""
+    kernel = getattr(torch.ops.aten, name)
+    return kernel(x, sizes, *scales) if "nearest" in name else kernel(x, sizes, corners, *scales)
+
+
+def _axes(node: fx.Node) -> int:
+    return int(op_name(node)[-2])  # upsample_nearest3d
 
 
 def given_scale(node: fx.Node, axis: int) -> float | None:
     """The factor that a resize was given along an axis; None where it was given a size."""
-    a = bind(node)
-    factors = a.get("scale_factors") or (a.get("scales_h"), a.get("scales_w"))
+    a, names = bind(node), ("scales_d", "scales_h", "scales_w")[-_axes(node) :]
+    factors = a.get("scale_factors") or [a.get(name) for name in names]
     factor = factors[axis]
     return None if factor is None else float(factor)
 
@@ -84,16 +86,17 @@ def _resize(job: Job) -> Call:
     dtype = job.values[node].dtype
     found = [weighted_taps(node, axis, job.sizes[axis], sizes[axis], dtype) for axis in (0, 1)]
     tables = [[(Table(read), Table(share)) for read, share in zip(*both, strict=True)] for both in found]
-    scale, corners = given_scale(node, 1), bool(bind(node).get("align_corners"))
+    scales, corners = [given_scale(node, axis) for axis in range(_axes(node))], bool(bind(node).get("align_corners"))
 
-    def columns(y: torch.Tensor) -> torch.Tensor:
-        wanted = [y.shape[2], job.sizes[1]]  # as many rows as there are: torch leaves these alone
-        return _resized(name, y, wanted, corners, None, scale)
+    def behind(y: torch.Tensor, axis: int) -> torch.Tensor:
+        """The axes from this one on, by torch: as many rows as there are in front of them it leaves alone."""
+        wanted = [*y.shape[2 : 2 + axis], *(job.sizes[1], *job.rest)[axis - 1 :]]
+        return _resized(name, y, wanted, corners, [None] * axis + scales[axis:])
 
     def along(x: torch.Tensor, axis: int, span: tuple[int, int], start: int) -> torch.Tensor:
         if len(tables[axis]) == 1:
             return picked(x, 2 + axis, tables[axis][0][0], span, start)
-        form, total = (-1, 1) if axis == 0 else (-1,), None
+        form, total = (-1, *[1] * (x.dim() - 3 - axis)), None
         for read, share in tables[axis]:
             part = x.index_select(2 + axis, read(x, torch.int64, span) - start)
             factor = share(x, x.dtype, span).view(form)
@@ -111,9 +114,10 @@ def _resize(job: Job) -> Call:
         # ONNX has no nearest rows at a given scale that are not those of the sizes, and no nearest-exact ones.
         portable = "nearest" not in name or not torch.compiler.is_exporting()
         if portable and run.columns == (0, job.sizes[1]) and x.shape[3] == sizes[1]:
-            y = columns(y)
+            y = behind(y, 1)
         else:
             y = along(y, 1, run.columns, starts[1])
+            y = behind(y, 2) if job.rest else y
         return y.clone() if y is x else y
 
     return call
@@ -126,13 +130,16 @@ def _workspace(job: Job, span: Span) -> int:
         read = job.reads[0]
         first, last, _, _ = read.w.need(*span.columns)
         tall, width = read.h.need(*span.rows), read.sizes[1]
-        half = part_bytes(read.row_bytes, width, span.count[0], last - first)
+        half = read.bytes([span.count[0], last - first, *read.rest])
     else:
         assert job.whole is not None
         height, width, whole_bytes = job.whole
         first, last, tall = 0, width, (0, height, 0, 0)
         half = part_bytes(whole_bytes, width, span.count[0], width) // max(1, height)
     full = span.columns == (0, job.sizes[1]) and last - first == width
+    if job.rest and not full:  # one axis after the other
+        across, twice = size * job.reads[0].rest[0] // job.rest[0], 1 if "nearest" in op_name(job.node) else 2
+        return max(twice * half - size, half + twice * across - size, across)
     if "nearest" in op_name(job.node):
         return 0 if span.count[0] == tall[1] - tall[0] else half
     return max(2 * half - size, half if full else half + size)
@@ -196,7 +203,8 @@ def _in_front(labels: torch.Tensor) -> bool:
 _RESIZES: dict[str, Any] = {"spatial": Spatial.RESIZE, "channel": Channel.SAME, "per_output": 1, "taps": _taps}
 rows("upsample_nearest1d upsample_linear1d", **_RESIZES)
 rows(
-    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d",
+    """upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d upsample_nearest3d
+        upsample_trilinear3d _upsample_nearest_exact3d""",
     **_RESIZES,
     piece=_resize,
     workspace=_workspace,
