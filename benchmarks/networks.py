@@ -117,3 +117,29 @@ class ResNet18x2(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv5(self.conv4(self.conv3(self.conv2(self.stem(x)))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class UNet3d(nn.Module):
+    """A 3-D U-Net of three levels, two convs with batch norms each, for three classes of voxels."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        self.down = nn.ModuleList(_pair(i, o) for i, o in zip((1, *widths), widths, strict=False))
+        self.lift = nn.ModuleList(nn.ConvTranspose3d(w, w // 2, 2, 2) for w in widths[:0:-1])
+        self.up = nn.ModuleList(_pair(w, w // 2) for w in widths[:0:-1])
+        self.last = nn.Conv3d(width, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for level in self.down:
+            x = level(F.max_pool3d(x, 2) if kept else x)
+            kept.append(x)
+        for lift, level, skip in zip(self.lift, self.up, kept[-2::-1], strict=True):
+            x = level(torch.cat([skip, lift(x)], 1))
+        return self.last(x)
+
+
+def _pair(ins: int, outs: int) -> nn.Sequential:
+    layers = [(nn.Conv3d(i, outs, 3, 1, 1, bias=False), nn.BatchNorm3d(outs), nn.ReLU()) for i in (ins, outs)]
+    return nn.Sequential(*layers[0], *layers[1])

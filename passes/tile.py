@@ -81,6 +81,8 @@ class Tile(Pass):
     ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
     their activations; norms and dropout inside must be in eval mode.
 
+    Of a volume, [N, C, D, H, W], rows lie along D and columns along H; W is whole in every piece.
+
     The budget holds at other sizes than the traced too: there a stage is planned again when it is first called, and a
     warning says what it takes where the budget cannot be met.
 

@@ -180,3 +180,41 @@ def test_a_conv_without_a_batch_is_left_whole() -> None:
     split = splitfx.transform(graph, Tile(rows=2))
     notes = " ".join(note.what for note in splitfx.explain(split).steps[-1].notes)
     assert "without a batch" in notes
+
+
+class Classifier(nn.Module):
+    """Convs and a mean over the volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(2, C, 3, padding=1), nn.Conv3d(C, C, 3, 2, 1)
+        self.third, self.fc = nn.Conv3d(C, C, 3, padding=1), nn.Linear(C, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.third(F.relu(self.second(F.relu(self.first(x)))))
+        return self.fc(x.mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("model", [UNet, Classifier])
+def test_pieces_are_computed_again_for_their_gradients(model: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = model().double().eval()
+    x = torch.randn(2, 1 if model is UNet else 2, 10, 8, 6, dtype=torch.float64)
+    split = splitfx.transform(plain, Tile(rows=3, checkpoint=True), x)
+    for net in (split, plain):
+        (net(x) ** 2).sum().backward()
+    wanted = dict(plain.named_parameters())
+    for name, parameter in split.named_parameters():
+        grad = wanted[name.replace("tiled.stage.", "")].grad
+        assert grad is not None
+        assert parameter.grad is not None
+        assert float((parameter.grad - grad).abs().max()) <= STRICT * float(grad.abs().max()), name
+
+
+@pytest.mark.parametrize("schedule", [{"rows": 4}, {"grid": (2, 2)}])
+def test_it_is_exported_and_runs(schedule: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    split = splitfx.transform(UNet().eval(), Tile(**schedule), torch.randn(1, 1, 8, 6, 4))
+    with pytest.warns(UserWarning, match="fixed batch size"):
+        path = splitfx.export_onnx(split, tmp_path / "unet.onnx")
+    assert splitfx.check_onnx(path, split, runs=1).ok

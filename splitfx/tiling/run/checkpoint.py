@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.plan.segments import Plan, divided, is_mean, overwrites
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
 from splitfx.tiling.run.execution import Execution, Program
+from splitfx.tiling.run.reductions import reduced_dims
 
 if TYPE_CHECKING:
     from splitfx.tiling.run.executor import Tiled
@@ -338,13 +340,12 @@ class _Band(Execution):
     def reduce(self, one: Reduce) -> None:
         if one.kernel not in self.reduced:
             return
-        x, dims = self.registers[one.src], one.kernel.reads[0][0].dims
-        assert dims is not None
-        part = x.sum(dims)
+        x, source = self.registers[one.src], one.kernel.reads[0][0]
+        assert source.dims is not None
+        part = x.sum(reduced_dims(source.dims, x.dim()))
         grad = self.reduced[one.kernel].reshape(part.shape).to(part.dtype)
-        height, width = one.kernel.sizes
         self.outputs.append(part)
-        self.grads.append(grad / (height * width) if is_mean(one.kernel) else grad)
+        self.grads.append(grad / prod((*source.sizes, *source.rest)) if is_mean(one.kernel) else grad)
 
 
 def _grad_of(source: torch.Tensor) -> torch.Tensor:

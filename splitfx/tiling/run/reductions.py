@@ -6,8 +6,15 @@ from math import prod
 
 import torch
 
+from splitfx.analysis.regions import NCHW
 from splitfx.ir.ops import bind
+from splitfx.ir.ops.row import Dims
 from splitfx.tiling.plan.stage import Kernel, Stage
+
+
+def reduced_dims(dims: Dims, rank: int) -> Dims:
+    """The dims of a map that a reduction takes in: rows and columns, and of a volume the third axis."""
+    return (*dims, *range(4, rank)) if dims == NCHW else dims
 
 
 class Reduction:
@@ -15,11 +22,10 @@ class Reduction:
 
     def __init__(self, kernel: Kernel, stage: Stage) -> None:
         self.kernel, self.stage, self.how = kernel, stage, kernel.row.reduces
-        dims = stage.regions.dims[stage.regions.maps(kernel.node)[0]]
-        assert dims is not None
         source = stage.regions.maps(kernel.node)[0]
-        rank = len(stage.regions.sizes(source))
-        self.dims = (*dims, *range(4, rank)) if dims == (2, 3) else dims
+        dims = stage.regions.dims[source]
+        assert dims is not None
+        self.dims = reduced_dims(dims, len(stage.regions.sizes(source)))
         self.total: torch.Tensor | None = None
         self.squares: torch.Tensor | None = None
         self.count = 0
