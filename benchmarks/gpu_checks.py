@@ -147,7 +147,7 @@ def onnxruntime(setting: Setting) -> Iterator[Row]:
         split = split_of(name, setting, model=model_of(name), image=image)
         for what, graph in (("dense", dense), ("split", split)):
             with tempfile.TemporaryDirectory() as folder:
-                report = check_onnx(export_onnx(graph, Path(folder) / "model.onnx"), graph, runs=setting.runs)
+                report = check_onnx(graph, export_onnx(graph, Path(folder) / "model.onnx"), runs=setting.runs)
             for one in report.rows:
                 unavailable = one.verdict.startswith("unavailable")
                 fell = f", {len(one.fallback)} nodes fell back" if one.fallback else ""
@@ -189,7 +189,7 @@ def tiling(setting: Setting) -> Iterator[Row]:
         ratio = f"x{found['tiled'] / found['whole']:.2f}"
         yield row("tiled latency", name, what, seconds(found["tiled"]), ratio, None, value=found["tiled"], **found)
         with tempfile.TemporaryDirectory() as folder:
-            report = check_onnx(export_onnx(split, Path(folder) / "model.onnx"), split, runs=5)
+            report = check_onnx(split, export_onnx(split, Path(folder) / "model.onnx"), runs=5)
         for one in report.rows:
             ok = None if one.verdict.startswith("unavailable") else one.ok
             took = "-" if one.median_ms is None else f"{one.median_ms:.2f} ms"

@@ -39,7 +39,7 @@ def main(out: Path = Path("demo-out")) -> None:
     say(f"exporting to {out / 'split.onnx'}")
     splitfx.export_onnx(split, out / "split.onnx", overwrite=True)
     say("checking the file under onnxruntime")
-    report = splitfx.check_onnx(out / "split.onnx", split, inputs, runs=5, progress=say)
+    report = splitfx.check_onnx(split, out / "split.onnx", inputs, runs=5, progress=say)
     print(f"\n{report}\n")
 
     say("measuring dense and split")

@@ -164,7 +164,7 @@ class TestRegistered:
         for name, step in (("group", Group(factors=(2, 2))), ("tile", Tile(rows=8))):
             split = splitfx.transform(model, step, image())
             path = splitfx.export_onnx(split, tmp_path / f"{name}.onnx")
-            assert splitfx.check_onnx(path, split).ok
+            assert splitfx.check_onnx(split, path).ok
 
     def test_a_folder_with_it_is_loaded(self, model: nn.Module, tmp_path: Path) -> None:
         split = splitfx.transform(model, Tile(rows=8), image())

@@ -37,9 +37,9 @@ Progress = Callable[[str], None]
 
 
 def check_onnx(
+    split: nn.Module,
     path: str | os.PathLike[str],
-    model: nn.Module,
-    inputs: Any = None,
+    example_inputs: Any = None,
     providers: Sequence[str] | None = None,
     *,
     require: str | Sequence[str] = (),
@@ -48,9 +48,9 @@ def check_onnx(
     seconds: float = SECONDS,
     progress: Progress | None = None,
 ) -> RuntimeReport:
-    """Run the file on each provider and compare it with `model` in eval mode.
+    """Run the file on each provider and compare it with `split` in eval mode.
 
-    inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); None takes random tensors in the
+    example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); None takes random tensors in the
         shapes the graph was traced with, which needs the result of `trace` or `transform` (or of `load`).
     providers: short names such as ("cuda", "cpu"); None takes the CPU, and CUDA where it starts or there is
         a GPU.
@@ -79,13 +79,13 @@ def check_onnx(
     chosen = list(dict.fromkeys([*required, *(named or sessions.worth_checking())]))
 
     say("running the module")
-    args, kwargs = _call(model, inputs)
+    args, kwargs = _call(split, example_inputs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    expected = _outputs(model, args, kwargs)
+    expected = _outputs(split, args, kwargs)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="splitfx-check-") as folder:
         bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder), say)
-        rows = [_row(bench, provider, model, (args, kwargs)) for provider in chosen]
+        rows = [_row(bench, provider, split, (args, kwargs)) for provider in chosen]
     fed = tuple(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors)
     return RuntimeReport(str(target), fed, threads, runs, tuple(rows), tolerance)
 

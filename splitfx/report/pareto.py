@@ -50,15 +50,15 @@ class Curve:
         plot_pareto(self.points, path)
 
 
-def pareto(model: nn.Module, inputs: Any = None, mode: Mode = "auto") -> Curve:
+def pareto(model: nn.Module, example_inputs: Any = None, mode: Mode = "auto") -> Curve:
     """Peak memory against estimated time for every way of tiling ``model`` that is worth a choice.
 
-    ``model`` is any model with example ``inputs`` (see `trace`), or a graph from `trace` or `transform`. Peaks are
+    ``model`` is any model with ``example_inputs`` (see `trace`), or a graph from `trace` or `transform`. Peaks are
     counted from the instructions that would run, so they are exact; times are estimates that rank, from multiply-
     accumulates, bytes moved and calls. Fold batch norms first (`FoldBatchNorm`) to see what a tiled model can reach.
     Raises `TraceError`, and `UnsupportedError` where sizes do not fit.
     """
-    graph: Any = model if is_canonical(model) and inputs is None else trace(model, inputs)
+    graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
     known = facts(graph)
     found, _ = stages(graph, known.regions)
     inside = {n for nodes in found for n in nodes}

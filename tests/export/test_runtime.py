@@ -26,14 +26,14 @@ without_cuda = pytest.mark.skipif(CUDA_WORKS, reason="CUDA works here")
 
 @pytest.fixture
 def exported(two_inputs, two_inputs_file: Path, tmp_path: Path):
-    return Path(shutil.copy(two_inputs_file, tmp_path)), two_inputs
+    return two_inputs, Path(shutil.copy(two_inputs_file, tmp_path))
 
 
 def test_report(exported) -> None:
-    path, graph = exported
+    graph, path = exported
     graph.train()
     steps: list[str] = []
-    report = check_onnx(path, graph, providers=["cpu"], runs=3, progress=steps.append)
+    report = check_onnx(graph, path, providers=["cpu"], runs=3, progress=steps.append)
     row = report.rows[0]
     assert report.ok
     assert row.verdict == "ok"
@@ -55,16 +55,16 @@ def test_report(exported) -> None:
 
 
 def test_dynamic_batch_and_inputs_by_name_in_any_order(exported) -> None:
-    path, graph = exported
+    graph, path = exported
     inputs = {"bias": torch.randn(5, 8), "image": torch.randn(5, 3, 8, 8)}
-    assert check_onnx(path, graph, inputs, providers=["cpu"], runs=1).ok
+    assert check_onnx(graph, path, inputs, providers=["cpu"], runs=1).ok
 
 
 def test_one_changed_weight_is_a_mismatch(exported) -> None:
-    path, graph = exported
+    graph, path = exported
     with torch.no_grad():
         graph.head.weight[0, 0] += 0.01
-    report = check_onnx(path, graph, providers=["cpu"], runs=1)
+    report = check_onnx(graph, path, providers=["cpu"], runs=1)
     assert not report.ok
     assert report.rows[0].verdict.startswith("mismatch: logits")
     assert "NOT ok" in str(report)
@@ -77,7 +77,7 @@ def test_a_scaled_output_is_a_mismatch(tmp_path: Path, factor: float) -> None:
     with torch.no_grad():
         for one in graph.parameters():
             one *= factor
-    assert not check_onnx(path, graph, providers=["cpu"], runs=1).ok
+    assert not check_onnx(graph, path, providers=["cpu"], runs=1).ok
 
 
 def test_difference_sees_nan_inf_and_small_outputs() -> None:
@@ -93,24 +93,24 @@ def test_difference_sees_nan_inf_and_small_outputs() -> None:
 def test_half_precision_parity(tmp_path: Path) -> None:
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).half(), torch.randn(1, 3, 8, 8).half())
     path = export_onnx(graph, tmp_path / "m.onnx")
-    assert check_onnx(path, graph, providers=["cpu"], runs=1).ok
+    assert check_onnx(graph, path, providers=["cpu"], runs=1).ok
 
 
 @without_cuda
 def test_cuda_asked_for_and_not_there(exported) -> None:
-    path, graph = exported
-    report = check_onnx(path, graph, providers=["cuda", "cpu"], runs=1)
+    graph, path = exported
+    report = check_onnx(graph, path, providers=["cuda", "cpu"], runs=1)
     assert not report.ok
     assert [row.verdict.partition(":")[0] for row in report.rows] == ["unavailable", "ok"]
     assert len(report.rows[0].verdict) > len("unavailable: ")
     with pytest.raises(ExportError, match="cuda is required and does not start: .+"):
-        check_onnx(path, graph, require="cuda")
+        check_onnx(graph, path, require="cuda")
 
 
 @pytest.mark.skipif(not CUDA_WORKS, reason="CUDA does not start here")
 def test_cuda_parity(exported) -> None:
-    path, graph = exported
-    report = check_onnx(path, graph, require="cuda", runs=3)
+    graph, path = exported
+    report = check_onnx(graph, path, require="cuda", runs=3)
     assert report.ok
     assert report.rows[0].provider == "cuda"
     assert report.rows[0].peak_bytes is not None
@@ -123,28 +123,28 @@ def test_unknown_provider_suggests_the_nearest(exported) -> None:
 
 @pytest.mark.parametrize("size", [0, 10, 500])
 def test_truncated_file(exported, size: int) -> None:
-    path, graph = exported
+    graph, path = exported
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ExportError, match="cannot load") as caught:
-        check_onnx(path, graph, providers=["cpu"])
+        check_onnx(graph, path, providers=["cpu"])
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_wrong_shapes_wrong_count(exported, tmp_path: Path) -> None:
-    path, graph = exported
+    graph, path = exported
     with pytest.raises(ExportError, match="no file"):
-        check_onnx(tmp_path / "none.onnx", graph)
+        check_onnx(graph, tmp_path / "none.onnx")
     with pytest.raises(ExportError, match="input 'image' of m.onnx is float32 .*given float32"):
-        check_onnx(path, graph, (torch.randn(1, 3, 9, 9), torch.randn(1, 8)), providers=["cpu"])
+        check_onnx(graph, path, (torch.randn(1, 3, 9, 9), torch.randn(1, 8)), providers=["cpu"])
     with pytest.raises(ExportError, match="does not accept these inputs"):
-        check_onnx(path, graph, torch.randn(1, 3, 8, 8), providers=["cpu"])
+        check_onnx(graph, path, torch.randn(1, 3, 8, 8), providers=["cpu"])
     with pytest.raises(ExportError, match="takes 2 inputs"):
-        check_onnx(path, nn.Identity(), torch.randn(1, 3, 8, 8), providers=["cpu"])
+        check_onnx(nn.Identity(), path, torch.randn(1, 3, 8, 8), providers=["cpu"])
 
 
 def test_a_plain_module_needs_inputs(exported) -> None:
     with pytest.raises(ExportError, match="pass the inputs"):
-        check_onnx(exported[0], nn.Linear(3, 3))
+        check_onnx(nn.Linear(3, 3), exported[1])
 
 
 def test_session_options() -> None:
@@ -190,7 +190,7 @@ def endless(path: Path) -> Path:
 def test_a_file_that_never_ends_is_given_up(tmp_path: Path) -> None:
     path = endless(tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"m.onnx is not done within 8 s on cpu, at: .+; pass more seconds"):
-        check_onnx(path, nn.Identity(), torch.randn(4), providers=["cpu"], seconds=8)
+        check_onnx(nn.Identity(), path, torch.randn(4), providers=["cpu"], seconds=8)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, "3"])
@@ -213,7 +213,7 @@ def test_no_escape_of_a_file_reaches_the_terminal(tmp_path: Path) -> None:
     for entry in model.metadata_props:
         entry.value = json.dumps({"tiles": [evil]})
     onnx.save(model, str(tmp_path / "m.onnx"))
-    report = check_onnx(tmp_path / "m.onnx", nn.Linear(4, 4), torch.randn(1, 4), providers=["cpu"], runs=1)
+    report = check_onnx(nn.Linear(4, 4), tmp_path / "m.onnx", torch.randn(1, 4), providers=["cpu"], runs=1)
     assert not report.ok
     assert "owned" in str(report)
     assert "\x1b" not in str(report)

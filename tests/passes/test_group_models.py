@@ -57,7 +57,7 @@ def test_whole_models(case: str, tmp_path: Path) -> None:
     assert step.after.macs < step.before.macs
 
     path = splitfx.export_onnx(split, tmp_path / "split.onnx")
-    report = splitfx.check_onnx(path, split, providers=("cpu",), runs=1)
+    report = splitfx.check_onnx(split, path, providers=("cpu",), runs=1)
     assert report.ok, str(report)
 
     again = copy.deepcopy(split)

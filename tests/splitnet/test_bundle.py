@@ -259,5 +259,5 @@ def test_a_hierarchy_as_files_and_as_one_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="given float32 \\[5"):
         Branches(again).run(image(5).float())
     whole = splitfx.export_onnx(split, tmp_path / "whole.onnx")
-    report = splitfx.check_onnx(whole, split, providers=("cpu",), runs=1)
+    report = splitfx.check_onnx(split, whole, providers=("cpu",), runs=1)
     assert report.rows[0].ok

@@ -82,7 +82,7 @@ def test_every_weight_lies_in_the_one_file_once(made: tuple[SubNetworksGraph, Pa
 def test_every_file_agrees_with_its_model(made: tuple[SubNetworksGraph, Path]) -> None:
     split, folder = made
     for name, model in zip(split.names, (split.base(), split.detach(0), split.detach(1)), strict=True):
-        assert splitfx.check_onnx(folder / f"{name}.onnx", model, X, providers=("cpu",), runs=1).ok
+        assert splitfx.check_onnx(model, folder / f"{name}.onnx", X, providers=("cpu",), runs=1).ok
 
 
 def test_the_manifest_says_what_each_model_costs_and_reaches(made: tuple[SubNetworksGraph, Path]) -> None:
@@ -246,4 +246,4 @@ def test_tiled_sub_models_export(tmp_path: Path) -> None:
     split = trained(small(), X, cuts=(1,))
     tiled = splitfx.transform(split.detach(0), Tile(rows=4))
     path = splitfx.export_onnx(tiled, tmp_path / "tiled.onnx")
-    assert splitfx.check_onnx(path, split.detach(0), X, providers=("cpu",), runs=1).ok
+    assert splitfx.check_onnx(split.detach(0), path, X, providers=("cpu",), runs=1).ok

@@ -173,7 +173,7 @@ def test_a_file_of_strips(tmp_path: Path) -> None:
     assert "Pad" not in kinds
     layers = [p.value for n in nodes for p in n.metadata_props if p.key == LAYER]
     assert layers.count("stem.0") == strips
-    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    report = check_onnx(split, path, providers=["cpu"], runs=1)
     assert report.ok
     assert report.rows[0].tiles[0].startswith(f"tiled: {strips} strips up to ")
     assert report.rows[0].tiles[0] in str(report)
@@ -187,7 +187,7 @@ def test_a_file_of_strips(tmp_path: Path) -> None:
 def test_a_file_of_steps(tmp_path: Path, options: dict[str, Any]) -> None:
     split = tiled(Gated, (48, 40), **options)[1]
     path = export_onnx(split, tmp_path / "m.onnx")
-    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    report = check_onnx(split, path, providers=["cpu"], runs=1)
     assert report.ok
     assert "steps" in report.rows[0].tiles[0]
     layers = {p.value for n in record(path)[0] for p in n.metadata_props if p.key == LAYER}
@@ -220,7 +220,7 @@ def test_a_grid_and_an_output_that_is_read_again(tmp_path: Path) -> None:
         split = tiled(Both(), (15, 11), **options)[1]
         with pytest.warns(UserWarning, match="fixed batch size"):
             path = export_onnx(split, tmp_path / "m.onnx", overwrite=True)
-        assert check_onnx(path, split, providers=["cpu"], runs=1).ok
+        assert check_onnx(split, path, providers=["cpu"], runs=1).ok
 
 
 def test_the_batch_is_fixed_and_says_so(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_too_many_steps_are_made_fewer_or_refused(tmp_path: Path, monkeypatch: p
     split = tiled(Gated, (48, 40), rows=2)[1]
     monkeypatch.setattr(tiles, "LIMIT", 60)
     path = export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
-    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    report = check_onnx(split, path, providers=["cpu"], runs=1)
     assert report.ok
     assert "rows at a time instead of 2 rows, which would be more than 60" in report.rows[0].tiles[0]
     monkeypatch.setattr(tiles, "LIMIT", 3)
@@ -263,7 +263,7 @@ def test_the_split_is_not_changed(tmp_path: Path) -> None:
 def test_a_saved_and_loaded_graph_exports(tmp_path: Path) -> None:
     loaded = splitfx.load(splitfx.save(tiled(Residuals, (192, 64))[1], tmp_path / "split"))
     path = export_onnx(loaded, tmp_path / "m.onnx", dynamic_batch=False)
-    assert check_onnx(path, loaded, providers=["cpu"], runs=1).ok
+    assert check_onnx(loaded, path, providers=["cpu"], runs=1).ok
 
 
 # ---------------------------------------------------------------- memory
@@ -277,9 +277,9 @@ def test_a_file_takes_half_the_memory(tmp_path: Path) -> None:
     graph, split = tiled(model, (1024, 256), rows=128)
     plain = export_onnx(graph, tmp_path / "plain.onnx", dynamic_batch=False)
     path = export_onnx(split, tmp_path / "m.onnx", dynamic_batch=False)
-    report = check_onnx(path, split, providers=["cpu"], runs=1)
+    report = check_onnx(split, path, providers=["cpu"], runs=1)
     row = report.rows[0]
-    untiled = check_onnx(plain, graph, providers=["cpu"], runs=1).rows[0]
+    untiled = check_onnx(graph, plain, providers=["cpu"], runs=1).rows[0]
     assert untiled.default_peak_bytes is None
     assert not untiled.tiles
     if row.peak_bytes is None or untiled.peak_bytes is None:

@@ -217,4 +217,4 @@ def test_it_is_exported_and_runs(schedule: dict[str, Any], tmp_path: Path) -> No
     split = splitfx.transform(UNet().eval(), Tile(**schedule), torch.randn(1, 1, 8, 6, 4))
     with pytest.warns(UserWarning, match="fixed batch size"):
         path = splitfx.export_onnx(split, tmp_path / "unet.onnx")
-    assert splitfx.check_onnx(path, split, runs=1).ok
+    assert splitfx.check_onnx(split, path, runs=1).ok

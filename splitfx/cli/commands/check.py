@@ -26,8 +26,8 @@ def run(given: Namespace, progress: Progress) -> int:
 
     split = saved(given.split, progress)
     found = check_onnx(
-        given.onnx,
         split,
+        given.onnx,
         providers=given.provider,
         require=given.require,
         runs=given.runs,

@@ -158,7 +158,7 @@ def _row(
 ) -> dict[str, Any]:
     name = found.name
     progress(f"checking {name}")
-    report = check_onnx(draft / f"{name}.onnx", model, providers=(provider,), runs=runs)
+    report = check_onnx(model, draft / f"{name}.onnx", providers=(provider,), runs=runs)
     row = report.rows[0]
     if not row.ok:
         raise ExportError(f"{name}.onnx does not agree with its model on {provider}: {row.verdict}")
