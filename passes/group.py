@@ -15,28 +15,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from splitfx.analysis import Facts
-from splitfx.analysis.axes import Edge
-from splitfx.analysis.blocks import Block, blocks
-from splitfx.analysis.gates import gates
-from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
+from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
 from splitfx.carving.calibrate import Target, own_statistics, solve_fusions, target
 from splitfx.carving.carve import carve
-from splitfx.carving.division import Division, alike, masked, weights_of
-from splitfx.carving.fusion import Selection, fusion_layer, squares, widen_readers
+from splitfx.carving.divider import Divider
+from splitfx.carving.division import masked
+from splitfx.carving.fusion import Selection, fusion_layer, widen_readers
 from splitfx.carving.lowering import Lowering, choose_lowering
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
 from splitfx.ir.editing import free_path, insert_after
-from splitfx.ir.graph import layer, module_of, read_alone, set_path, tied
-from splitfx.ir.ops import op
+from splitfx.ir.graph import layer, set_path
 
 
 @dataclass(frozen=True)
@@ -90,22 +86,14 @@ class Group(Pass):
         return job.run()
 
 
-class _Job:
+class _Job(Divider):
     """One run of the pass: decide on the facts of the dense graph, then fuse, mask, solve, carve."""
 
     def __init__(self, options: Group, graph: fx.GraphModule, facts: Facts) -> None:
-        self.options, self.graph, self.facts, self.axes = options, graph, facts, facts.axes
-        self.blocks = self.matched(blocks(facts))
-        self.factor = self.factors()
-        self.notes: list[Note] = []
-        self.left: dict[int, str] = {}  # blocks that cost more than they save
-        self.read, self.tied = read_alone(graph), {path for paths in tied(graph).values() for path in paths}
-        self.divisions: dict[fx.Node, Division] = {}
+        super().__init__(options, graph, facts)
+        self.group = options
         self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
-        self.relaxed = gates(facts) if options.gating == "relaxed" else set()
-        place = {node: i for i, node in enumerate(graph.graph.nodes)}
-        self.inside = {b.index: self.edges_of(b, place) for b in self.blocks}
 
     def run(self) -> Outcome:
         if not self.blocks:
@@ -116,7 +104,7 @@ class _Job:
             self.note("model", "no convolution can be divided: nothing was changed", "declined")
             return Outcome(tuple(self.notes))
         ends = [b.end for b in self.blocks if self.fuses(b) and b.end is not None]
-        calibration = self.options.calibration
+        calibration = self.group.calibration
         solved = calibration is not None and bool(ends)
         dense = target(self.graph, ends, self.divisions, calibration) if solved else None
         for block in self.blocks:
@@ -130,235 +118,12 @@ class _Job:
             set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
         self.notes += carve(self.graph, self.divisions, lowering)
-        if self.options.lowering != "auto":
+        if self.group.lowering != "auto":
             return Outcome(tuple(self.notes), reference)
         settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
-        return Outcome(tuple(self.notes), reference, replace(self.options, lowering=settled))
-
-    def note(self, where: str, what: str, kind: Literal["did", "declined", "info"] = "did") -> None:
-        self.notes.append(Note(where, what, kind))
-
-    # ------------------------------------------------------------ blocks and factors
-
-    def matched(self, found: list[Block]) -> list[Block]:
-        """The naive split takes all blocks as one."""
-        if self.options.fusion == "none" and len(self.options.factors) == 1 and len(found) > 1:
-            return [Block(1, tuple(e for b in found for e in b.edges), found[-1].end)]
-        return found
-
-    def factors(self) -> dict[int, int]:
-        given = self.options.factors
-        if self.blocks and len(given) != len(self.blocks):
-            listed = "; ".join(f"{b.index}: {b}" for b in self.blocks)
-            raise PlanError(
-                f"pass 'group': factors has {len(given)} entries, the model has {len(self.blocks)} blocks "
-                f"({listed}). Give one factor per block, 1 to leave it as it is"
-            )
-        return {b.index: f for b, f in zip(self.blocks, given, strict=False)}
-
-    def unmatched_globs(self) -> None:
-        names = [layer(e.node) for e in self.axes.edges]
-        for glob in (*self.options.select, *self.options.exclude):
-            if not any(fnmatchcase(n, glob) for n in names):
-                raise PlanError(
-                    f"pass 'group': no layer matches {glob!r}; weighted layers are {', '.join(names[:6])} ..."
-                )
-
-    def spared(self, edge: Edge, shared: set[fx.Node]) -> str:
-        """The option that leaves a layer undivided; empty where none does."""
-        name = layer(edge.node)
-        if not any(fnmatchcase(name, g) for g in self.options.select):
-            return "select"
-        if any(fnmatchcase(name, g) for g in self.options.exclude):
-            return "exclude"
-        if edge.node in shared:
-            return f"share={self.options.share}"
-        return "gating='relaxed'" if edge.node in self.relaxed else ""
-
-    # ------------------------------------------------------------ which blocks are split
-
-    def settle(self) -> None:
-        """Divide the blocks; and again, with the costliest left whole, while there is one that costs more weights than
-        it saves."""
-        self.divide_all()
-        found = self.costly()
-        while found and self.options.costly == "whole":
-            block, what = max(found, key=lambda one: one[0])[1:]
-            self.factor[block.index], self.left[block.index] = 1, what
-            self.divide_all()
-            found = self.costly()
-        for _, block, what in found:
-            self.note(str(block), f"block {block.index}: {what}", "info")
-
-    def divide_all(self) -> None:
-        self.divisions, self.notes = {}, []
-        for block in self.blocks:
-            self.divide(block)
-        self.drop_conflicts()
-
-    def costly(self) -> list[tuple[int, Block, str]]:
-        """The split blocks without which the model has fewer weights: how many, and that in words."""
-        found = []
-        for block in [b for b in self.blocks if self.fuses(b)]:
-            saved = self.saved(block)
-            # Left whole it spares its fusion, and the one before it the width that it has for this block.
-            if sum(self.cost(b) for b in self.blocks if b.index in (block.index - 1, block.index)) <= saved:
-                continue
-            before, factor, kept = self.weights(), self.factor[block.index], (self.divisions, self.notes)
-            self.factor[block.index] = 1
-            self.divide_all()
-            more = before - self.weights()
-            self.factor[block.index], (self.divisions, self.notes) = factor, kept
-            if more > 0:
-                what = f"its fusion costs {saved + more:,} weights, more than the {saved:,} that {factor} branches save"
-                found.append((more, block, what))
-        return found
-
-    def weights(self) -> int:
-        """Weights of all blocks with their fusions."""
-        return sum(self.cost(b) - self.saved(b) for b in self.blocks)
-
-    def saved(self, block: Block) -> int:
-        """Weights that the division of a block removes; a layer that is called again counts once."""
-        nodes = {str(e.node.target): e.node for e in self.inside[block.index] if e.node in self.divisions}
-        return sum(weights_of(n).numel() - self.divisions[n].kept(n) for n in nodes.values())
-
-    def cost(self, block: Block) -> int:
-        """Weights of the fusion behind a block, and those that it adds to the layers that it widens."""
-        if not self.fuses(block) or block.end is None:
-            return 0
-        channels = shape(self.facts.shapes[block.end])[1]
-        width, _ = self.widened(block, channels)
-        total = (channels + 1) * (width or channels)
-        for node in block.end.users if width is not None else ():
-            old = self.divisions[node]
-            slots = tuple(np.array_split(np.arange(width or 0), len(old.outs)))
-            total += Division(slots, old.outs).kept(node) - old.kept(node)
-        return total
-
-    # ------------------------------------------------------------ which channels go to which branch
-
-    def divide(self, block: Block) -> None:
-        """Divide the block's convs (and the linear layers of its gates); notes say what stays whole and why."""
-        factor = self.factor[block.index]
-        if block.index in self.left:
-            what = f"left whole: {self.left[block.index]} (costly='split' splits it all the same)"
-            self.note(str(block), f"block {block.index}: {what}", "declined")
-            return
-        if factor == 1:
-            self.note(str(block), f"block {block.index}: factor 1, left as it is", "info")
-            return
-        shared = self.shared()
-        edges, spared = [], dict[str, list[str]]()
-        for edge in self.inside[block.index]:
-            option = self.spared(edge, shared)
-            if option:
-                spared.setdefault(option, []).append(layer(edge.node))
-            elif edge.computed:
-                self.note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
-            elif str(edge.node.target) in self.read:
-                self.note(layer(edge.node), "left undivided: the model reads its weight elsewhere too", "declined")
-            else:
-                edges.append(edge)
-        for option, layers in spared.items():
-            names = ", ".join(dict.fromkeys(layers))
-            self.note(str(block), f"block {block.index}: left undivided by option {option}: {names}", "info")
-        if not edges:
-            self.note(str(block), f"block {block.index}: no layer to divide", "declined")
-            return
-        found = partition(self.axes, edges, factor, self.whole_axes(block, shared))
-        if self.options.order == "mass":
-            found = self.by_mass(block, edges, found)
-        for edge in edges:
-            division = self.division(edge, found)
-            if isinstance(division, str):
-                self.note(layer(edge.node), f"left undivided: {division}", "declined")
-            else:
-                self.divisions[edge.node] = division
-
-    def edges_of(self, block: Block, place: dict[fx.Node, int]) -> list[Edge]:
-        """The block's convs, and linear layers between them (gates written with nn.Linear)."""
-        first, last = place[block.edges[0].node], place[block.edges[-1].node]
-        return [e for e in self.axes.edges if first <= place[e.node] <= last]
-
-    def shared(self) -> set[fx.Node]:
-        convs = [e.node for e in self.axes.edges if op(e.node).convolves]
-        return set(convs[: self.options.share])
-
-    def whole_axes(self, block: Block, shared: set[fx.Node]) -> dict[int, str]:
-        """Axes that stay whole in this block: frozen ones, the model's output, those that only whole layers write."""
-        whole = dict(self.axes.frozen)
-        whole |= dict.fromkeys(self.axes.outputs, "its channels are the model's output")
-        untouched = set(shared)
-        for other in self.blocks:
-            if self.factor[other.index] == 1:
-                untouched |= {e.node for e in other.edges}
-        for axis, edges in self.axes.writers().items():
-            if axis not in whole and all(e.node in untouched for e in edges):
-                whole[axis] = "only undivided layers write its input"
-        return whole
-
-    def by_mass(self, block: Block, edges: list[Edge], found: Partition) -> Partition:
-        weighed = [(e, squares(module_of(e.node))) for e in edges if e.groups == 1]
-        before = kept_mass(weighed, found.branch)
-        best = most_mass(self.axes, weighed, found)
-        after = kept_mass(weighed, best.branch)
-        self.note(
-            str(block),
-            f"block {block.index}: channel order keeps {after:.1%} of the squared weight, the given order {before:.1%}",
-            "info",
-        )
-        return best
-
-    def division(self, edge: Edge, found: Partition) -> Division | str:
-        ins, outs = found.branch[edge.ins], found.branch[edge.outs]
-        for names, labels in ((edge.ins, ins), (edge.outs, outs)):
-            if (labels == WHOLE).all() or (labels is outs and (labels == WHOLE).any()):
-                return found.whole.get(int(self.axes.axis[names[labels == WHOLE][0]]), "its channels are undivided")
-        if edge.groups > 1 and (ins == WHOLE).any():
-            return "its groups read undivided channels"
-        branches = range(found.factor)
-        division = Division(
-            tuple(np.flatnonzero((ins == g) | (ins == WHOLE)) for g in branches),
-            tuple(np.flatnonzero(outs == g) for g in branches),
-        )
-        empty = [g for g in branches if not len(division.ins[g]) or not len(division.outs[g])]
-        return f"branch {empty[0] + 1} of {found.factor} would have no channels" if empty else division
-
-    def drop_conflicts(self) -> None:
-        """A module that is called again must be divided alike every time."""
-        calls: dict[str, list[fx.Node]] = {}
-        for node in self.graph.graph.nodes:
-            if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(node)
-        for path, nodes in calls.items():
-            held = [self.divisions.get(n) for n in nodes]
-            if len(nodes) > 1 and any(h is not None for h in held) and not all(alike(held[0], h) for h in held):
-                for n in nodes:
-                    self.divisions.pop(n, None)
-                self.note(
-                    path,
-                    "left undivided: the model calls it in places that split differently",
-                    "declined",
-                )
+        return Outcome(tuple(self.notes), reference, replace(self.group, lowering=settled))
 
     # ------------------------------------------------------------ fusion
-
-    def divided(self, block: Block) -> list[fx.Node]:
-        return [e.node for e in block.edges if e.node in self.divisions]
-
-    def fuses(self, block: Block) -> bool:
-        return (
-            self.options.fusion != "none"
-            and block.end is not None
-            and bool(self.divided(block))
-            and not self.is_output(block.end)
-        )
-
-    def is_output(self, end: fx.Node) -> bool:
-        """A map whose channels are the model's output is left to the model."""
-        names = self.axes.of(end)
-        return names is not None and bool({int(a) for a in self.axes.axis[names]} & self.axes.outputs)
 
     def fuse(self, block: Block) -> None:
         if self.factor[block.index] > 1 and not self.divided(block):
@@ -369,7 +134,7 @@ class _Job:
             )
             return
         if not self.fuses(block):
-            if self.divided(block) and block.end is not None and self.options.fusion != "none":
+            if self.divided(block) and block.end is not None and self.group.fusion != "none":
                 self.note(
                     str(block),
                     f"block {block.index}: no fusion, {layer(block.end)} is the model's output",
@@ -391,29 +156,6 @@ class _Job:
         what = f"widens {wide[1]} channels to {len(chosen)}" if width is not None else f"keeps {wide[1]} channels{why}"
         self.note(path, f"fusion behind block {block.index}, after {layer(end)}: {what}")
 
-    def widened(self, block: Block, width: int) -> tuple[int | None, str]:
-        """The next block's width, or None with the reason why the fusion keeps its own."""
-        follower = next((b for b in self.blocks if b.index == block.index + 1), None)
-        if self.options.fusion == "keep":
-            return None, ""
-        if follower is None or follower.end is None:
-            return None, " (no block with an end follows)"
-        if self.factor[follower.index] == 1:
-            return None, f" (block {follower.index} is not split)"
-        wanted = shape(self.facts.shapes[follower.end])[1]
-        if self.is_output(follower.end):
-            return None, f" (block {follower.index} ends in the model's output)"
-        if wanted <= width:
-            return None, f" (block {follower.index} is {wanted} wide)"
-        end = block.end
-        assert end is not None
-        for reader in end.users:
-            convolves = reader in self.divisions and _plain_conv(reader)
-            calls = sum(n.target == reader.target for n in self.graph.graph.nodes if n.op == "call_module")
-            if not convolves or calls > 1 or str(reader.target) in self.tied:
-                return None, f" ({layer(reader)} reads it and cannot be widened)"
-        return wanted, ""
-
     def solve(self, reference: fx.GraphModule, dense: Target) -> None:
         """Solve on the masked graph, which computes what the carved one will; both hold the same fusion tensors."""
         there = {node.name: node for node in reference.graph.nodes}
@@ -421,7 +163,7 @@ class _Job:
         norms = [str(n.target) for n in dense.norms]
         for path in norms:
             own_statistics(reference, path, self.graph)
-        errors = solve_fusions(reference, fusions, dense, self.options.calibration)
+        errors = solve_fusions(reference, fusions, dense, self.group.calibration)
         for path in norms:
             own_statistics(self.graph, path, reference)
         if norms:
@@ -436,7 +178,7 @@ class _Job:
     # ------------------------------------------------------------ lowering
 
     def asked_lowering(self, block: Block) -> Lowering:
-        asked = self.options.lowering
+        asked = self.group.lowering
         return asked[block.index - 1] if isinstance(asked, tuple) else asked
 
     def lower(self, block: Block) -> dict[fx.Node, str]:
@@ -453,8 +195,3 @@ class _Job:
             f"{'grouped convs' if how == 'grouped' else 'narrow branches'} ({why})",
         )
         return dict.fromkeys(nodes, how)
-
-
-def _plain_conv(node: fx.Node) -> bool:
-    module = module_of(node)
-    return type(module) is nn.Conv2d and module.groups == 1

@@ -13,7 +13,7 @@ import splitfx
 from splitfx.analysis.shapes import shapes
 from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
-from splitfx.export import sessions, tiles
+from splitfx.export import sessions, strips, tiles
 from splitfx.export.onnx import LAYER, export_onnx
 from splitfx.export.runtime import check_onnx
 from splitfx.ir.graph import TensorSpec, by_path, copy_graph
@@ -85,12 +85,12 @@ def tiled(
     return graph, run_pass(graph, Tile(**options or {"rows": 16}))[0]
 
 
-def stage_of(split: fx.GraphModule, size: tuple[int, int]) -> tuple[fx.GraphModule, tiles._Finder]:
+def stage_of(split: fx.GraphModule, size: tuple[int, int]) -> tuple[fx.GraphModule, strips._Finder]:
     stage = next(m for m in split.modules() if isinstance(m, Tiled)).stage.double()
-    return stage, tiles._Finder(stage, shapes(stage, (TensorSpec((1, 3, *size), torch.float64),)))
+    return stage, strips._Finder(stage, shapes(stage, (TensorSpec((1, 3, *size), torch.float64),)))
 
 
-def plans(split: fx.GraphModule, size: tuple[int, int]) -> list[tiles.Plan]:
+def plans(split: fx.GraphModule, size: tuple[int, int]) -> list[strips.Plan]:
     _, finder = stage_of(split, size)
     return [p for cut in finder.cuts() for count in (2, 3, 5, 8) if (p := finder.plan(cut, count)) is not None]
 
@@ -112,7 +112,7 @@ def test_strips_are_exact_at_every_cut(model: type[nn.Module], size: tuple[int, 
     found = plans(split, size)
     assert len({p.cut for p in found}) >= 5
     for plan in found:
-        oracle.assert_equal(tiles.Strips(stage, plan)(x), stage(x))
+        oracle.assert_equal(strips.Strips(stage, plan)(x), stage(x))
         heights = [s.stop - s.start for s in plan.strips]
         assert len(set(heights)) == len(heights), "equal heights have equal shapes, which the runtime keeps"
 
@@ -121,15 +121,15 @@ def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch, any_cost: No
     size = (96, 32)
     split = tiled(Residuals, size)[1]
     stage, _ = stage_of(split, size)
-    need = tiles._Finder._need
+    need = strips._Finder._need
 
-    def short(self: tiles._Finder, inside: Any, low: int, high: int) -> tuple[int, int]:
+    def short(self: strips._Finder, inside: Any, low: int, high: int) -> tuple[int, int]:
         first, last = need(self, inside, low, high)
         return first, last - 1 if last < size[0] else last
 
-    monkeypatch.setattr(tiles._Finder, "_need", short)
+    monkeypatch.setattr(strips._Finder, "_need", short)
     x = torch.randn(1, 3, *size, dtype=torch.float64)
-    wrong = [p for p in plans(split, size) if oracle.difference(tiles.Strips(stage, p)(x), stage(x))]
+    wrong = [p for p in plans(split, size) if oracle.difference(strips.Strips(stage, p)(x), stage(x))]
     assert wrong
 
 
