@@ -100,7 +100,7 @@ def plans(split: fx.GraphModule, size: tuple[int, int]) -> list[strips.Plan]:
 
 @pytest.fixture
 def any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "MORE", 100.0)
+    monkeypatch.setattr(strips, "MORE", 100.0)
 
 
 @pytest.mark.parametrize("size", [(96, 32), (131, 29)])
