@@ -86,12 +86,11 @@ class Group(Pass):
         return job.run()
 
 
-class _Job(Divider):
+class _Job(Divider[Group]):
     """One run of the pass: decide on the facts of the dense graph, then fuse, mask, solve, carve."""
 
     def __init__(self, options: Group, graph: fx.GraphModule, facts: Facts) -> None:
         super().__init__(options, graph, facts)
-        self.group = options
         self.fusions: dict[fx.Node, np.ndarray] = {}
         self.settled: dict[int, Literal["grouped", "branches"]] = {}
 
@@ -104,7 +103,7 @@ class _Job(Divider):
             self.note("model", "no convolution can be divided: nothing was changed", "declined")
             return Outcome(tuple(self.notes))
         ends = [b.end for b in self.blocks if self.fuses(b) and b.end is not None]
-        calibration = self.group.calibration
+        calibration = self.options.calibration
         solved = calibration is not None and bool(ends)
         dense = target(self.graph, ends, self.divisions, calibration) if solved else None
         for block in self.blocks:
@@ -118,10 +117,10 @@ class _Job(Divider):
             set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
         self.notes += carve(self.graph, self.divisions, lowering)
-        if self.group.lowering != "auto":
+        if self.options.lowering != "auto":
             return Outcome(tuple(self.notes), reference)
         settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
-        return Outcome(tuple(self.notes), reference, replace(self.group, lowering=settled))
+        return Outcome(tuple(self.notes), reference, replace(self.options, lowering=settled))
 
     # ------------------------------------------------------------ fusion
 
@@ -134,7 +133,7 @@ class _Job(Divider):
             )
             return
         if not self.fuses(block):
-            if self.divided(block) and block.end is not None and self.group.fusion != "none":
+            if self.divided(block) and block.end is not None and self.options.fusion != "none":
                 self.note(
                     str(block),
                     f"block {block.index}: no fusion, {layer(block.end)} is the model's output",
@@ -163,7 +162,7 @@ class _Job(Divider):
         norms = [str(n.target) for n in dense.norms]
         for path in norms:
             own_statistics(reference, path, self.graph)
-        errors = solve_fusions(reference, fusions, dense, self.group.calibration)
+        errors = solve_fusions(reference, fusions, dense, self.options.calibration)
         for path in norms:
             own_statistics(self.graph, path, reference)
         if norms:
@@ -178,7 +177,7 @@ class _Job(Divider):
     # ------------------------------------------------------------ lowering
 
     def asked_lowering(self, block: Block) -> Lowering:
-        asked = self.group.lowering
+        asked = self.options.lowering
         return asked[block.index - 1] if isinstance(asked, tuple) else asked
 
     def lower(self, block: Block) -> dict[fx.Node, str]:

@@ -31,7 +31,6 @@ from splitfx.ir.ops.row import At, Dims, Placed, Taps
 
 NCHW: Dims = (2, 3)  # also of a volume, whose third axis is whole in every piece
 MAPS = (4, 5)  # dims of an image and of a volume, batch and channels in front
-AXES = ("rows", "columns")
 
 
 class Edge:

@@ -7,7 +7,7 @@ changed: what comes out is a `Division` per node, the fusions' widths, and the n
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import fx, nn
@@ -47,10 +47,13 @@ class Options(Protocol):
     def exclude(self) -> tuple[str, ...]: ...
 
 
-class Divider:
+Asked = TypeVar("Asked", bound=Options)
+
+
+class Divider(Generic[Asked]):
     """What is divided of one graph; `settle` decides."""
 
-    def __init__(self, options: Options, graph: fx.GraphModule, facts: Facts) -> None:
+    def __init__(self, options: Asked, graph: fx.GraphModule, facts: Facts) -> None:
         self.options, self.graph, self.facts, self.axes = options, graph, facts, facts.axes
         self.blocks = self.matched(blocks(facts))
         self.factor = self.factors()

@@ -8,6 +8,7 @@ tensor.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,14 @@ from splitfx.ir.ops import Channel, Spatial, op, op_name
 aten = torch.ops.aten
 
 
-class Moving(Pieces):
+class Moving(Pieces, ABC):
     """Pieces that follow data movement. ``divisions``: of the weighted nodes behind, whose first wishes count."""
 
     divisions: Divisions
 
+    @abstractmethod
     def same(self, node: fx.Node) -> Value | None:
         """An elementwise node on pieces; see `splitfx.carving.carve`."""
-        raise NotImplementedError
 
     def lead(self, operands: dict[fx.Node, Value]) -> Value:
         """The operand that the others are arranged like: in most pieces, and rather one that has been laid anew."""

@@ -14,7 +14,6 @@ from torch import nn
 
 from splitfx.ir.ops.channels import block, grown, picked, renewed
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,7 +85,8 @@ class Read:
 class Job:
     """One value: ``sizes`` are its rows and columns, ``dims`` where they lie, ``row_bytes`` the bytes of a full row.
     ``reads``: the operands that are maps; ``whole``: one that was computed whole, where there is no map (its rows,
-    columns, bytes). ``before``: rows and columns that a padding puts in front. ``argument(name)``: how a parameter or
+    columns, bytes). ``before``: rows and columns that a padding puts in front. ``rest``: sizes of the axes behind rows
+    and columns, of a volume one, of an image none. ``argument(name)``: how a parameter or
     an argument is found when the piece is computed."""
 
     node: fx.Node
@@ -98,17 +98,13 @@ class Job:
     whole: tuple[int, int, int] | None
     window: Window | None
     before: tuple[int, int]
+    rest: tuple[int, ...] = ()
     argument: Callable[[str], Argument] = _nothing
 
     @property
     def rule(self) -> Window:
         assert self.window is not None
         return self.window
-
-    @cached_property
-    def rest(self) -> tuple[int, ...]:
-        """Sizes of the axes behind rows and columns: of a volume one, of an image none."""
-        return tuple(int(s) for s in self.values[self.node].shape[4:]) if self.values else ()
 
     def spans(self, run: Piece | Span) -> tuple[Interval, ...]:
         """What a piece is along every axis."""

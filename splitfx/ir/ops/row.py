@@ -250,6 +250,7 @@ def rows(names: str, *, modules: Mapping[str, Sequence[type[nn.Module]]] | None 
 
 
 def add(row: Op) -> None:
-    assert row.name not in ROWS, f"{row.name} has two rows"
+    if row.name in ROWS:
+        raise ValueError(f"{row.name} has two rows")
     ROWS[row.name] = row
     BY_MODULE.update(dict.fromkeys(row.modules, row))

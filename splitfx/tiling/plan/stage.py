@@ -85,7 +85,18 @@ class Kernel:
         """What the operation's row computes pieces of this value from."""
         reads = tuple(Read(k.sizes, k.row_bytes, h, w, k.rest) for k, h, w in self.reads)
         whole = (*self.takes[0].sizes, self.takes[0].row_bytes) if self.takes else None
-        return Job(self.node, self.values, self.sizes, self.dims, self.row_bytes, reads, whole, self.rule, self.before)
+        return Job(
+            self.node,
+            self.values,
+            self.sizes,
+            self.dims,
+            self.row_bytes,
+            reads,
+            whole,
+            self.rule,
+            self.before,
+            self.rest,
+        )
 
     @kept
     def overwrites(self) -> tuple[int, ...]:
