@@ -39,17 +39,17 @@ from splitfx.ir.graph import layer, set_path
 class Group(Pass):
     """Split each block of convolutions into branches with a fusion conv behind it (paper A).
 
-    ``factors``: branches per block, in order, 1 leaves a block as it is; one factor with ``fusion="none"`` makes the
-    whole network one block (the naive split). ``fusion``: ``"widen"`` (1x1 conv from the block's width to the next
-    block's, as in the paper), ``"keep"`` (same width) or ``"none"``. ``share``: that many first convs stay undivided
-    (the shared variant). ``gating``: squeeze-and-excitation is split too (``"strict"``) or stays dense
-    (``"relaxed"``, which lets a few scalars per channel cross between branches). ``costly``: a block whose fusion costs
-    more weights than the division saves is left ``"whole"`` or ``"split"`` all the same, as its factor says; a note
-    gives both figures. ``order``: channels go to branches
-    as they come (``"given"``) or so that the branches keep the most squared weight (``"mass"``). ``lowering``:
-    ``"grouped"`` convs, narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and
-    ``exclude``: globs of layer names. ``calibration``: example inputs on which fusions are solved by least squares
-    and batch norms behind divided layers take their running statistics (not in the plan).
+    ``factors``: branches per block, in order, 1 leaves a block as it is; a number alone is for every block. A list of
+    one factor with ``fusion="none"`` makes the whole network one block (the naive split). ``fusion``: ``"widen"`` (1x1
+    conv from the block's width to the next block's, as in the paper), ``"keep"`` (same width) or ``"none"``. ``share``:
+    that many first convs stay undivided (the shared variant). ``gating``: squeeze-and-excitation is split too
+    (``"strict"``) or stays dense (``"relaxed"``, which lets a few scalars per channel cross between branches).
+    ``costly``: a block whose fusion costs more weights than the division saves is left ``"whole"`` or ``"split"`` all
+    the same, as its factor says; a note gives both figures. ``order``: channels go to branches as they come
+    (``"given"``) or so that the branches keep the most squared weight (``"mass"``). ``lowering``: ``"grouped"`` convs,
+    narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and ``exclude``: globs of
+    layer names. ``calibration``: example inputs on which fusions are solved by least squares and batch norms behind
+    divided layers take their running statistics (not in the plan).
 
     Stochastic depth on a split value draws per branch. Raises `PlanError` when ``factors`` does not fit the model.
     """
@@ -58,7 +58,7 @@ class Group(Pass):
     promise: ClassVar[Promise] = Promise.RETRAIN
     writes_weights: ClassVar[bool] = False
 
-    factors: tuple[int, ...]
+    factors: int | tuple[int, ...]
     fusion: Literal["widen", "keep", "none"] = "widen"
     share: int = 0
     gating: Literal["strict", "relaxed"] = "strict"
@@ -71,13 +71,14 @@ class Group(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.factors:
+        factors = self.factors if isinstance(self.factors, tuple) else (self.factors,)
+        if not factors:
             raise PlanError("pass 'group': factors is empty; give one factor per block, for example (2, 2, 4)")
-        for factor in self.factors:
+        for factor in factors:
             if factor < 1:
                 raise PlanError(f"pass 'group': a factor is the number of branches of a block, 1 or more; got {factor}")
-        if isinstance(self.lowering, tuple) and len(self.lowering) != len(self.factors):
-            raise PlanError(f"pass 'group': lowering has {len(self.lowering)} entries for {len(self.factors)} factors")
+        if isinstance(self.lowering, tuple) and len(self.lowering) != len(factors):
+            raise PlanError(f"pass 'group': lowering has {len(self.lowering)} entries for {len(factors)} factors")
         if self.share < 0:
             raise PlanError(f"pass 'group': share counts convs, 0 or more; got {self.share}")
 
@@ -120,7 +121,8 @@ class _Job(Divider[Group]):
         if self.options.lowering != "auto":
             return Outcome(tuple(self.notes), reference)
         settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
-        return Outcome(tuple(self.notes), reference, replace(self.options, lowering=settled))
+        factors = tuple(self.factor[b.index] for b in self.blocks)
+        return Outcome(tuple(self.notes), reference, replace(self.options, factors=factors, lowering=settled))
 
     # ------------------------------------------------------------ fusion
 

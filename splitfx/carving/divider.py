@@ -30,7 +30,7 @@ class Options(Protocol):
     """The options of `Group` that decide what is divided."""
 
     @property
-    def factors(self) -> tuple[int, ...]: ...
+    def factors(self) -> int | tuple[int, ...]: ...
     @property
     def fusion(self) -> str: ...
     @property
@@ -72,12 +72,15 @@ class Divider(Generic[Asked]):
 
     def matched(self, found: list[Block]) -> list[Block]:
         """The naive split takes all blocks as one."""
-        if self.options.fusion == "none" and len(self.options.factors) == 1 and len(found) > 1:
+        given = self.options.factors
+        if self.options.fusion == "none" and isinstance(given, tuple) and len(given) == 1 and len(found) > 1:
             return [Block(1, tuple(e for b in found for e in b.edges), found[-1].end)]
         return found
 
     def factors(self) -> dict[int, int]:
         given = self.options.factors
+        if isinstance(given, int):
+            return {b.index: given for b in self.blocks}
         if self.blocks and len(given) != len(self.blocks):
             listed = "; ".join(f"{b.index}: {b}" for b in self.blocks)
             raise PlanError(

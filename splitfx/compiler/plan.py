@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +48,33 @@ class Plan:
     ) -> None:
         object.__setattr__(self, "passes", _checked_passes(passes))
         object.__setattr__(self, "input_shape", _checked_shape(input_shape))
+
+    @classmethod
+    def of(cls, given: Any) -> Plan:
+        """The plan that ``given`` is or stands for: a plan, a pass, a list of passes, a dict (of a plan file, or of one
+        of its ``[[pass]]`` tables; also inside a list), or the path of a plan file. Raises `PlanError`."""
+        if isinstance(given, Plan):
+            return given
+        if isinstance(given, Pass):
+            return cls([given])
+        if isinstance(given, str | os.PathLike):
+            return cls.load(given)
+        if isinstance(given, Mapping):
+            return cls._of_table(dict(given))
+        if isinstance(given, list | tuple):
+            read = [_read_pass(i, dict(p)) if isinstance(p, Mapping) else p for i, p in enumerate(given, 1)]
+            return cls(read)
+        raise PlanError(
+            f"a plan is a splitfx.Plan, a pass, a list of passes, a dict or the path of a file; got {shown(given)}."
+        )
+
+    @classmethod
+    def _of_table(cls, given: dict[str, Any]) -> Self:
+        if "name" in given and "pass" not in given:
+            return cls([_read_pass(1, given)])
+        _check_format({"format": FORMAT, **given})
+        _check_keys(given)
+        return cls(_read_passes(given.get("pass", [])), given.get("input_shape"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -84,8 +111,7 @@ class Plan:
         except ValueError as error:  # a number of too many digits is one too
             raise PlanError(f"the plan is not valid TOML, or was cut off: {error}.") from None
         _check_format(given)
-        _check_keys(given)
-        return cls(_read_passes(given.get("pass", [])), given.get("input_shape"))
+        return cls._of_table(given)
 
     def to_toml(self) -> str:
         """The plan's text: only options that differ from their defaults."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from splitfx.text import shown
 @fresh()
 def transform(
     model: nn.Module,
-    plan: Plan | Pass,
+    plan: Plan | Pass | Sequence[Pass | Mapping[str, Any]] | Mapping[str, Any] | str | os.PathLike[str],
     example_inputs: Any = None,
     *,
     verify: bool = True,
@@ -31,15 +32,13 @@ def transform(
 ) -> fx.GraphModule:
     """Rewrite ``model`` by ``plan``; returns a new ``torch.fx.GraphModule`` and never changes ``model``.
 
+    ``plan`` is a `Plan`, what `Plan.of` makes one of (a pass, a list of passes, a dict), or the path of a plan file.
     ``example_inputs`` (see `trace`) or the plan's ``input_shape`` say the sizes; a graph from `trace` or `transform`
     needs neither. Every pass is held to its promise in float64 unless ``verify`` is off. The result has parameters of
     its own: train it, save it, export it. Raises `TraceError`, `PlanError`, `UnsupportedError`, `PassError`,
     `VerificationError`.
     """
-    if isinstance(plan, Pass):
-        plan = Plan([plan])
-    if not isinstance(plan, Plan):
-        raise PlanError(f"a plan is a splitfx.Plan, not {type(plan).__name__}; for a file use Plan.load(path)")
+    plan = Plan.of(plan)
     if not is_canonical(model) or example_inputs is not None:
         progress("tracing")
         inputs = inputs_for(model, plan) if example_inputs is None else example_inputs

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from splitfx.ground.notebook import Shown
 from splitfx.text import cut, printable
 
 HEAD = (
@@ -81,7 +82,7 @@ class ProviderRow:
 
 
 @dataclass(frozen=True)
-class RuntimeReport:
+class RuntimeReport(Shown):
     """`rows`, one per provider; `ok` when every provider asked for ran and agreed with the module.
 
     tolerance: the largest allowed error of an output relative to its own largest absolute value, or None

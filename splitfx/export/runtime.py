@@ -97,7 +97,7 @@ def _call(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
         return graphs.random_inputs(model)
     from splitfx.frontend.example_inputs import split_inputs
 
-    return split_inputs(inputs)
+    return split_inputs(inputs, model)
 
 
 def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:

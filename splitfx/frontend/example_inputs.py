@@ -1,7 +1,8 @@
 """Example inputs: their four spellings, and what of them torch.export is shown.
 
-Does: reads a tensor, a tuple, a dict or ``((...), {...})`` as ``(args, kwargs)``; makes a batch of one a batch of two,
-and heights and widths larger, where a size of one would be a case apart; says which sizes are free.
+Does: reads a tensor, a tuple, a dict or ``((...), {...})`` as ``(args, kwargs)``, where shapes and numpy arrays may
+stand for tensors; makes a batch of one a batch of two, and heights and widths larger, where a size of one would be a
+case apart; says which sizes are free.
 """
 
 from __future__ import annotations
@@ -10,18 +11,32 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from splitfx.errors import UnsupportedError
 from splitfx.frontend.size_rules import TooLong
+from splitfx.ground import limits
+from splitfx.ir.graph import TensorSpec, is_canonical, random_inputs
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def split_inputs(example_inputs: Any) -> Inputs:
-    """The four accepted spellings of example inputs as ``(args, kwargs)``."""
+def split_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
+    """The four accepted spellings of example inputs as ``(args, kwargs)`` of tensors and other values.
+
+    Where no tensor or array is among them, tuples of numbers such as (1, 3, 224, 224) are shapes: of normal values, the
+    same in each call, in ``model``'s type and on its device. An array of floats takes the model's type. Raises
+    `UnsupportedError` for shapes that no machine holds.
+    """
+    leaves = pytree.tree_leaves(example_inputs)
+    if not any(isinstance(one, torch.Tensor | np.ndarray) for one in leaves):
+        example_inputs = _of_shapes(example_inputs, _like(model))
+    elif any(isinstance(one, np.ndarray) for one in leaves):
+        example_inputs = pytree.tree_map_only(np.ndarray, lambda one: _of_array(one, _like(model)), example_inputs)
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
     if not isinstance(example_inputs, tuple | list):
@@ -30,6 +45,49 @@ def split_inputs(example_inputs: Any) -> Inputs:
     if pair and isinstance(example_inputs[1], dict) and all(isinstance(k, str) for k in example_inputs[1]):
         return tuple(example_inputs[0]), dict(example_inputs[1])
     return tuple(example_inputs), {}
+
+
+def inputs_for(example_inputs: Any, *models: nn.Module) -> Inputs:
+    """As `split_inputs`; where nothing is given, random ones of the sizes that the last of ``models`` was traced with.
+
+    Raises `UnsupportedError` where none of them is a graph from `trace` or `transform`."""
+    if example_inputs is not None:
+        return split_inputs(example_inputs, models[0])
+    for model in reversed(models):
+        if is_canonical(model):
+            return random_inputs(model)  # type: ignore[arg-type]
+    raise UnsupportedError(f"{type(models[-1]).__name__} is no traced graph: give its example_inputs")
+
+
+def _like(model: nn.Module | None) -> torch.Tensor:
+    """A number of the type and on the device that a model computes with."""
+    found = (p for p in (model.parameters() if model is not None else ()) if p.dtype.is_floating_point)
+    return next(found, torch.zeros(()))
+
+
+def _of_shapes(given: Any, like: torch.Tensor) -> Any:
+    """``given`` with a tensor in the place of each shape."""
+    if _is_shape(given):
+        shape = tuple(map(int, given))
+        limits.check_shape(shape, UnsupportedError, "an example input")
+        limits.check_memory(math.prod(shape) * 8, UnsupportedError, f"an example input of {shape}")
+        return TensorSpec(shape, like.dtype, str(like.device)).random(torch.Generator().manual_seed(0))
+    if isinstance(given, dict):
+        return {name: _of_shapes(one, like) for name, one in given.items()}
+    if type(given) in (tuple, list):
+        return type(given)(_of_shapes(one, like) for one in given)
+    return given
+
+
+def _is_shape(given: Any) -> bool:
+    if not isinstance(given, tuple | list) or not given:
+        return False
+    return all(isinstance(one, int | np.integer) and not isinstance(one, bool) and one >= 1 for one in given)
+
+
+def _of_array(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    made = torch.from_numpy(np.ascontiguousarray(array))
+    return made.to(device=like.device, dtype=like.dtype if made.dtype.is_floating_point else None)
 
 
 def widen_batch(inputs: Inputs) -> Inputs:

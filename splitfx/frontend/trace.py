@@ -49,7 +49,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify
     """Trace ``model`` to its canonical graph.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, a dict of keyword inputs, or
-    ``((positional, ...), {keyword: ...})``; the graph is traced for their shapes. ``dynamic`` says which
+    ``((positional, ...), {keyword: ...})``; numpy arrays or shapes, as in ``(1, 3, 224, 224)``, may stand for tensors.
+    The graph is traced for their shapes. ``dynamic`` says which
     sizes may differ later, where the model allows it: ``"all"``, ``"batch"`` (dim 0 of every tensor only) or
     ``"none"``. What the model allowed is in ``TraceInfo.sizes``; a call at any other size is an `UnsupportedError`.
 
@@ -63,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify
     if dynamic not in DYNAMIC:
         raise TraceError(f"dynamic is one of {', '.join(DYNAMIC)}, not {dynamic!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the user's module there
-    inputs = pytree.tree_map(_detached, split_inputs(example_inputs))
+    inputs = pytree.tree_map(_detached, split_inputs(example_inputs, model))
     check_inputs(model, *inputs)
     register_dataclasses(inputs)
     with _no_collection(), undisturbed(model), quiet():

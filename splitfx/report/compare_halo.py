@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from splitfx.analysis.shapes import shapes
 from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import dims, size, table
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
@@ -56,7 +57,7 @@ class HaloRow:
 
 
 @dataclass(frozen=True)
-class HaloComparison:
+class HaloComparison(Shown):
     """One row for every combine layer, in order."""
 
     rows: tuple[HaloRow, ...]
@@ -67,11 +68,14 @@ class HaloComparison:
     def __str__(self) -> str:
         return halo_table(self.rows)
 
-    def plot(self, path: str | Path) -> None:
-        """Write memory saved against change of the output as an SVG picture. Raises `SplitfxError`."""
-        from splitfx.report.plots import plot_halo
+    def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Draw memory saved against change of the output to ``path``, a png, svg or pdf file.
 
-        plot_halo(self.rows, path)
+        Raises `MissingExtraError` without matplotlib, `SplitfxError` where the file cannot be written.
+        """
+        from splitfx.report.plots.trade_offs import plot_halo
+
+        plot_halo(self.rows, path, overwrite)
 
 
 def compare_halo(
@@ -115,7 +119,7 @@ class _Comparison:
         assert isinstance(graph, fx.GraphModule)
         self.graph, self.grid = copy_graph(graph, share=True), grid
         self.graph.eval()
-        args, kwargs = split_inputs(example_inputs)
+        args, kwargs = split_inputs(example_inputs, model)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         if len(tensors) != 1 or tensors[0].dim() != 4 or len(info(graph).inputs) != 1:
             raise UnsupportedError("comparing halos needs a model with one input, an image [N, C, H, W]")

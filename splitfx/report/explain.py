@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from splitfx.compiler.pipeline import Step
 from splitfx.errors import UnsupportedError
-from splitfx.frontend.example_inputs import split_inputs
+from splitfx.frontend.example_inputs import inputs_for, split_inputs
 from splitfx.ground.difference import apart
+from splitfx.ground.notebook import Shown
 from splitfx.ir.graph import info
 from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
@@ -21,7 +22,7 @@ from splitfx.report.profile import Profile, profile
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """What the compiler did to a graph: how it was traced, and every pass with its notes and figures."""
 
     model: str
@@ -45,7 +46,7 @@ def explain(split: nn.Module) -> Explanation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Two models side by side on the same inputs; differences are of the outputs, in the models' own type."""
 
     before: Profile
@@ -69,13 +70,15 @@ class Comparison:
         return comparison_text(self)
 
 
-def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparison:
-    """Profiles of both, and how far their outputs (in eval mode) are apart on ``example_inputs``.
+def compare(model: nn.Module, split: nn.Module, example_inputs: Any = None) -> Comparison:
+    """Profiles of both, and how far their outputs (in eval mode) are apart on ``example_inputs``, spelled as for
+    `trace`; without them, on random inputs of the sizes that ``split`` was made for.
 
     ``max_rel`` is relative to the largest magnitude of each of ``model``'s outputs. A split network is not the
     dense one before it is fine-tuned, so a large difference is no fault. Raises `UnsupportedError` when the outputs
     have different shapes.
     """
+    example_inputs = inputs_for(example_inputs, model, split)
     first, second = outputs(model, example_inputs), outputs(split, example_inputs)
     if [t.shape for t in first] != [t.shape for t in second]:
         raise UnsupportedError(
@@ -92,7 +95,7 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any) -> Comparis
 
 def outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The output tensors in eval mode, as float64; the model's modes are restored."""
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = split_inputs(example_inputs, model)
     with in_eval(model), torch.inference_mode():
         found = model(*args, **kwargs)
     return [t.double() for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.frontend.trace import trace
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import size, table
 from splitfx.ir.graph import is_canonical
 from splitfx.tiling.plan.extract import stages
@@ -30,7 +31,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Shown):
     """Choices by rising peak; none is beaten in both peak and time by another."""
 
     choices: tuple[Choice, ...]
@@ -43,11 +44,14 @@ class Curve:
         rows = [[size(c.peak_bytes), f"x{c.time:.2f}", c.budget or "not tiled", c.layer] for c in self.choices]
         return table(["peak", "time", "budget", "peaks at"], rows, left=(2, 3))
 
-    def plot(self, path: str | Path) -> None:
-        """Write the curve as an SVG picture."""
-        from splitfx.report.plots import plot_pareto
+    def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Draw the curve to ``path``, a png, svg or pdf file.
 
-        plot_pareto(self.points, path)
+        Raises `MissingExtraError` without matplotlib, `SplitfxError` where the file cannot be written.
+        """
+        from splitfx.report.plots.trade_offs import plot_pareto
+
+        plot_pareto(self.points, path, overwrite)
 
 
 def pareto(model: nn.Module, example_inputs: Any = None, mode: Mode = "auto") -> Curve:

@@ -22,6 +22,7 @@ from splitfx.analysis.shapes import shapes as shapes_of
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import dims, number, size, table, wrap
 from splitfx.ir.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ir.ops import is_size, op_name
@@ -53,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """Rows and totals; ``str()`` is a table of at most 100 columns.
 
     ``params`` counts each parameter once. ``macs``, ``ops`` and ``flops`` (2 × macs) are for one call with
@@ -184,7 +185,7 @@ def _operation(node: fx.Node) -> str:
 
 
 def _specs(graph: fx.GraphModule, example_inputs: Any) -> tuple[Any, ...]:
-    leaves, spec = pytree.tree_flatten(split_inputs(example_inputs))
+    leaves, spec = pytree.tree_flatten(split_inputs(example_inputs, graph))
     expected = info(graph).in_spec
     if spec != expected:
         raise UnsupportedError(

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
-from splitfx.frontend.example_inputs import split_inputs
+from splitfx.frontend.example_inputs import inputs_for
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import seconds, size
 from splitfx.ground.timing import settling, took
 from splitfx.ir.modes import in_eval
@@ -34,7 +35,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Shown):
     """One model on one device. Times in seconds, memory in bytes.
 
     ``peak_bytes``: the most tensor bytes alive at once, inputs included, parameters and buffers not; on a
@@ -68,10 +69,13 @@ class Measurement:
         )
 
 
-def measure(model: nn.Module, example_inputs: Any, device: str | torch.device = "cpu", runs: int = 20) -> Measurement:
+def measure(
+    model: nn.Module, example_inputs: Any = None, device: str | torch.device = "cpu", runs: int = 20
+) -> Measurement:
     """Run ``model`` on ``example_inputs`` and measure it.
 
-    ``example_inputs`` is spelled as for `trace`; floating inputs and the model keep their dtype. ``runs``
+    ``example_inputs`` is spelled as for `trace`, and may be left out for a graph from `trace` or `transform`, which
+    knows its own; floating inputs and the model keep their dtype. ``runs``
     timed calls follow 3 to warm up; the number of threads is torch's current one. On a GPU every run is
     synchronised.
 
@@ -80,7 +84,7 @@ def measure(model: nn.Module, example_inputs: Any, device: str | torch.device = 
     if runs < 1:
         raise UnsupportedError(f"runs must be at least 1; got {runs}")
     place = _device(device)
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = inputs_for(example_inputs, model)
     with in_eval(model), torch.no_grad():
         there = _placed(model, place)
         if place.type == "cuda":

@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import asdict, dataclass
 
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import table
 
 
@@ -36,7 +37,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class History:
+class History(Shown):
     """A run: the score before it, its epochs, the number of the best (0: the start), and why it ended."""
 
     before: Score

@@ -1,8 +1,9 @@
 """Bundle: the models of a folder that `export_bundle` wrote; each call takes the best that meets its deadline.
 
 Sessions are opened when they are first needed. How long a model takes is what it took on this machine: `warm_up`
-measures all models for inputs of a size, and every call adds to it. Refused (`UnsupportedError`): a deadline that no
-model meets, with the nearest, unless ``late="fastest"``; sizes of inputs for which nothing is known. `ExportError`: a
+measures all models for inputs of a size, and every call adds to it. A deadline that no model meets is answered by the
+fastest, and the answer says that it is late. Refused (`UnsupportedError`): such a deadline with ``late="refuse"``;
+sizes of inputs for which nothing is known. `ExportError`: a
 folder that is no bundle, or is damaged.
 """
 
@@ -82,12 +83,12 @@ class Bundle:
     # ------------------------------------------------------------ running
 
     def run(
-        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["refuse", "fastest"] = "refuse"
+        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["fastest", "refuse"] = "fastest"
     ) -> Answer:
         """Run the best model whose time is within ``deadline`` seconds; without one, the best model.
 
         The best is the one with the highest accuracy, or with the most MACs where accuracies are not known. ``late``:
-        what to do where no model is fast enough: "refuse", or run the "fastest" and say so in the answer.
+        what to do where no model is fast enough: run the "fastest", whose answer has ``met=False``, or "refuse".
         """
         name = self.pick(*inputs, deadline=deadline, late=late)
         answer, took = self._timed(name, inputs)
@@ -95,7 +96,7 @@ class Bundle:
         return Answer(answer, name, took, deadline is None or took <= deadline)
 
     def pick(
-        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["refuse", "fastest"] = "refuse"
+        self, *inputs: torch.Tensor, deadline: float | None = None, late: Literal["fastest", "refuse"] = "fastest"
     ) -> str:
         """The name of the model that `run` would take."""
         if late not in ("refuse", "fastest"):
@@ -111,7 +112,7 @@ class Bundle:
             return fastest
         raise UnsupportedError(
             f"no model meets a deadline of {seconds(deadline)}: the fastest is {fastest} with "
-            f"{seconds(times[fastest])}; late='fastest' runs it all the same"
+            f"{seconds(times[fastest])}; leave late='refuse' out to run it all the same"
         )
 
     def warm_up(self, *inputs: torch.Tensor, runs: int = 20) -> dict[str, float]:

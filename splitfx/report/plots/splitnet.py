@@ -7,19 +7,15 @@ Each is a file, png, svg or pdf by its suffix. Needs matplotlib, which is import
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import fx
 
-from splitfx.errors import MissingExtraError, PlanError, SplitfxError
-from splitfx.files import check_target, written_whole
+from splitfx.errors import PlanError
 from splitfx.ground.table import shorten
-from splitfx.report.html.style import COLOURS
+from splitfx.report.plots.picture import PALETTE, picture, plain_axes
 from splitfx.report.plots.splitnet_classes import Agreement, Classes, agreement, grouped_classes
 from splitfx.report.plots.splitnet_matrices import Matrix, matrices, reduced
 from splitfx.splitnet.assignment import OPTIONS, Assignment, structure
@@ -27,12 +23,6 @@ from splitfx.splitnet.learn import Groups
 from splitfx.splitnet.sources import Taxonomy
 from splitfx.splitnet.structure import Structure
 
-PALETTE = dict(re.findall(r"--(\w+):\s*(#\w+)", COLOURS.partition("@media")[0]))  # the light one: pictures are printed
-FONTS: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Segoe UI", "Roboto", "DejaVu Sans"],
-    "svg.hashsalt": "splitfx",
-}
 SHOWN, PIXELS = 6, 320  # layers, and rows and columns of a matrix, that are drawn
 BAND = 50  # classes beside each other; more are drawn below
 INCH = 0.2  # of a class
@@ -205,32 +195,10 @@ def plot_curves(
         axes.set_ylabel("penalty; 1 where all groups are alike", color=PALETTE["soft"])
         axes.set_title("Learning the groups", color=PALETTE["ink"], fontsize=12, loc="left")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(PALETTE["soft"])
-        axes.tick_params(colors=PALETTE["ink"], length=0)
+        plain_axes(axes)
 
 
 # ---------------------------------------------------------------- what they share
-
-
-@contextmanager
-def picture(path: str | os.PathLike[str], size: tuple[float, float], overwrite: bool) -> Iterator[Any]:
-    """A figure to draw on, written to ``path`` at the end."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing needs matplotlib: pip install 'splitfx[plot]'") from error
-    check_target(path, overwrite=overwrite, error=SplitfxError)
-    with matplotlib.rc_context(FONTS):
-        figure = Figure(figsize=size, dpi=140, layout="constrained", facecolor="white")
-        form = Path(path).suffix.lstrip(".").lower()
-        if form not in FigureCanvasAgg(figure).get_supported_filetypes():
-            raise SplitfxError(f"{path}: a picture is a png, svg or pdf file by its suffix")
-        yield figure
-        with written_whole(path, overwrite=overwrite) as scratch:
-            figure.savefig(scratch, format=form)
 
 
 def _shades() -> Any:

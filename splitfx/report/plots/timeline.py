@@ -1,18 +1,13 @@
-"""A profile as a picture: memory over the run of the graph, and what each layer costs.
-
-Needs matplotlib, which is imported here only; without it `MissingExtraError` says which extra to install.
-"""
+"""A profile as a picture: memory over the run of the graph, and what each layer costs."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitfx.errors import MissingExtraError, SplitfxError
-from splitfx.files import written_whole
 from splitfx.ground.table import number, shorten, size
 from splitfx.report.fold import fold
+from splitfx.report.plots.picture import picture, plain_axes
 
 if TYPE_CHECKING:
     from splitfx.report.fold import Line
@@ -23,32 +18,21 @@ _BARS = 40
 
 
 def draw(profile: Profile, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write the picture to ``path``; its suffix says how (png, svg, pdf)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing needs matplotlib: pip install 'splitfx[plot]'") from error
+    """Write the picture to ``path``, a png, svg or pdf file; errors as for `picture`."""
     lines = [line for line in fold(profile.rows, _BARS)[0] if line.macs or line.params]
-    figure = Figure(figsize=(12, 4.2 + 0.2 * len(lines)), dpi=120, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    form = Path(path).suffix.lstrip(".").lower()
-    if form not in canvas.get_supported_filetypes():
-        raise SplitfxError(f"{path}: a picture is a png, svg or pdf file by its suffix")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 0.6 + 0.2 * len(lines)))
-    top, bottom = halves
-    figure.suptitle(
-        f"{profile.model} on {', '.join(profile.inputs)}: {number(profile.params)} parameters, "
-        f"{number(profile.macs)} MACs, peak {size(profile.peak_bytes)}",
-        color=_INK,
-        fontsize=13,
-    )
-    _memory(top.subplots(), profile)
-    macs, params = bottom.subplots(1, 2, sharey=True)
-    _bars(macs, lines, [line.macs for line in lines], "MACs", _MACS)
-    _bars(params, lines, [line.params for line in lines], "parameters", _PARAMS)
-    with written_whole(path, overwrite=overwrite) as scratch:
-        figure.savefig(scratch, format=form)
+    with picture(path, (12, 4.2 + 0.2 * len(lines)), overwrite) as figure:
+        halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 0.6 + 0.2 * len(lines)))
+        top, bottom = halves
+        figure.suptitle(
+            f"{profile.model} on {', '.join(profile.inputs)}: {number(profile.params)} parameters, "
+            f"{number(profile.macs)} MACs, peak {size(profile.peak_bytes)}",
+            color=_INK,
+            fontsize=13,
+        )
+        _memory(top.subplots(), profile)
+        macs, params = bottom.subplots(1, 2, sharey=True)
+        _bars(macs, lines, [line.macs for line in lines], "MACs", _MACS)
+        _bars(params, lines, [line.params for line in lines], "parameters", _PARAMS)
 
 
 def _memory(axes: Any, profile: Profile) -> None:
@@ -75,7 +59,7 @@ def _memory(axes: Any, profile: Profile) -> None:
         fontweight="bold",
     )
     axes.legend(loc="upper left" if right else "upper right", frameon=False)
-    _plain(axes)
+    plain_axes(axes)
 
 
 def _bars(axes: Any, lines: list[Line], values: list[int], title: str, color: str) -> None:
@@ -89,13 +73,5 @@ def _bars(axes: Any, lines: list[Line], values: list[int], title: str, color: st
     for place, value in enumerate(values):
         if value:
             axes.text(value, place, f" {number(value)}", va="center", fontsize=7.5, color=_INK)
-    _plain(axes)
+    plain_axes(axes)
     axes.spines["bottom"].set_visible(False)
-
-
-def _plain(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_SOFT)
-    axes.tick_params(colors=_INK, length=0)

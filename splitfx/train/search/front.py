@@ -22,6 +22,7 @@ from typing import Any
 from torch import fx
 
 from splitfx.errors import PlanError
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
 from splitfx.train.search.preview import preview_search
@@ -53,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class SearchFront:
+class SearchFront(Shown):
     """What `search_front` found: all it tried, and the plans that no other beats."""
 
     tried: tuple[Candidate, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.transform import transform
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, size, table
 from splitfx.train.search.inherit import kept_weight
 from splitfx.train.search.space import SearchSpace, changed, figures
@@ -14,7 +15,7 @@ from splitfx.train.search.trend import Figures
 
 
 @dataclass(frozen=True)
-class SearchPreview:
+class SearchPreview(Shown):
     """What a search may try: per block and factor that divides it (the others 1) the figures, and the share of the
     convs' squared weight that is kept. ``most`` is the largest number of trials."""
 

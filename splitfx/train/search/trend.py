@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from splitfx.compiler.plan import Plan
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
 
@@ -35,7 +36,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """A search: its lines, the plan they give and the trained split; ``finished`` is False where a limit ended it."""
 
     factors: tuple[int, ...]
