@@ -10,7 +10,7 @@ from splitfx.text import cut, one_line
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130  # exit codes, see `splitfx.cli`
 MODEL = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
-DATA = "digits, cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
+DATA = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
 INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
 
 

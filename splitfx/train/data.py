@@ -1,11 +1,12 @@
-"""Data sets by a word: ``digits``, ``cifar10:PATH``, ``cifar100:PATH``, ``imagefolder:PATH``.
+"""Data sets by a word: ``digits``, ``fashion-mnist``, ``cifar10:PATH``, ``cifar100:PATH``, ``imagefolder:PATH``.
 
 Does: training and validation sets whose items are (float image [C, H, W], class number), normalised, the training set
 with the augmentations of the papers: CIFAR padded by 4, cropped at random, flipped, normalised by channel (Fuengfusin
 and Tamukoh, section 3); images of a folder cropped at random and flipped. Images come in the size the model takes.
 Refuses (`TrainingError`): missing, incomplete or damaged files, with what to put where. Nothing is downloaded.
 Promises: pickled CIFAR files are opened by torchvision only after their checksum is right; the binary form is plain
-bytes. ``digits`` (scikit-learn's 1,797 handwritten digits, 8x8) is split once and for all.
+bytes. ``fashion-mnist`` without a path is that of Debian's package dataset-fashion-mnist. ``digits`` (scikit-learn's
+1,797 handwritten digits, 8x8) is split once and for all.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from torch.utils.data import Dataset
 from splitfx.errors import MissingExtraError, TrainingError, nearest
 from splitfx.files import read_text
 from splitfx.ground import limits
+from splitfx.train.idx import read_idx
 
-KINDS = ("digits", "cifar10", "cifar100", "imagefolder")
+KINDS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # of image files, as Pillow names them
 Shape = tuple[int, int, int]
@@ -73,6 +78,8 @@ def load_data(word: str, shape: Shape | None = None, augment: bool = True) -> Da
         if path:
             raise TrainingError("digits needs no path: write 'digits'")
         return _digits(shape)
+    if kind == "fashion-mnist":
+        return _fashion(word, path, shape, augment)
     if not path:
         raise TrainingError(f"{kind} needs a path: write '{kind}:FOLDER'")
     folder = Path(path).expanduser()
@@ -119,6 +126,43 @@ def _as(images: torch.Tensor, shape: Shape | None) -> torch.Tensor:
     return sized.expand(-1, shape[0], -1, -1).contiguous()
 
 
+# ---------------------------------------------------------------- Fashion-MNIST
+
+
+def _fashion(word: str, path: str, shape: Shape | None, augment: bool) -> Data:
+    folder = Path(path).expanduser() if path else FASHION
+    if not folder.is_dir():
+        what = "Install Debian's package dataset-fashion-mnist, or give a folder that holds its four files"
+        raise TrainingError(f"{word}: there is no folder {folder}. {what}: 'fashion-mnist:FOLDER'")
+    if (folder / "FashionMNIST" / "raw").is_dir():  # torchvision's place for it
+        folder = folder / "FashionMNIST" / "raw"
+    sets = []
+    for part in ("train", "t10k"):
+        images = read_idx(_idx_file(word, folder, f"{part}-images-idx3-ubyte"), 3)
+        targets = read_idx(labels := _idx_file(word, folder, f"{part}-labels-idx1-ubyte"), 1)
+        if len(images) != len(targets) or len(images) == 0:
+            raise TrainingError(f"{word}: {labels} has {len(targets)} labels for {len(images)} images")
+        if targets.max() >= len(FASHION_CLASSES):
+            raise TrainingError(f"{labels}: a label is {targets.max()}, there are {len(FASHION_CLASSES)} classes")
+        change = _prepared(FASHION_MEAN, FASHION_STD, shape, _flip() if augment and part == "train" else [])
+        pixels = torch.from_numpy(images)[:, None]
+        sets.append(Images(pixels, torch.from_numpy(targets), FASHION_CLASSES, change))
+    return Data(word, sets[0], sets[1], FASHION_CLASSES)
+
+
+def _idx_file(word: str, folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise TrainingError(f"{word}: {folder / name}, or the same with .gz, is missing")
+
+
+def _flip() -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.RandomHorizontalFlip()]
+
+
 # ---------------------------------------------------------------- CIFAR
 
 
@@ -129,19 +173,31 @@ def _cifar(word: str, folder: Path, kind: str, shape: Shape | None, augment: boo
     mean, std = (CIFAR_MEAN, CIFAR_STD) if kind == "cifar10" else (CIFAR100_MEAN, CIFAR100_STD)
     made = []
     for (images, targets, classes), train in zip(parts, (True, False), strict=True):
-        made.append(Images(images, targets, classes, _prepared(mean, std, shape, train and augment)))
+        change = _prepared(mean, std, shape, _crop_and_flip() if train and augment else [])
+        made.append(Images(images, targets, classes, change))
     return Data(word, made[0], made[1], parts[0][2])
 
 
-def _prepared(mean: Any, std: Any, shape: Shape | None, augment: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _crop_and_flip() -> list[Any]:
     from torchvision.transforms import v2
 
-    if shape is not None and shape[0] != 3:
-        raise TrainingError(f"CIFAR's images have 3 channels, the model takes {shape[0]}")
-    steps: list[Any] = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
-    if shape is not None and shape[1:] != (32, 32):
-        steps.append(v2.Resize(shape[1:], antialias=True))
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+
+
+def _prepared(mean: Any, std: Any, shape: Shape | None, drawn: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done to an image of bytes: what is ``drawn``, then the size and the channels of ``shape``, then scale."""
+    from torchvision.transforms import v2
+
+    channels = len(mean)
+    if shape is not None and channels not in (1, shape[0]):
+        raise TrainingError(f"the images have {channels} channels, the model takes {shape[0]}")
+    steps = list(drawn)
+    if shape is not None:
+        steps.append(v2.Resize(shape[1:], antialias=True))  # the same size is left as it is
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    if shape is not None and channels != shape[0]:
+        steps.append(lambda image: image.expand(shape[0], -1, -1))
+    return v2.Compose(steps)
 
 
 def _cifar_binary(word: str, folder: Path, kind: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:

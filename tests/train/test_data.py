@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import pickle  # noqa: TID251 - the archive of CIFAR's python version holds pickles, and this test writes one
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from torchvision import datasets
 
 from splitfx.errors import TrainingError
-from splitfx.train.data import CIFAR_MEAN, CIFAR_STD, _as, load_data
+from splitfx.train import data
+from splitfx.train.data import CIFAR_MEAN, CIFAR_STD, FASHION_MEAN, FASHION_STD, _as, load_data
 from tests.train.networks import planted
 
 
@@ -186,3 +188,80 @@ def test_planted_groups_are_nearer_to_themselves() -> None:
     across = min(float(far[a, b]) for a in range(6) for b in range(6) if a // 3 != b // 3)
     assert within < across
     assert made.classes == ("a0", "a1", "a2", "b0", "b1", "b2")
+
+
+def fashion(root: Path, count: int = 12) -> np.ndarray:
+    """Four files as the package has them, gzipped; returns the training images."""
+    draw = np.random.default_rng(0)
+    for part, many in (("train", count), ("t10k", 5)):
+        images = draw.integers(0, 256, (many, 28, 28), np.uint8)
+        put_idx(root / f"{part}-images-idx3-ubyte.gz", images)
+        put_idx(root / f"{part}-labels-idx1-ubyte.gz", (np.arange(many) % 10).astype(np.uint8))
+        if part == "train":
+            train = images
+    return train
+
+
+def put_idx(path: Path, array: np.ndarray, magic: bytes | None = None) -> None:
+    head = (magic or bytes((0, 0, 8, array.ndim))) + b"".join(n.to_bytes(4) for n in array.shape)
+    whole = head + array.tobytes()
+    path.write_bytes(gzip.compress(whole) if path.suffix == ".gz" else whole)
+
+
+def test_fashion_mnist_byte_by_byte(tmp_path: Path) -> None:
+    images = fashion(tmp_path)
+    made = load_data(f"fashion-mnist:{tmp_path}", augment=False)
+    assert (len(made.train), len(made.val), made.classes[9]) == (12, 5, "Boot")  # type: ignore[arg-type]
+    for index in (0, 11):
+        image, label = made.train[index]
+        assert label == index % 10
+        wanted = (torch.from_numpy(images[index]).float() / 255 - FASHION_MEAN[0]) / FASHION_STD[0]
+        torch.testing.assert_close(image, wanted[None])
+    assert load_data(f"fashion-mnist:{tmp_path}", (3, 32, 32)).val[0][0].shape == (3, 32, 32)
+    drawn = load_data(f"fashion-mnist:{tmp_path}")
+    torch.manual_seed(0)
+    seen = [drawn.train[0][0] for _ in range(20)]
+    plain = made.train[0][0]
+    assert all(torch.equal(s, plain) or torch.equal(s, plain.flip(2)) for s in seen)
+    assert len({torch.equal(s, plain) for s in seen}) == 2
+    raw = tmp_path / "torchvision" / "FashionMNIST" / "raw"  # unpacked, where torchvision has it
+    raw.mkdir(parents=True)
+    for file in tmp_path.glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    other = load_data(f"fashion-mnist:{tmp_path / 'torchvision'}", augment=False)
+    assert torch.equal(other.train[3][0], made.train[3][0])
+
+
+def test_damaged_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fashion(tmp_path)
+    images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
+    whole, few = images.read_bytes(), labels.read_bytes()
+
+    def refused(match: str) -> None:
+        with pytest.raises(TrainingError, match=match):
+            load_data(f"fashion-mnist:{tmp_path}")
+
+    images.write_bytes(whole[:-300])
+    refused("train-images-idx3-ubyte.gz cannot be read, it is damaged or cut off")
+    images.write_bytes(gzip.compress(gzip.decompress(whole)[:-300]))
+    refused(r"has 9108 of the 9408 bytes that its header says")
+    images.write_bytes(gzip.compress(gzip.decompress(whole) + b"more"))
+    refused("has more than the 9408 bytes")
+    put_idx(images, np.zeros((2, 28, 28), np.uint8), magic=b"\x00\x00\x0d\x03")
+    refused("no idx file of 3 dimensions: it starts with 00 00 0d 03")
+    images.write_bytes(gzip.compress(bytes((0, 0, 8, 3)) + b"\xff" * 12))
+    refused("is more than")  # of numbers that any machine holds; nothing of that size is allocated
+    images.write_bytes(b"")
+    refused("starts with nothing")
+    images.write_bytes(whole)
+    put_idx(labels, np.zeros(3, np.uint8))
+    refused("has 3 labels for 12 images")
+    put_idx(labels, np.full(12, 10, np.uint8))
+    refused("a label is 10, there are 10 classes")
+    labels.unlink()
+    refused("train-labels-idx1-ubyte, or the same with .gz, is missing")
+    labels.write_bytes(few)
+    assert len(load_data(f"fashion-mnist:{tmp_path}").train) == 12  # type: ignore[arg-type]
+    monkeypatch.setattr(data, "FASHION", tmp_path / "none")
+    with pytest.raises(TrainingError, match="no folder .*none. Install Debian's package dataset-fashion-mnist"):
+        load_data("fashion-mnist")
