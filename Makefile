@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo demo-search test slow zoo fuzz bench bench-tile bench-parallel lint clean
+.PHONY: help env demo demo-search test slow zoo fuzz docs bench bench-tile bench-parallel lint clean
 
 help:
-	@echo "make demo | demo-search | test | slow | zoo | fuzz | bench | bench-tile | bench-parallel | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | fuzz | docs | bench | bench-tile | bench-parallel | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -31,6 +31,10 @@ zoo: $(STAMP)
 fuzz: $(STAMP)
 	$(PY) -m tests.fuzz --table
 
+docs: $(STAMP)
+	$(PY) -m sphinx --fail-on-warning --quiet -b html docs build/docs
+	@echo "the site is in build/docs/index.html"
+
 bench: $(STAMP)
 	$(PY) -m benchmarks.run
 
@@ -49,7 +53,7 @@ lint: $(STAMP)
 env: $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/made *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # uv is only for speed; without it pip installs the same versions.
 $(STAMP): pyproject.toml constraints.txt

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from splitfx.ir.notes import Note
     from splitfx.ir.ops.registered import register_op
     from splitfx.ir.ops.row import Window
+    from splitfx.planning.choices import Choice, Plans
+    from splitfx.planning.plan import plan
     from splitfx.report.compare_halo import HaloComparison, compare_halo
+    from splitfx.report.diff import Difference, diff
     from splitfx.report.explain import Comparison, Explanation, compare, explain
     from splitfx.report.html import inspect_html
     from splitfx.report.pareto import Curve, pareto
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
     from splitfx.train.search.trend import SearchResult
     from splitfx.train.search.tuner import FunctionTuner, RecipeTuner, Tuner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "splitfx.compiler.transform": ["transform"],
@@ -90,6 +93,9 @@ _HOME = {
     "splitfx.ir.notes": ["Note"],
     "splitfx.ir.ops.registered": ["register_op"],
     "splitfx.ir.ops.row": ["Window"],
+    "splitfx.planning.plan": ["plan"],
+    "splitfx.planning.choices": ["Plans", "Choice"],
+    "splitfx.report.diff": ["diff", "Difference"],
     "splitfx.report.profile": ["profile", "Profile"],
     "splitfx.report.html": ["inspect_html"],
     "splitfx.storage": ["save", "load"],
@@ -120,9 +126,11 @@ _WHERE = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Branches",
     "Bundle",
+    "Choice",
     "Comparison",
     "Curve",
     "Data",
+    "Difference",
     "Explanation",
     "ExportError",
     "Facts",
@@ -138,6 +146,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "Plans",
     "Profile",
     "Promise",
     "Recipe",
@@ -161,6 +170,7 @@ __all__ = [
     "compare",
     "compare_halo",
     "diagnose",
+    "diff",
     "evaluate",
     "explain",
     "export_branches",
@@ -172,6 +182,7 @@ __all__ = [
     "load_data",
     "measure",
     "pareto",
+    "plan",
     "preview_search",
     "profile",
     "register_op",

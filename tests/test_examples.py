@@ -31,6 +31,8 @@ def test_every_example_is_tested() -> None:
         "05_search_factors",
         "06_subnetworks",
         "07_splitnet",
+        "08_plan",
+        "09_operation",
     ]
 
 
@@ -121,3 +123,17 @@ def test_splitnet_learns_and_carves(capsys: pytest.CaptureFixture[str], monkeypa
     out = capsys.readouterr().out
     assert "2 groups of 24:8/24:8 channels" in out
     assert "split in two" in out
+
+
+def test_a_plan_for_half_the_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("08_plan").main(tmp_path, size=128)
+    assert found.best.same
+    assert found.best.figures.peak_bytes <= found.now.figures.peak_bytes // 2
+    assert "peak memory" in capsys.readouterr().out
+    assert (tmp_path / "unet.html").exists()
+
+
+def test_an_operation_of_ones_own_is_tiled() -> None:
+    found = example("09_operation").main(size=64)
+    assert found.max_rel < 1e-5
+    assert found.after.peak_bytes < found.before.peak_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,15 @@ def test_long_names_lose_their_middle() -> None:
     assert "….conv1" not in text
     assert ".conv1" in text
     assert text.splitlines()[-1].split() == ["-", "22"]
+
+
+def test_a_trace_for_perfetto(resnet: Profile, tmp_path: Path) -> None:
+    resnet.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [one for one in events if one["ph"] == "X"]
+    alive = [one["args"]["bytes"] for one in events if one["ph"] == "C"]
+    assert [one["name"] for one in spans] == [row.layer for row in resnet.rows]
+    assert all(a["ts"] + a["dur"] == b["ts"] for a, b in itertools.pairwise(spans))
+    assert max(alive) == resnet.peak_bytes
+    with pytest.raises(SplitfxError, match="already exists"):
+        resnet.save_trace(tmp_path / "trace.json")

@@ -1,9 +1,4 @@
-"""Texts and pages for people: width, units, folding, escaping, and a page that works in a browser."""
-
-import re
-import shutil
-import subprocess
-from pathlib import Path
+"""Texts for people: width, units, folding."""
 
 import pytest
 import torch
@@ -12,17 +7,10 @@ from torch import nn
 import splitfx
 from splitfx.compiler.pipeline import Figures, Step
 from splitfx.compiler.protocol import Note
-from splitfx.frontend.trace import trace
 from splitfx.passes import Group
 from splitfx.report.explain import Explanation
 from splitfx.report.explanation import explanation_text, folded, ratio
-from splitfx.report.html import inspect_text
-from splitfx.report.html.boxes import boxes
-from splitfx.report.profile import profile
 from tests.traced import made_once
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-EVIL = "<script>alert(1)</script>"
 
 
 def network(width: int = 8) -> nn.Module:
@@ -83,6 +71,18 @@ def test_equal_notes_are_one_line() -> None:
     ]
 
 
+def test_notes_that_differ_in_names_of_layers_are_one_line() -> None:
+    notes = [Note(f"layer1.{i}.bn1", f"folded into layer1.{i}.conv1") for i in range(5)]
+    assert folded(notes) == [
+        (
+            "5 layers: layer1.0.bn1, layer1.1.bn1, layer1.2.bn1 and 2 more",
+            "folded into layer1.0.conv1, layer1.1.conv1, layer1.2.conv1 and 2 more",
+        )
+    ]
+    figures = [Note(f"conv{i}", f"loses {i} of 9 kernels") for i in range(5)]
+    assert len(folded(figures)) == 5  # what differs in more than names stays apart
+
+
 def test_explanation_fits_100_columns() -> None:
     notes = tuple(
         Note("features.denseblock1." * n + "conv", "why " * 60, k)
@@ -114,93 +114,11 @@ def test_comparison_text() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_branches_stand_side_by_side() -> None:
-    found = boxes(split())
-    rows = [b.row for b in found if b.kind == "branch"]
-    assert len(rows) == 4
-    assert sorted(rows) == sorted([rows[0], rows[0], rows[2], rows[2]])
-    assert [b.kind for b in found].count("fusion") == 2
-    assert [b.cells for b in boxes(split("grouped")) if b.kind == "grouped"] == [2, 2]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 5, 80])
-def test_every_operation_is_in_one_box_and_edges_go_down(limit: int) -> None:
-    graph = split()
-    found = boxes(graph, limit)
-    inside = [n for b in found for n in b.nodes]
-    assert len(inside) == len(set(inside)) == sum(n.op not in ("get_attr", "output") for n in graph.graph.nodes)
-    assert all(one.row < box.row for box in found for one in box.before)
-
-
-def evil() -> nn.Module:
-    model = nn.Sequential()
-    model.add_module(EVIL.replace(".", ""), nn.Conv2d(3, 4, 3))
-    model.__class__ = type(EVIL, (nn.Sequential,), {})
-    return model
-
-
-def test_the_page_asks_for_nothing_and_escapes_everything() -> None:
-    page = inspect_text(trace(evil(), torch.zeros(1, 3, 8, 8)))
-    assert "<script>alert" not in page
-    assert "&lt;script&gt;" in page
-    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//|@import|url\(", page)
-
-
-def test_an_existing_page_is_kept(tmp_path: Path) -> None:
-    target = tmp_path / "page.html"
-    target.write_text("mine")
-    with pytest.raises(splitfx.SplitfxError, match="already exists"):
-        splitfx.inspect_html(split(), target)
-    assert target.read_text() == "mine"
-
-
-def test_a_model_that_splitfx_did_not_make_has_no_page(tmp_path: Path) -> None:
-    with pytest.raises(splitfx.UnsupportedError):
-        splitfx.inspect_html(network(), tmp_path / "page.html")  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir())
-
-
-def dom(page: Path, browser: Path) -> str:
-    assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={browser}",
-    ]
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    return done.stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_the_page_in_a_browser(tmp_path: Path) -> None:
-    graph = split()
-    page = splitfx.inspect_html(graph, tmp_path / "page.html")
-    most = max(row.params for row in profile(graph).rows)
-    probe = """<script>document.querySelectorAll('.sortable th button')[3].click();
-    var first = document.querySelector('.sortable tbody tr').cells[3].textContent;
-    var page = document.documentElement;
-    document.body.setAttribute('data-first', first);
-    document.body.setAttribute('data-fits', page.scrollWidth <= innerWidth)</script></body>"""
-    page.write_text(page.read_text().replace("</body>", probe))
-    seen = dom(page, tmp_path / "browser")
-    assert f'data-first="{most}"' in seen  # the most parameters come first
-    assert 'data-fits="true"' in seen
-    assert seen.count('<g class="box branch">') == 4
-    assert "aria-sort" in seen
-    assert "error" not in seen.lower().split("<body", 1)[0]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_an_evil_name_stays_text_in_a_browser(tmp_path: Path) -> None:
-    page = splitfx.inspect_html(trace(evil(), torch.zeros(1, 3, 8, 8)), tmp_path / "page.html")
-    trap = "<script>window.alert=function(){document.title='hit'}</script><style>"
-    page.write_text(page.read_text().replace("<style>", trap))
-    seen = dom(page, tmp_path / "browser")
-    assert "<h1>&lt;script&gt;" in seen
-    assert "<title>hit" not in seen
+def test_texts_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = (Note("conv", "why " * 60),)
+    explanation = Explanation("Net", "torch.export", notes, ())
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for columns, widest in ((72, 72), (140, 140), (400, 160), (20, 60)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = explanation_text(explanation).splitlines()
+        assert widest - 8 < max(map(len, lines)) <= widest

@@ -28,6 +28,7 @@ from splitfx.analysis.oracle import (
 )
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
+from splitfx.compiler.sketch import sketch
 from splitfx.errors import PassError, UnsupportedError
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info, take_apart
@@ -75,14 +76,14 @@ def run_plan(
     The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
     """
     settled: list[Pass] = []
-    work = graph
+    work, origin = graph, info(graph).origin or sketch(graph)
     for number, step in enumerate(plan.passes, 1):
         progress(f"pass {number} of {len(plan.passes)}: {step.name}")
         work, done = _run(work, step, verify)
         settled.append(done)
     if work is not graph:
         take_apart(work, graph)
-    info(work).plan = Plan(settled, plan.input_shape)
+    info(work).plan, info(work).origin = Plan(settled, plan.input_shape), origin
     return work
 
 

@@ -57,18 +57,18 @@ def export_onnx(
 ) -> Path:
     """Write `split` to `path` as an ONNX model in eval mode, and return the path.
 
-    split: the result of `transform` or `trace`; another module is traced first and needs `example_inputs`.
-    opset: 18 to 25, default 20.
-    dynamic_batch: None makes dimension 0 of the inputs free where the graph allows it, and warns where it
-        does not; True insists (`ExportError` when the graph's batch is fixed); False writes the sizes of
-        the traced inputs.
-    example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); only for a module not
-        traced yet.
-    external_data: put the weights into a file `<path>.<digest>.data` beside it; done anyway when they pass 2 GB.
-    overwrite: replace an existing file.
-    verify: run the file under onnxruntime on the CPU beside the graph, on random inputs of the traced sizes and, where
-        its batch is free, of another one, before it takes its name; outputs may differ by 1e-9 (float64), 1e-4
-        (float32), 2e-2 (float16) of their largest value, integers and booleans not at all.
+    - split: the result of `transform` or `trace`; another module is traced first and needs `example_inputs`.
+    - opset: 18 to 25, default 20.
+    - dynamic_batch: None makes dimension 0 of the inputs free where the graph allows it, and warns where it
+      does not; True insists (`ExportError` when the graph's batch is fixed); False writes the sizes of
+      the traced inputs.
+    - example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); only for a module not
+      traced yet.
+    - external_data: put the weights into a file `<path>.<digest>.data` beside it; done anyway when they pass 2 GB.
+    - overwrite: replace an existing file.
+    - verify: run the file under onnxruntime on the CPU beside the graph, on random inputs of the traced sizes and,
+      where its batch is free, of another one, before it takes its name; outputs may differ by 1e-9 (float64), 1e-4
+      (float32), 2e-2 (float16) of their largest value, integers and booleans not at all.
 
     Raises `ExportError` for a wrong opset, an existing or unwritable path, a batch that cannot be dynamic,
     an operation without an ONNX form, a file that onnx.checker or onnxruntime refuses and one that computes something

@@ -50,16 +50,16 @@ def check_onnx(
 ) -> RuntimeReport:
     """Run the file on each provider and compare it with `split` in eval mode.
 
-    example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); None takes random tensors in the
-        shapes the graph was traced with, which needs the result of `trace` or `transform` (or of `load`).
-    providers: short names such as ("cuda", "cpu"); None takes the CPU, and CUDA where it starts or there is
-        a GPU.
-    require: providers that must start, or `ExportError` before anything is measured; they are checked too.
-    runs: timed runs per provider, after 3 to warm up.
-    tolerance: largest error relative to an output's largest absolute value; None means 1e-9 for float64,
-        1e-4 for float32, 2e-2 for float16; integers and booleans must be equal.
-    seconds: the most that loading the file and all its runs may take on one provider.
-    progress: called with one line before each step.
+    - example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); None takes random tensors in the
+      shapes the graph was traced with, which needs the result of `trace` or `transform` (or of `load`).
+    - providers: short names such as ("cuda", "cpu"); None takes the CPU, and CUDA where it starts or there is
+      a GPU.
+    - require: providers that must start, or `ExportError` before anything is measured; they are checked too.
+    - runs: timed runs per provider, after 3 to warm up.
+    - tolerance: largest error relative to an output's largest absolute value; None means 1e-9 for float64,
+      1e-4 for float32, 2e-2 for float16; integers and booleans must be equal.
+    - seconds: the most that loading the file and all its runs may take on one provider.
+    - progress: called with one line before each step.
 
     Raises `ExportError` for a missing, truncated or foreign file, one that takes longer or ends the process that runs
     it, inputs that do not fit and unknown providers.

@@ -1,7 +1,8 @@
 """A model from a word on the command line.
 
-Does: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` and ``file.py:callable`` (a class, a
-function that makes the model, or the model itself), with random weights or those of a file.
+Does: ``torchvision:NAME``, ``timm:NAME``, a NAME alone that only one of them has, ``package.module:callable`` and
+``file.py:callable`` (a class, a function that makes the model, or the model itself), with random weights or those of a
+file.
 Refuses (`UnsupportedError`, one line): unknown names, with the nearest one; files that are empty, truncated
 or hold another model's weights. Never unpickles: weight files are safetensors, or read by torch with
 ``weights_only``.
@@ -37,7 +38,7 @@ def load_model(word: str, weights: str | os.PathLike[str] | None = None, seed: i
     """
     home, colon, name = word.rpartition(":")
     if not (colon and home and name):
-        raise UnsupportedError(f"{word!r} names no model and no saved split; a model is {FORMS}")
+        home, name = _home_of(word), word
     torch.manual_seed(seed)
     if home == "torchvision":
         model = _torchvision(name)
@@ -48,6 +49,26 @@ def load_model(word: str, weights: str | os.PathLike[str] | None = None, seed: i
     if weights is not None:
         _fill(model, Path(weights), word)
     return model.eval()
+
+
+def _home_of(name: str) -> str:
+    """The package that has a model of that name, where only one has."""
+    from torchvision import models
+
+    known = {"torchvision": set(models.list_models())}
+    if importlib.util.find_spec("timm") is not None:
+        import timm
+
+        known["timm"] = set(timm.list_models())
+    homes = [home for home, names in known.items() if name in names]
+    if len(homes) > 1:
+        raise UnsupportedError(
+            f"{name!r} is a model of {' and of '.join(homes)}: write {homes[0]}:{name}, or {homes[1]}:{name}"
+        )
+    if not homes:
+        every = sorted(set().union(*known.values()))
+        raise UnsupportedError(f"{name!r} names no model and no saved split.{nearest(name, every)} A model is {FORMS}")
+    return homes[0]
 
 
 def _torchvision(name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The one table renderer: plain text, at most 100 columns, right-aligned figures, figures with units.
+"""The one table renderer: plain text as wide as the terminal, right-aligned figures, figures with units.
 
 Texts are on the left and figures on the right of their column. A table that is too wide gives up room in its
 text columns, the last one first; long names lose their middle and keep both ends, since layer paths differ at
@@ -7,25 +7,38 @@ the end.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 
 from splitfx.text import printable
 
-WIDTH = 100
+WIDTH = 100  # where there is no terminal: files, pipes, notebooks
+NARROWEST, WIDEST = 60, 160
 GAP = "  "
 _SHORT, _SHORTEST = 14, 8  # text columns are cut to the first, and only then to the second
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,), width: int = WIDTH) -> str:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,), width: int | None = None
+) -> str:
     """Lines of ``rows`` under ``head``; columns whose index is in ``left`` are texts, the others figures.
 
-    ``None`` prints as ``-``. No line is longer than ``width`` characters.
+    ``None`` prints as ``-``. No line is longer than ``width`` characters, `columns` of them where it is left out.
     """
+    width = width or columns()
     cells = [[_text(one) for one in head], *([_text(one) for one in row] for row in rows)]
     widths = _fit([max(len(line[c]) for line in cells) for c in range(len(head))], left, width)
     lines = [_line(line, widths, left) for line in cells]
     lines.insert(1, GAP.join("-" * w for w in widths))
     return "\n".join(shorten(line.rstrip(), width, middle=False) for line in lines)
+
+
+def columns() -> int:
+    """How wide texts for people are: as the terminal that they go to, within reason; 100 where they go elsewhere."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def shorten(text: str, width: int, middle: bool = True) -> str:
@@ -38,12 +51,12 @@ def shorten(text: str, width: int, middle: bool = True) -> str:
     return text[: width - 1 - tail] + "…" + text[-tail:]
 
 
-def wrap(text: str, indent: str = "  ", width: int = WIDTH) -> str:
+def wrap(text: str, indent: str = "  ", width: int | None = None) -> str:
     """A sentence as lines of at most ``width`` characters, all but the first indented."""
     import textwrap
 
     return textwrap.fill(
-        printable(text), width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False
+        printable(text), width or columns(), subsequent_indent=indent, break_long_words=True, break_on_hyphens=False
     )
 
 

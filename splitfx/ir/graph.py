@@ -63,7 +63,8 @@ class TraceInfo:
 
     ``inputs`` holds one entry per placeholder, in order: a `TensorSpec` or the constant that was given;
     ``in_spec`` is the pytree structure of ``(args, kwargs)``. ``train_only`` lists submodules, ``untouched``
-    state_dict keys, of the user's model that left no trace. ``steps`` is what the pipeline did, pass by pass.
+    state_dict keys, of the user's model that left no trace. ``steps`` is what the pipeline did, pass by pass;
+    ``origin`` a sketch of the graph that it started from.
     ``aliases`` maps a second path of a shared module or tensor to the path that the graph uses.
     """
 
@@ -77,6 +78,7 @@ class TraceInfo:
     aliases: dict[str, str] = field(default_factory=dict)
     steps: list[Any] = field(default_factory=list)
     plan: Any = None
+    origin: tuple[Any, ...] = ()
     sizes: Sizes = field(default_factory=Sizes)
 
     @property

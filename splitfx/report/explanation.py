@@ -1,16 +1,17 @@
 """What the compiler did, as text for people: `str(explain(split))` and `str(compare(model, split, inputs))`.
 
-Every line fits 100 columns. Figures stand before and after with their units and their ratio; notes stand by
+Every line fits the terminal, or 100 columns. Figures stand before and after with their units and ratio; notes stand by
 kind, and notes that say the same of many layers are one line that counts the layers. Nothing else is left
 out; `to_json()` has every note on its own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from splitfx.ground.table import WIDTH, number, seconds, size, table, wrap
+from splitfx.ground.table import columns, number, seconds, size, table, wrap
 from splitfx.text import printable
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _AGAINST = {
 _KINDS = (("did", "done"), ("declined", "declined"), ("info", "also"))
 _NAME = 26  # columns for the layer's name before a note; longer names get a line of their own
 _VALUES = 40  # values of an option that are written
+_ALIKE = 3  # texts that differ in names of layers only, from so many on, are one
+_NAMES = re.compile(r"(?<![\w.'])[A-Za-z_]\w*(?:\.\w+)+|(?<![\w.'])[A-Za-z_]+\d\w*")  # layer1.0.conv1, conv1
 _NAMED = 3  # layers named where many share a note
 
 
@@ -106,11 +109,26 @@ def ratio(before: float, after: float) -> str:
 
 
 def folded(notes: Iterable[Note]) -> list[tuple[str, str]]:
-    """(where, what) with one entry per text; ``where`` names the first layers and counts the others."""
-    same: dict[str, list[str]] = {}
+    """(where, what) with one entry per text, and per text that differs in names of layers only; ``where`` and the
+    names in ``what`` are the first ones and the count of the others."""
+    alike: dict[str, dict[str, list[str]]] = {}
     for note in notes:
-        same.setdefault(note.what, []).append(note.where)
-    return [(_where(list(dict.fromkeys(places))), what) for what, places in same.items()]
+        alike.setdefault(_NAMES.sub("…", note.what), {}).setdefault(note.what, []).append(note.where)
+    found = []
+    for texts in alike.values():
+        if len(texts) < _ALIKE:
+            found += [(_where(list(dict.fromkeys(places))), what) for what, places in texts.items()]
+        else:
+            places = [place for one in texts.values() for place in one]
+            found.append((_where(list(dict.fromkeys(places))), _one_text(list(texts))))
+    return found
+
+
+def _one_text(texts: list[str]) -> str:
+    """Texts that differ in names only, as one with the names listed."""
+    names = zip(*(_NAMES.findall(text) for text in texts), strict=True)
+    listed = iter([_listed_names(list(dict.fromkeys(column))) for column in names])
+    return _NAMES.sub(lambda _: next(listed), texts[0])
 
 
 def by_kind(notes: Sequence[Note]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -123,10 +141,10 @@ def by_kind(notes: Sequence[Note]) -> Iterator[tuple[str, list[tuple[str, str]]]
 def _step(position: int, step: Step) -> Iterator[str]:
     took = seconds(step.seconds)
     name = f"{position}. {title(step)}"
-    lines = wrap(name, "   ", WIDTH - len(took) - 2).splitlines()
-    yield f"{lines[0].ljust(WIDTH - len(took))}{took}"
+    lines = wrap(name, "   ", columns() - len(took) - 2).splitlines()
+    yield f"{lines[0].ljust(columns() - len(took))}{took}"
     yield from lines[1:]
-    yield from _indent(wrap(promise(step), "", WIDTH - 3).splitlines())
+    yield from _indent(wrap(promise(step), "", columns() - 3).splitlines())
     if step.changed:
         yield ""
         yield from _figures(step.before, step.after)
@@ -152,7 +170,7 @@ def _row(name: str, before: float, after: float, words: Callable[[float], str]) 
 
 def _peaks(before: str, after: str) -> list[str]:
     text = f"memory peaks in {after}" + (f"; before, it peaked in {before}" if before != after else "")
-    return wrap(text, "  ", WIDTH - 3).splitlines()
+    return wrap(text, "  ", columns() - 3).splitlines()
 
 
 def _notes(notes: Sequence[Note]) -> list[str]:
@@ -173,11 +191,12 @@ def _listed(notes: Sequence[tuple[str, str]], indent: str) -> list[str]:
 
 
 def _where(places: list[str]) -> str:
-    if len(places) == 1:
-        return places[0]
-    named = ", ".join(places[:_NAMED])
-    rest = len(places) - _NAMED
-    return f"{len(places)} layers: {named}" + (f" and {rest} more" if rest > 0 else "")
+    return places[0] if len(places) == 1 else f"{len(places)} layers: {_listed_names(places)}"
+
+
+def _listed_names(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _value(value: object) -> str:

@@ -1,8 +1,11 @@
-"""The list of passes as text: name, promise, what it does, options with their defaults."""
+"""The list of passes as text: name, promise, what it does, options with their defaults; of one pass, all that its
+docstring says of every option."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +34,49 @@ def _one(name: str, cls: type[Pass]) -> list[str]:
         needed = "needed" if key in schema["required"] else f"default {json.dumps(one.get('default'))}"
         lines.append(wrap(f"    {key.ljust(width)}  {_kind(one)}; {needed}", " " * (width + 6)))
     return lines if options else [*lines, "    no options"]
+
+
+def pass_text(name: str, cls: type[Pass]) -> str:
+    """One pass with what its docstring says: of the pass, and of every option below it."""
+    told, schema = option_texts(cls), cls.schema()
+    about = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[2]
+    rest = [one for one in about.split("\n\n") if not _HEAD.match(one.lstrip())]
+    lines = [name, wrap(f"  {schema['description']}", "  ")]
+    lines.append(wrap(f"  promise {cls.promise.value}: {PROMISES[cls.promise.value]}", "  "))
+    lines += ["  needs the model in eval mode"] if cls.needs_eval else []
+    for key, one in schema["properties"].items():
+        if key == "name":
+            continue
+        needed = "needed" if key in schema["required"] else f"default {json.dumps(one.get('default'))}"
+        lines += ["", wrap(f"  {key}: {_kind(one)}; {needed}", "      ")]
+        lines += [wrap(f"      {told[key]}", "      ")] if key in told else []
+    for paragraph in rest:
+        lines += ["", wrap("  " + _plain(paragraph), "  ")]
+    return "\n".join(lines)
+
+
+def option_texts(cls: type[Pass]) -> dict[str, str]:
+    """What a pass's docstring says of its options, by name: the text behind ``option``: up to the next one."""
+    found: dict[str, str] = {}
+    known = cls.schema()["properties"]
+    for paragraph in inspect.cleandoc(cls.__doc__ or "").split("\n\n"):
+        text = " ".join(paragraph.split())
+        heads = [m for m in _HEAD.finditer(text) if set(_NAME.findall(m[0])) <= known.keys()]
+        ends = [*(m.start() for m in heads[1:]), len(text)][: len(heads)]
+        for head, end in zip(heads, ends, strict=True):
+            for name in _NAME.findall(head[0]):
+                found.setdefault(name, _plain(text[head.end() : end].partition(" Raises `")[0]))
+    return found
+
+
+_NAME = re.compile(r"``(\w+)``")
+_HEAD = re.compile(r"(?:``\w+``(?:, | and )?)+(?: \w+)?:")
+
+
+def _plain(text: str) -> str:
+    """Prose without the marks of a docstring, as a sentence."""
+    plain = " ".join(text.split()).replace("``", "").replace("`", "").strip()
+    return plain[:1].upper() + plain[1:]
 
 
 _WORDS = {

@@ -93,6 +93,12 @@ class Profile(Shown):
 
         draw(self, path, overwrite=overwrite)
 
+    def save_trace(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the operations and the memory alive as a trace for ui.perfetto.dev; errors as for `plot`."""
+        from splitfx.report.perfetto import write_trace
+
+        write_trace(self, path, overwrite)
+
     def table(self, rows: int | None = ROWS) -> str:
         """The table with at most about ``rows`` lines; None shows every node on a line of its own."""
         lines, folded = fold(self.rows, rows)

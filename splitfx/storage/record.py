@@ -1,4 +1,4 @@
-"""The record of what the compiler did, beside a saved split: ``explanation.json``.
+"""The record of what the compiler did, beside a saved split: ``explanation.json``, with a sketch of the graph before.
 
 A graph that is read back from a folder would not know how it was made; with this file `explain` and the
 pages tell it. The graph runs without it.
@@ -6,12 +6,15 @@ pages tell it. The graph runs without it.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from msgspec import Struct
 from torch import fx
 
 from splitfx.compiler.pipeline import Step
+from splitfx.compiler.sketch import Sketch
 from splitfx.errors import ExportError
 from splitfx.files import written_whole
 from splitfx.files.typed import read_typed
@@ -26,7 +29,8 @@ NAME = "explanation.json"
 def write_record(split: fx.GraphModule, folder: Path) -> None:
     """Write what `explain` tells of ``split`` into its folder. Raises `ExportError`."""
     with written_whole(folder / NAME, overwrite=True, error=ExportError) as scratch:
-        scratch.write_text(explain(split).to_json(), encoding="utf-8")
+        told = {**asdict(explain(split)), "origin": [asdict(one) for one in info(split).origin]}
+        scratch.write_text(json.dumps(told, default=str), encoding="utf-8")
 
 
 def read_record(split: fx.GraphModule, folder: Path) -> None:
@@ -36,13 +40,17 @@ def read_record(split: fx.GraphModule, folder: Path) -> None:
     if info(split).steps or not path.exists():
         return
     advice = "; delete it to go on without the record"
-    info(split).steps = read_typed(path, _Record, ExportError, "it is no record", advice).steps
+    found = read_typed(path, _Record, ExportError, "it is no record", advice)
+    info(split).steps, info(split).origin = found.steps, tuple(found.origin)
 
 
 class _Record(Struct):
     steps: list[Step]
+    origin: list[Sketch] = []
 
     def __post_init__(self) -> None:
+        if any(not 0 <= read < place for place, one in enumerate(self.origin) for read in one.reads):
+            raise ValueError("an operation reads one that does not stand before it")
         for one in self.steps:
             if one.promise not in PROMISES:
                 raise ValueError(f"there is no promise {shown(one.promise)}")

@@ -39,7 +39,7 @@ from splitfx.report.plots.splitnet_classes import (
 from splitfx.report.plots.splitnet_matrices import Matrix, carved_blocks, diagonal, matrices, pieces, reduced
 from splitfx.splitnet.assignment import kept
 from tests.splitnet.carved import FLAT, NESTED, image, unlike, wide
-from tests.test_report import CHROMIUM, dom
+from tests.test_page import CHROMIUM, dom
 
 NAMES = ("cat", "dog", "oak", "elm", "<b>rose", "tulip & co", "car")
 TAXONOMY = {
@@ -316,7 +316,7 @@ def test_splitnet_loads_no_matplotlib() -> None:
 
 def test_the_page_names_every_class_and_draws_every_split_layer(carved: fx.GraphModule) -> None:
     page = inspect_text(carved)
-    section = page.split("<h2>Groups of classes</h2>")[1].split("<h2>Graph</h2>")[0]
+    section = page.split("<h2>Groups of classes</h2>")[1].split("<h2>Layers</h2>")[0]
     found = carved_classes(carved)
     assert found is not None
     for group in range(4):
@@ -328,7 +328,7 @@ def test_the_page_names_every_class_and_draws_every_split_layer(carved: fx.Graph
     assert re.findall(r"<figcaption>(.*?)<br>", section) == list(blocks)
     assert section.count('class="border"') == sum(map(len, blocks.values()))
     assert "no longer in this model" in section
-    assert "[0, 1" not in page.split("<h2>1. ")[1].split("</h2>")[0]  # thousands of groups are not a heading
+    assert "[0, 1" not in page.split("<h3>1. ")[1].split("</h3>")[0]  # thousands of groups are not a heading
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//|@import|url\(", page)
 
 

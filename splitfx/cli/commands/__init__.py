@@ -12,6 +12,7 @@ from types import ModuleType
 from splitfx.cli.commands import (
     check,
     compare,
+    diff,
     doctor,
     explain,
     export,
@@ -19,12 +20,26 @@ from splitfx.cli.commands import (
     inspect,
     measure,
     passes,
+    plan,
     profile,
     search,
     transform,
 )
 
-COMMANDS: dict[str, ModuleType] = {  # in the order of --help
-    one.__name__.rpartition(".")[2]: one
-    for one in (profile, transform, finetune, search, export, check, compare, measure, explain, inspect, passes, doctor)
-}
+_ORDER = (
+    plan,
+    profile,
+    transform,
+    inspect,
+    export,
+    check,
+    compare,
+    diff,
+    measure,
+    explain,
+    finetune,
+    search,
+    passes,
+    doctor,
+)
+COMMANDS: dict[str, ModuleType] = {one.__name__.rpartition(".")[2]: one for one in _ORDER}  # in the order of --help

@@ -15,6 +15,7 @@ def arguments(one: Parser) -> None:
     with_model(one)
     one.add_argument("--html", metavar="FILE", help="write a page with the graph and the memory over time")
     one.add_argument("--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])")
+    one.add_argument("--trace", metavar="FILE", help="write the memory over time as a trace for ui.perfetto.dev")
     one.add_argument("--all", action="store_true", help="every operation on a line of its own")
     with_overwrite(one)
 
@@ -24,7 +25,7 @@ def run(given: Namespace, progress: Progress) -> int:
     from splitfx.report.html import inspect_html
     from splitfx.report.profile import profile as profiled
 
-    for path in filter(None, (given.html, given.plot)):
+    for path in filter(None, (given.html, given.plot, given.trace)):
         free_file(path, given.overwrite)
     graph = graph_of(given, progress)
     progress("counting")
@@ -35,4 +36,6 @@ def run(given: Namespace, progress: Progress) -> int:
     if given.plot:
         progress("drawing")
         found.plot(given.plot, overwrite=given.overwrite)
+    if given.trace:
+        found.save_trace(given.trace, overwrite=given.overwrite)
     return printed(given, found.to_json(), found.table(rows=None) if given.all else str(found))

@@ -1,198 +1,133 @@
-"""A graph as boxes for a drawing: chains of operations in one box, large graphs by module, laid out in rows.
+"""Operations as boxes for a drawing: a layer with what follows it in a straight line, or a concat with its fusion conv.
 
-A box is a layer with what follows it in a straight line (norm, activation, pool), or a concat with its
-fusion conv. Where that makes more boxes than a page can show, neighbouring boxes of one module become one
-box, at the greatest depth of the module tree that is short enough. Boxes never form a cycle: each is a
-chain, or neighbours in the order of execution. Rows go by the longest way from an input, so that branches
-stand side by side.
+A box is a chain, so boxes never form a cycle. It works on sketches (`splitfx.compiler.sketch`), so the graph before the
+passes, of which nothing else is left, is drawn as the one after them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from splitfx.compiler.sketch import Sketch
+from splitfx.ground.table import dims
 
-from splitfx.analysis import facts
-from splitfx.analysis.shapes import shape
-from splitfx.ground.table import dims, number, size
-from splitfx.ir.graph import layer, module_of
-from splitfx.ir.ops import is_size, op_name
-
-LIMIT = 80
 _TOLD = ("cat", "relu", "relu6", "add", "mul", "silu", "gelu", "sigmoid", "hardswish")
 _BRANCH = re.compile(r"\.branch(\d+)(?=$|[._])")
+_FUSION = re.compile(r"fusion\d+(_\d+)?")
+_ALONE = ("input", "tiled", "entry")
 _MOVES = ("cat", "slice", "index_select", "chunk", "split", "getitem")
 _JOINS = ("cat", "add", "mul", "stack")
 
 
 @dataclass(eq=False)
 class Box:
-    """Nodes drawn as one. ``branch`` is the branch (from 0) that all its weighted layers belong to, or
-    None."""
+    """Operations drawn as one, by position and as they are. ``path``: the user's path, without the branch.
 
-    nodes: list[fx.Node]
-    name: str = ""
-    kind: str = "layer"  # input, layer, branch, grouped, fusion, join
+    ``kind``: input, tiled, entry, layer, branch, grouped, fusion, join. ``branch``: the branch (from 0) that all its
+    weighted layers belong to, or None. ``cells``: groups of a grouped conv. ``before``: the boxes that it reads.
+    """
+
+    places: list[int]
+    nodes: list[Sketch]
+    path: str = ""
+    kind: str = "layer"
     label: str = ""
-    detail: str = ""
     branch: int | None = None
-    cells: int = 1  # groups of a grouped conv
-    row: int = 0
+    cells: int = 1
     before: list[Box] = field(default_factory=list)
 
-    @property
-    def folded(self) -> bool:
-        """The box stands for several layers."""
-        return sum(_weighted(n) for n in self.nodes) > 1
 
-
-def boxes(graph: fx.GraphModule, limit: int = LIMIT) -> list[Box]:
-    """The boxes of ``graph`` in order of execution, at most about ``limit``, with rows and edges."""
-    nodes = [n for n in graph.graph.nodes if n.op not in ("get_attr", "output") and not is_size(n)]
-    parts = _chains(nodes)
-    if len(parts) > limit:
-        parts = _by_module(parts, limit)
-    fusions = {str(n.target) for n in nodes if n.op == "call_module" and str(n.target).startswith("fusion")}
-    found = [Box(part) for part in parts]
-    home = {node: box for box in found for node in box.nodes}
+def boxes(nodes: Sequence[Sketch]) -> list[Box]:
+    """The boxes of a graph in order of execution."""
+    found = [_described(Box(part, [nodes[i] for i in part])) for part in _chains(nodes)]
+    home = {place: box for box in found for place in box.places}
     for box in found:
-        sources = dict.fromkeys(home[n] for m in box.nodes for n in _operands(m) if n in home and home[n] is not box)
-        box.before = list(sources)
-        box.row = max((one.row + 1 for one in box.before), default=0)
-        _describe(box, graph, fusions)
+        read = (home[r] for one in box.nodes for r in one.reads)
+        box.before = list(dict.fromkeys(one for one in read if one is not box))
+    for box in reversed(found):
+        below = {one.branch for one in found if box in one.before} if _opens(box) else set()
+        if len(below) == 1:
+            box.branch = below.pop()
+    for box in found:
+        above = {one.branch for one in box.before}
+        if box.branch is None and len(above) == 1 and not any(one.weighted for one in box.nodes):
+            box.branch = above.pop()  # what a branch does with its own values
     return found
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
+def _opens(box: Box) -> bool:
+    """Takes a branch's channels out of a value that others read too."""
+    return box.branch is None and all(one.op in _MOVES and one.op != "cat" for one in box.nodes)
 
 
-def _weighted(node: fx.Node) -> bool:
-    module = module_of(node)
-    return module is not None and isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding)
-
-
-def _chains(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+def _chains(nodes: Sequence[Sketch]) -> list[list[int]]:
     """Straight lines: a light operation joins the box before it, a conv joins a concat that feeds only it."""
-    home: dict[fx.Node, list[fx.Node]] = {}
-    parts: list[list[fx.Node]] = []
-    for node in nodes:
-        operands = _operands(node)
-        part = home.get(operands[0]) if len(operands) == 1 else None
-        alone = part is not None and part[-1] is operands[0] and len(operands[0].users) == 1
-        light = not _weighted(node) and node.op != "placeholder"
-        fuses = part is not None and all(op_name(n) in _MOVES for n in part)
-        if part is not None and alone and part[0].op != "placeholder" and (light or fuses):
-            part.append(node)
+    readers = [0] * len(nodes)
+    for one in nodes:
+        for read in one.reads:
+            readers[read] += 1
+    home: list[list[int]] = []
+    parts: list[list[int]] = []
+    for place, one in enumerate(nodes):
+        part = home[one.reads[0]] if len(one.reads) == 1 else None
+        alone = part is not None and part[-1] == one.reads[0] and readers[one.reads[0]] == 1
+        if part is not None and one.op == "getitem" and nodes[one.reads[0]].op == "tiled":  # one of its results
+            part.append(place)
+            home.append(part)
+            continue
+        light = not one.weighted and one.op not in _ALONE
+        fuses = part is not None and all(nodes[i].op in _MOVES for i in part)
+        near = part is not None and _beside(main(nodes[i] for i in part).layer, one.layer)
+        if part is not None and alone and nodes[part[0]].op not in _ALONE and ((light and near) or fuses):
+            part.append(place)
         else:
-            part = [node]
+            part = [place]
             parts.append(part)
-        home[node] = part
+        home.append(part)
     return parts
 
 
-def _by_module(parts: list[list[fx.Node]], limit: int) -> list[list[fx.Node]]:
-    deepest = max(_path(part).count(".") for part in parts) + 1
-    for by_branch in (True, False):
-        for depth in range(deepest, 0, -1):
-            merged = _runs(parts, depth, by_branch)
-            if len(merged) <= limit:
-                return merged
-    step = -(-len(parts) // limit)
-    return [[n for part in parts[i : i + step] for n in part] for i in range(0, len(parts), step)]
+def _beside(first: str, path: str) -> bool:
+    """Whether an operation at ``path`` belongs to the layer ``first``: it is in the same module, or in that layer."""
+    first, path = _BRANCH.sub("", first), _BRANCH.sub("", path)
+    home = first.rpartition(".")[0]
+    return not _FUSION.fullmatch(first) and (path in (home, first) or path.rpartition(".")[0] in (home, first))
 
 
-def _runs(parts: list[list[fx.Node]], depth: int, by_branch: bool) -> list[list[fx.Node]]:
-    """Neighbours of one module and branch together; what has no weights follows what it reads, or leads the
-    next."""
-    found: list[tuple[object, list[fx.Node]]] = []
-    for part in parts:
-        key = ".".join(_path(part).split(".")[:depth]), _branch(part) if by_branch else None
-        light = part[0].op != "placeholder" and not any(map(_weighted, part))
-        last = found[-1][1] if found and found[-1][1][0].op != "placeholder" else None
-        if last is None or part[0].op == "placeholder":
-            found.append((key, list(part)))
-        elif light and not set(last).isdisjoint(n for m in part for n in _operands(m)):
-            last.extend(part)
-        elif not light and not any(map(_weighted, last)):
-            last.extend(part)  # slices that open a branch
-            found[-1] = key, last
-        elif found[-1][0] == key:
-            last.extend(part)
-        else:
-            found.append((key, list(part)))
-    return [part for _, part in found]
+def main(nodes: Iterable[Sketch]) -> Sketch:
+    """The operation that a box is named after: its first layer with weights, else its first."""
+    found = list(nodes)
+    return next((one for one in found if one.weighted), found[0])
 
 
-def _main(part: Iterable[fx.Node]) -> fx.Node:
-    nodes = list(part)
-    return next((n for n in nodes if _weighted(n)), nodes[0])
-
-
-def _path(part: Iterable[fx.Node]) -> str:
-    """The user's path of a box, without the branch."""
-    return _BRANCH.sub("", layer(_main(part)))
-
-
-def _branch(part: Iterable[fx.Node]) -> int | None:
-    named = [_BRANCH.search(str(n.target)) for n in part if n.op == "call_module"]
-    found = {int(m.group(1)) for m in named if m}
-    return found.pop() if len(found) == 1 else None
-
-
-def _describe(box: Box, graph: fx.GraphModule, fusions: set[str]) -> None:
-    known, node = facts(graph), _main(box.nodes)
-    module, names = module_of(node), [op_name(n) for n in box.nodes]
-    box.branch, box.name = _branch(box.nodes), _path(box.nodes)
-    weighted = [n for n in box.nodes if _weighted(n)]
-    groups = getattr(module, "groups", 1)
-    if node.op == "placeholder":
-        box.kind, box.label = "input", dims(shape(known.shapes[node]))
-    elif str(node.target) in fusions and len(weighted) == 1:
+def _described(box: Box) -> Box:
+    first, weighted = main(box.nodes), [one for one in box.nodes if one.weighted]
+    numbers = {int(m[1]) for one in box.nodes if (m := _BRANCH.search(one.layer))}
+    box.path = _BRANCH.sub("", first.layer)
+    box.branch = numbers.pop() if len(numbers) == 1 else None
+    box.label = dims(first.shape) if first.op == "input" else _label(first, [one.op for one in box.nodes])
+    if first.op in _ALONE:
+        box.kind = first.op
+    elif _FUSION.fullmatch(first.layer) and weighted:
         box.kind = "fusion"
-    elif any(_BRANCH.search(str(n.target)) for n in weighted):
+    elif any(_BRANCH.search(one.layer) for one in weighted):
         box.kind = "branch"
-    elif groups > 1 and len(weighted) == 1:
-        box.kind, box.cells = "grouped", groups
-    elif not weighted and names[0] in _JOINS:
+    elif first.groups > 1:
+        box.kind, box.cells = "grouped", first.groups
+    elif not weighted and first.op in _JOINS:
         box.kind = "join"
-    if len(weighted) > 1:
-        box.name = _prefix([_BRANCH.sub("", layer(n)) for n in weighted])
-        box.label = f"{len(weighted)} layers"
-    elif box.kind != "input":
-        box.label = _words(module, names)
-    macs = sum(known.cost.rows[n].macs for n in box.nodes)
-    params = sum(known.cost.rows[n].params for n in box.nodes)
-    out = shape(known.shapes[box.nodes[-1]]) if hasattr(known.shapes[box.nodes[-1]], "shape") else ()
-    alive = max((known.memory.live_bytes.get(n, 0) for n in box.nodes), default=0)
-    box.detail = (
-        f"{box.name}{'' if box.branch is None else f', branch {box.branch + 1}'}: {', '.join(names)}; "
-        f"output {dims(out)}, {number(params)} parameters, {number(macs)} MACs, {size(alive)} alive"
-    )
+    return box
 
 
-def _words(module: nn.Module | None, names: list[str]) -> str:
-    shown = [n for n in names if n in _TOLD or "pool" in n]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        kernel = "×".join(map(str, module.kernel_size))
-        head = f"{kernel} {module.in_channels}→{module.out_channels}"
-    elif isinstance(module, nn.Linear):
-        head = f"linear {module.in_features}→{module.out_features}"
-    else:
-        return names[0]
-    first = [n for n in shown if n == "cat"]
-    tail = [n.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool") for n in shown if n != "cat"]
-    return " ".join(dict.fromkeys([*first, head, *tail]))
+def _label(first: Sketch, ops: Sequence[str]) -> str:
+    if not first.words:
+        return " ".join(dict.fromkeys(map(_short, ops)))
+    shown = [op for op in ops if op in _TOLD or "pool" in op]
+    parts = [*(op for op in shown if op == "cat"), first.words, *(_short(op) for op in shown if op != "cat")]
+    return " ".join(dict.fromkeys(parts))
 
 
-def _prefix(paths: list[str]) -> str:
-    """What the paths share, or the first and the last."""
-    shared: list[str] = []
-    for pieces in zip(*(p.split(".") for p in paths), strict=False):
-        if len(set(pieces)) > 1:
-            break
-        shared.append(pieces[0])
-    return ".".join(shared) or f"{paths[0]} to {paths[-1]}"
+def _short(op: str) -> str:
+    return op.replace("max_pool2d", "pool").replace("adaptive_avg_pool2d", "avg pool").replace("batch_norm", "norm")

@@ -1,27 +1,30 @@
-"""Style and script of the page: both inside it, light and dark, wide and narrow."""
+"""Style of the page, which stands inside it: light and dark, wide and narrow, on paper."""
 
 COLOURS = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2530;--soft:#66717f;--line:#dfe3e8;
 --blue:#2f6fb3;
---bluebg:#e6f0fa;--orange:#b85c1e;--orangebg:#fdeee2;--grey:#f1f3f5;--green:#2f7d56;--greenbg:#e6f4ec}
+--bluebg:#e6f0fa;--orange:#b85c1e;--orangebg:#fdeee2;--grey:#f1f3f5;--green:#2f7d56;--greenbg:#e6f4ec;--violet:#7552b5;--violetbg:#f0eafa}
 @media(prefers-color-scheme:dark){:root{--bg:#14181d;--card:#1b2027;--ink:#e4e8ed;--soft:#98a3b0;
 --line:#323a44;
 --blue:#7db4ec;--bluebg:#1c3048;--orange:#f0a263;--orangebg:#3d2817;--grey:#242b33;--green:#79c79d;
---greenbg:#1a3527}}
+--greenbg:#1a3527;--violet:#b79cf0;--violetbg:#2c2244}}
 """
 
 GRAPH = """
-svg{display:block;margin:0 auto}
 svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;fill:var(--soft);
 text-anchor:middle}
-svg text.name{fill:var(--ink);font-weight:600}svg a{cursor:pointer}
-.edge{fill:none;stroke:var(--soft);stroke-width:1.2;opacity:.7}.skip{stroke-dasharray:4 3}
-.box rect{fill:var(--grey);stroke:var(--soft);stroke-width:1}
-.box.branch rect,.box.grouped rect{fill:var(--bluebg);stroke:var(--blue)}
-.box.fusion rect{fill:var(--orangebg);stroke:var(--orange)}.box.input rect{fill:var(--greenbg);
-stroke:var(--green)}
-.box.join rect{fill:var(--card)}.box:hover rect{stroke-width:2.2}.cell{stroke:var(--blue);stroke-width:1.2;
-opacity:.7}
+svg text.name{fill:var(--ink);font-weight:600}svg text.left,svg text.start{text-anchor:start}
+svg text.end{text-anchor:end}
+.edge{fill:none;stroke:var(--soft);stroke-width:1.2;opacity:.75}.skip{stroke-dasharray:4 3}
+.box>rect{fill:var(--grey);stroke:var(--soft);stroke-width:1}
+.box.branch>rect,.box.grouped>rect{fill:var(--bluebg);stroke:var(--blue)}
+.box.fusion>rect{fill:var(--orangebg);stroke:var(--orange)}
+.box.input>rect,.box.entry>rect{fill:var(--greenbg);stroke:var(--green)}
+.box.tiled>rect{fill:var(--violetbg);stroke:var(--violet)}.box.join>rect{fill:var(--card)}
+.box.open>rect{fill-opacity:.45;stroke-opacity:.7}.box.open.module:not(.branch)>rect,.box.open.repeat>rect{
+fill:var(--bg)}
+.box.new>.face{stroke:var(--orange);stroke-width:2}
+.cell{stroke:var(--blue);stroke-width:1.2;opacity:.7}
 """
 
 PAGE = """
@@ -45,21 +48,43 @@ th:nth-child(-n+2),td:nth-child(-n+2),.notes td,.notes th{text-align:left}
 .figures{max-width:620px}.figures td:nth-child(2),.figures th:nth-child(2){text-align:right}
 tbody tr:last-child td{border-bottom:0}thead th{color:var(--soft);font-weight:600}
 .layers thead{position:sticky;top:0;background:var(--card)}
-.layers{max-height:640px;overflow:auto}
+.layers{max-height:640px;overflow:auto}.short{max-height:430px}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--blue)}
 th[aria-sort=ascending] button::after{content:" \\25B2"}
 th[aria-sort=descending] button::after{content:" \\25BC"}
 tr.peakrow td{background:var(--orangebg)}
-svg.memory{width:100%;height:auto;min-width:640px}
-.live{fill:var(--blue);opacity:.55}.hit{fill:transparent}.hit:hover{fill:var(--ink);opacity:.14}
-.peak{fill:var(--orange)}
-svg text.mark{fill:var(--ink);font-size:13px}line.was{stroke:var(--green);stroke-dasharray:6 4}
-svg text.was{fill:var(--green)}
+svg.memory{width:100%;height:auto;min-width:680px;display:block}
+.rule{stroke:var(--line)}polygon.before{fill:var(--soft);fill-opacity:.16;stroke:var(--soft);stroke-opacity:.7}
+rect.before{fill:var(--soft);fill-opacity:.35}polygon.after{fill:var(--blue);fill-opacity:.5;stroke:var(--blue)}
+rect.after{fill:var(--blue);fill-opacity:.6}
+.over{fill:transparent}.over:hover{fill:var(--ink);fill-opacity:.14}
+.peak.before{fill:var(--soft)}.peak.after{fill:var(--orange)}svg text.mark{fill:var(--ink);font-size:12px}
+.alive td:nth-child(3),.alive th:nth-child(3){text-align:left}
+#view{position:relative;border:1px solid var(--line);border-radius:10px;background:var(--card);overflow:hidden}
+#graph{display:block;width:100%;height:min(74vh,820px);touch-action:none;cursor:grab}
+#graph:active{cursor:grabbing}#graph .box{cursor:pointer;outline:none}
+#graph .box:focus-visible>.face,#graph .box.here>.face{stroke-width:3}#graph .box.hit>.face{stroke:var(--green);
+stroke-width:3;stroke-dasharray:5 3}
+svg text.side{font-size:13px;font-weight:600;fill:var(--ink)}
+.bar{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin:0 0 8px}
+.bar button,.bar input{font:inherit;font-size:13.5px;color:var(--ink);background:var(--card);border:1px solid
+var(--line);border-radius:7px;padding:4px 10px}.bar button{cursor:pointer}.bar input{min-width:190px}
+.bar button:hover{border-color:var(--soft)}.bar button[aria-pressed=true]{background:var(--bluebg);
+border-color:var(--blue)}
+.bar button:focus-visible,.bar input:focus-visible{outline:2px solid var(--blue)}
+.bar .gap{flex:1}#found{font-size:13px;color:var(--soft);min-width:76px}
+#side{margin:10px 0 0}#side h3{margin:0 0 2px}#side .told{border-left:3px solid var(--orange);padding-left:9px;
+margin:3px 0}
+td.bars{background:linear-gradient(90deg,var(--bluebg) var(--w),transparent 0)}
+.plan{list-style:none;padding:0;margin:8px 0}.plan li{margin:6px 0}.plan code{background:var(--grey);padding:1px 6px;
+border-radius:5px;font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--soft);margin:0 0 8px}
 .key i{display:inline-block;width:14px;height:10px;border-radius:3px;margin-right:6px;border:1px solid}
 .i-b{background:var(--bluebg);border-color:var(--blue)!important}.i-f{background:var(--orangebg);
 border-color:var(--orange)!important}
-.i-l{background:var(--grey);border-color:var(--soft)!important}
+.i-l{background:var(--grey);border-color:var(--soft)!important}.i-t{background:var(--violetbg);
+border-color:var(--violet)!important}.i-g{background:var(--greenbg);border-color:var(--green)!important}
+.i-n{background:none;border:2px solid var(--orange)!important}
 details{border-top:1px solid var(--line);padding:5px 2px}details:first-of-type{border-top:0}
 summary{cursor:pointer;overflow-wrap:anywhere}
 details:target,details.found{background:var(--bluebg)}
@@ -81,23 +106,10 @@ svg.block{width:100%}svg image{image-rendering:pixelated}
 svg .border{fill:none;stroke:var(--orange);stroke-width:1.2}
 """
 
-CSS = COLOURS + GRAPH + PAGE + SPLITNET
-
-JS = """
-document.querySelectorAll('table.sortable').forEach(function(table){
- table.querySelectorAll('th button').forEach(function(button,column){button.addEventListener('click',
-function(){
-  var head=button.parentNode,down=head.getAttribute('aria-sort')!=='descending',body=table.tBodies[0];
-  table.querySelectorAll('th').forEach(function(th){th.removeAttribute('aria-sort')});
-  head.setAttribute('aria-sort',down?'descending':'ascending');
-  var value=function(row){var cell=row.cells[column],sort=cell.getAttribute('data-v');
-return sort===null?cell.textContent:+sort};
-  Array.from(body.rows).sort(function(a,b){var x=value(a),y=value(b);
-   return (x<y?-1:x>y?1:0)*(down?-1:1)}).forEach(function(row){body.appendChild(row)})})})});
-document.querySelectorAll('.middle').forEach(function(one){
-one.scrollLeft=(one.scrollWidth-one.clientWidth)/2});
-function show(){var one=location.hash.slice(0,4)==='#box'&&document.getElementById(location.hash.slice(1));
- if(one){for(var up=one;up;up=up.parentElement)if(up.tagName==='DETAILS')up.open=true;one.scrollIntoView({
-block:'center'})}}
-addEventListener('hashchange',show);show();
+PRINT = """
+@media print{.bar,#side,.over{display:none}body{max-width:none;padding:0}#graph{height:60vh}
+.layers{max-height:none;overflow:visible}.wide{overflow:visible;break-inside:auto}tr{break-inside:avoid}
+h2,h3{break-after:avoid}}
 """
+
+CSS = COLOURS + GRAPH + PAGE + SPLITNET + PRINT

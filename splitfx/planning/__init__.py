@@ -1,0 +1,1 @@
+"""`splitfx.plan`: which passes, and their compositions, bring a model below what its user has."""

@@ -1,0 +1,84 @@
+"""Plans worth a look for some goals, the cheapest change first: the same function before what must be trained again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from splitfx.compiler.pipeline import run_plan
+from splitfx.compiler.plan import Plan
+from splitfx.compiler.protocol import Pass
+from splitfx.errors import SplitfxError
+from splitfx.passes import FoldBatchNorm, Group, Tile
+from splitfx.planning.goals import Goals
+from splitfx.report.pareto import pareto
+from splitfx.tiling.plan.planner import enough
+
+FACTORS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with a name for people and the reason it is worth a look."""
+
+    name: str
+    why: str
+    passes: tuple[Pass, ...]
+    same: bool  # the same function; else it must be trained again
+
+
+def candidates(graph: fx.GraphModule, goals: Goals) -> Iterator[Candidate]:
+    """Every plan worth a look; `SplitfxError` of a pass that cannot be had is the caller's to tell."""
+    folds = _folds(graph)
+    fold: tuple[Pass, ...] = (FoldBatchNorm(),) if folds else ()
+    if folds:
+        yield Candidate("fold", "batch norms become part of the convolutions before them", fold, True)
+    yield from _tilings(graph, goals, fold)
+    if goals.macs is not None or goals.seconds is not None or goals.drop is not None:
+        yield from _groups(goals, fold)
+
+
+def _folds(graph: fx.GraphModule) -> bool:
+    made = run_plan(graph, Plan([FoldBatchNorm()]), verify=False)
+    return len(list(made.graph.nodes)) < len(list(graph.graph.nodes))
+
+
+def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
+    name = "fold + tile" if fold else "tile"
+    if goals.peak_bytes is not None:
+        budget = f"{goals.peak_bytes} B"
+        yield Candidate(
+            f"{name} to {enough(goals.peak_bytes)}",
+            "the fastest that keeps the budget",
+            (*fold, Tile(budget=budget)),
+            True,
+        )
+    if goals.peak_bytes is not None and not goals.least and goals.seconds is None:
+        return
+    base = run_plan(graph, Plan(fold), verify=False) if fold else graph
+    try:
+        curve = pareto(base).choices
+    except SplitfxError:
+        return
+    tiled = [one for one in curve if one.budget]
+    free = [one for one in tiled if one.time <= 1.0]
+    chosen = {
+        "as small as it gets at no loss of time": min(free, key=lambda c: c.peak_bytes, default=None),
+        "the least memory": min(tiled, key=lambda c: c.peak_bytes, default=None),
+    }
+    for why, one in chosen.items():
+        if one is not None:
+            yield Candidate(f"{name} to {enough(one.peak_bytes)}", why, (*fold, Tile(budget=one.budget)), True)
+
+
+def _groups(goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
+    """Norms stay: what is split is trained again, and they are folded after that."""
+    for factor in FACTORS:
+        why = f"every block in {factor} branches; fewer connections, to be trained"
+        yield Candidate(f"group by {factor}", why, (Group(factors=factor),), False)
+        if goals.peak_bytes is not None:
+            tile = Tile(budget=f"{goals.peak_bytes} B")
+            name = f"group by {factor} + {'fold + ' * bool(fold)}tile"
+            yield Candidate(name, f"{why}; then strip by strip", (Group(factors=factor), *fold, tile), False)

@@ -1,0 +1,219 @@
+"""A graph as a tree of boxes by the user's modules, with rows and edges on every level: what the page's script draws.
+
+Neighbours of one module stand in one box, which opens to them; so does a row of blocks that are alike, and a tiled
+stage, which opens to its layers. Edges are those between the boxes of one level, so that any of them may be open or
+closed. Since a box holds neighbours in the order of execution only, no level has a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitfx.compiler.sketch import Sketch
+from splitfx.ground.table import dims, number, size
+from splitfx.report.html.boxes import Box, boxes, main
+
+OPEN = 26  # boxes that are shown at first
+ALIKE = 3  # neighbours from so many on are drawn as one box
+
+
+@dataclass(eq=False)
+class Item:
+    """A box of the scene: a leaf with its ``box``, or one with ``items`` inside."""
+
+    name: str
+    path: str
+    kind: str
+    label: str
+    items: list[Item] = field(default_factory=list)
+    box: Box | None = None
+    inside: list[Box] = field(default_factory=list)
+    changed: bool = False
+    open: bool = False
+
+    @property
+    def branch(self) -> int | None:
+        """The branch that all of it belongs to, or None."""
+        found = {box.branch for box in self.inside}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def cells(self) -> int:
+        return self.box.cells if self.box is not None else 1
+
+    @property
+    def sketches(self) -> list[Sketch]:
+        return [one for box in self.inside for one in box.nodes]
+
+
+def scene(nodes: Sequence[Sketch], stages: Mapping[str, Sequence[Sketch]] | None = None) -> Item:
+    """The tree of ``nodes``. ``stages``: by the path of a tiled stage the operations inside it."""
+    found = boxes(nodes)
+    root = Item("", "", "root", "", _items(found, 0, ""), None, found)
+    for item in _all(root):
+        if item.kind == "tiled" and stages and item.box is not None and item.box.path in stages:
+            inner = [box for box in boxes(stages[item.box.path]) if box.kind != "input"]
+            item.items, item.inside = _items(inner, 0, ""), [*item.inside, *inner]
+            item.label = f"{len(inner)} layers, strip by strip"
+    return root
+
+
+def open_first(root: Item) -> None:
+    """Open boxes from the outside inwards, as long as no more than `OPEN` are shown: where something changed, only the
+    boxes around it."""
+    changes = any(item.changed for item in root.items)
+    shown, waiting = len(root.items), [item for item in root.items if item.items]
+    while waiting:
+        waiting.sort(key=lambda one: (one.kind != "tiled", one.kind == "repeat"))
+        item = waiting.pop(0)
+        if (changes and not item.changed) or (shown + len(item.items) - 1 > OPEN and item.kind != "tiled"):
+            continue
+        item.open = True
+        shown += len(item.items) - 1
+        waiting += [one for one in item.items if one.items]
+
+
+def mark_changes(root: Item, other: Item) -> None:
+    """Mark what has no counterpart in the other scene, and every box around it."""
+    known = {_sign(i) for i in _all(other) if i.box is not None}
+
+    def mark(item: Item) -> bool:
+        inner = [mark(one) for one in item.items]
+        item.changed = any(inner) or (item.box is not None and _sign(item) not in known)
+        return item.changed
+
+    mark(root)
+
+
+def plain(item: Item, notes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The tree as JSON-ready data. ``notes``: texts by the user's path of a layer."""
+    made: dict[str, Any] = {"n": item.name, "p": item.path, "k": item.kind, "l": item.label}
+    if item.changed:
+        made["m"] = 1
+    if item.open:
+        made["o"] = 1
+    made |= {"b": item.branch} if item.branch is not None else {}
+    if item.box is not None:
+        made |= {"g": item.cells} if item.cells > 1 else {}
+        made["d"] = [_line(one) for one in item.box.nodes]
+    told = [text for one in dict.fromkeys(_paths(item)) for text in notes.get(one, ())]
+    if told and item.box is not None:
+        made["t"] = told
+    if item.items:
+        rows, edges, fed, feeds = levels(item)
+        made |= {"r": rows, "e": edges, "i": fed, "u": feeds, "c": [plain(one, notes) for one in item.items]}
+    return made
+
+
+# ---------------------------------------------------------------- the tree
+
+
+def _items(found: Sequence[Box], depth: int, above: str) -> list[Item]:
+    runs: list[tuple[Any, list[Box]]] = []
+    for box in found:
+        parts = box.path.split(".")
+        key = (parts[depth] if depth < len(parts) else None, box.branch)
+        if runs and runs[-1][0] == key and key[0] is not None and box.kind not in ("input", "tiled"):
+            runs[-1][1].append(box)
+        else:
+            runs.append((key, [box]))
+    return _alike([_item(key[0], run, depth, above) for key, run in runs])
+
+
+def _item(part: str | None, run: Sequence[Box], depth: int, above: str) -> Item:
+    if len(run) == 1:
+        box = run[0]
+        name = ".".join(box.path.split(".")[depth:]) or main(box.nodes).op  # what the module does itself
+        return Item(name, box.path, box.kind, box.label, [], box, [box])
+    path = f"{above}.{part}" if above else str(part)
+    inner = _items(run, depth + 1, path)
+    if len(inner) == 1 and inner[0].items:  # a module with nothing but one other in it
+        only = inner[0]
+        return Item(f"{part}.{only.name}", only.path, only.kind, only.label, only.items, None, only.inside)
+    return Item(str(part), path, "module", _summary(run), inner, None, list(run))
+
+
+def _summary(run: Sequence[Box]) -> str:
+    nodes = [one for box in run for one in box.nodes]
+    macs = sum(one.macs for one in nodes)
+    layers = sum(one.weighted for one in nodes)
+    count = f"{layers} layer{'s' * (layers != 1)}" if layers else f"{len(nodes)} operations"
+    return f"{count} · {number(macs)} MACs" if macs else count
+
+
+def _alike(items: list[Item]) -> list[Item]:
+    """Blocks that are alike, one behind the other, as one item that opens to them."""
+    found: list[list[Item]] = []
+    for item in items:
+        last = found[-1] if found else None
+        if last and item.items and _shape(last[0]) == _shape(item) and _follows(last[-1], item):
+            last.append(item)
+        else:
+            found.append([item])
+    return [one for run in found for one in ([_repeat(run)] if len(run) >= ALIKE else run)]
+
+
+def _repeat(run: list[Item]) -> Item:
+    inside = [box for item in run for box in item.inside]
+    name, label = f"{run[0].name} to {run[-1].name}", f"{len(run)} alike · {_summary(inside)}"
+    return Item(name, f"{run[0].path}…{run[-1].path}", "repeat", label, run, None, inside)
+
+
+def _shape(item: Item) -> tuple[Any, ...]:
+    own = tuple((one.op, one.words, one.shape) for one in item.sketches)
+    return (len(item.items), own)
+
+
+def _follows(first: Item, second: Item) -> bool:
+    """All that the second reads from outside comes from the first."""
+    own, before = set(map(id, second.inside)), set(map(id, first.inside))
+    read = {id(b) for box in second.inside for b in box.before} - own
+    return bool(read) and read <= before
+
+
+# ---------------------------------------------------------------- one level
+
+
+def levels(item: Item) -> tuple[list[int], list[list[int]], list[int], list[int]]:
+    """Row of every item, edges between them, and which read from, or are read, outside."""
+    home = {id(box): place for place, one in enumerate(item.items) for box in one.inside}
+    edges: dict[tuple[int, int], None] = {}
+    fed: dict[int, None] = {}
+    for place, one in enumerate(item.items):
+        for box in one.inside:
+            for before in box.before:
+                source = home.get(id(before))
+                if source is None:
+                    fed[place] = None
+                elif source != place:
+                    edges[source, place] = None
+    rows = [0] * len(item.items)
+    for source, place in sorted(edges, key=lambda edge: edge[1]):
+        rows[place] = max(rows[place], rows[source] + 1)
+    sources = {source for source, _ in edges}
+    feeds = [place for place in range(len(item.items)) if place not in sources]
+    return rows, [list(edge) for edge in edges], list(fed), feeds
+
+
+def _all(item: Item) -> Iterator[Item]:
+    for one in item.items:
+        yield one
+        yield from _all(one)
+
+
+def _sign(item: Item) -> tuple[Any, ...]:
+    assert item.box is not None
+    ops = tuple((one.op, one.words, one.groups) for one in item.box.nodes)
+    return item.path, item.box.branch, item.kind, ops
+
+
+def _paths(item: Item) -> Iterator[str]:
+    for one in item.box.nodes if item.box is not None else ():
+        yield one.layer
+
+
+def _line(one: Sketch) -> list[str]:
+    live = size(one.live_bytes) if one.live_bytes else "-"
+    return [one.layer, one.op, dims(one.shape), number(one.params), number(one.macs), size(one.bytes), live]
