@@ -123,7 +123,7 @@ def test_grouped_lowering_costs_nothing_else() -> None:
     before = len(graph.graph.nodes)
     check(graph, x, halves(graph, "1.0", "2.0"), "grouped")
     assert len(graph.graph.nodes) == before
-    assert "groups 2" in text(graph)
+    assert "groups=2" in text(graph)
 
 
 def test_an_order_is_folded_into_the_weights() -> None:

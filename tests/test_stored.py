@@ -19,7 +19,7 @@ from splitfx.errors import ExportError
 from splitfx.ground import names
 from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
-from splitfx.storage import KIND, PROGRAM, load, operators, rebuild, rehearsal, save, stored
+from splitfx.storage import KIND, PROGRAM, deserialize, load, operators, rehearsal, save, stored
 from splitfx.tiling.plan import covered
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.schedule import Scheduler
@@ -130,7 +130,7 @@ def test_sabotage_without_the_grammar_code_runs(pair: Path, tmp_path: Path, monk
     monkeypatch.setattr(names, "is_name", lambda given: True)
     with pytest.raises(ExportError, match="names of inputs"):  # the second check: keywords are the graph's arguments
         load(place)
-    monkeypatch.setattr(rebuild, "_check_signature", lambda plain, info: None)
+    monkeypatch.setattr(deserialize, "_check_signature", lambda plain, info: None)
     with pytest.raises(Exception, match=r".*"):
         load(place)(torch.ones(2, 3, 6, 6), y=torch.ones(2, 4, 1, 1))
     assert Path("pwned").exists(), "the check above is not what keeps the code from running"
@@ -331,5 +331,5 @@ def test_a_program_decodes_to_what_was_written(pair: Path) -> None:
     plain = json.loads((pair / PROGRAM).read_text())
     found = stored.decoded(plain)
     assert [one.name for one in found.nodes] == [one["name"] for one in plain["nodes"]]
-    assert isinstance(rebuild._make_info(found).inputs[0], TensorSpec)
+    assert isinstance(deserialize._make_info(found).inputs[0], TensorSpec)
     assert isinstance(load(pair), fx.GraphModule)

@@ -33,35 +33,35 @@ def draft_of(target: Path) -> Iterator[Path]:
     Raises `OSError` where the folder of ``target`` cannot be written to.
     """
     sweep(target.parent)
-    scratch, lock = _begun(target)
-    settled = False  # what cannot be put back now stays for whoever sweeps next
+    holder, lock = _begun(target)
+    tidied = False  # what cannot be put back now stays for whoever sweeps next
     try:
-        yield scratch / NEW / target.name
+        yield holder / NEW / target.name
     finally:
         try:
-            _settle(scratch)
-            settled = True
+            _settle(holder)
+            tidied = True
         finally:
             os.close(lock)
-            if settled:
-                shutil.rmtree(scratch, ignore_errors=True)
+            if tidied:
+                shutil.rmtree(holder, ignore_errors=True)
 
 
 def _begun(target: Path) -> tuple[Path, int]:
     """A draft folder and its lock. Until the lock is held, another process takes the folder for a killed writer's."""
     while True:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", suffix=SUFFIX, dir=target.parent))
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", suffix=SUFFIX, dir=target.parent))
         lock = None
         try:
-            lock = os.open(scratch / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            lock = os.open(holder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             if _lock(lock):
-                (scratch / NEW).mkdir()
-                return scratch, lock
+                (holder / NEW).mkdir()
+                return holder, lock
             os.close(lock)
         except OSError as problem:
             if lock is not None:
                 os.close(lock)
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(holder, ignore_errors=True)
             if not isinstance(problem, FileNotFoundError) or not target.parent.is_dir():
                 raise
 
@@ -72,16 +72,16 @@ def replace_folder(draft: Path, target: Path, ours: Iterable[str]) -> None:
     Killed at any moment, this leaves the old folder or the new one under the name, each with the user's files; where
     the operating system cannot exchange two names, it may be a moment's work of the next reader to give it back.
     """
-    scratch, known = draft.parent.parent, {*ours, *os.listdir(draft)}
-    part = scratch / f"{OURS}.part"
-    part.write_text(json.dumps(sorted(known)), encoding="utf-8")
-    os.replace(part, scratch / OURS)
-    for name in set(os.listdir(target)) - known:
+    holder, written = draft.parent.parent, {*ours, *os.listdir(draft)}
+    part = holder / f"{OURS}.part"
+    part.write_text(json.dumps(sorted(written)), encoding="utf-8")
+    os.replace(part, holder / OURS)
+    for name in set(os.listdir(target)) - written:
         _carry(target / name, draft / name)
     shutil.copymode(target, draft)
     if exchange(draft, target):
         return
-    aside = scratch / OLD / target.name
+    aside = holder / OLD / target.name
     aside.parent.mkdir()
     os.rename(target, aside)
     try:
@@ -100,28 +100,28 @@ def recover(target: Path) -> None:
 def sweep(folder: Path) -> None:
     """Clear away the drafts of killed writers in ``folder``, as far as they are this user's."""
     with contextlib.suppress(OSError):  # a draft that another process clears away too, or none may touch
-        found = [one for one in os.scandir(folder) if one.name.startswith(".") and one.name.endswith(SUFFIX)]
-        for one in found:
-            if one.is_dir(follow_symlinks=False) and one.stat().st_uid == _user(one):
-                _sweep(Path(one.path))
+        holders = [entry for entry in os.scandir(folder) if entry.name.startswith(".") and entry.name.endswith(SUFFIX)]
+        for entry in holders:
+            if entry.is_dir(follow_symlinks=False) and entry.stat().st_uid == _user(entry):
+                _sweep(Path(entry.path))
 
 
-def _user(one: os.DirEntry[str]) -> int:
-    return os.geteuid() if hasattr(os, "geteuid") else one.stat().st_uid
+def _user(entry: os.DirEntry[str]) -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else entry.stat().st_uid
 
 
-def _sweep(scratch: Path) -> None:
-    if not set(os.listdir(scratch)) <= {NEW, OLD, OURS, f"{OURS}.part", LOCK}:
+def _sweep(holder: Path) -> None:
+    if not set(os.listdir(holder)) <= {NEW, OLD, OURS, f"{OURS}.part", LOCK}:
         return  # somebody else's
-    lock = os.open(scratch / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(holder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         mine = _lock(lock)
         if mine:
-            _settle(scratch)
+            _settle(holder)
     finally:
         os.close(lock)
     if mine:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _lock(file: int) -> bool:
@@ -140,16 +140,16 @@ def _lock(file: int) -> bool:
     return True
 
 
-def _settle(scratch: Path) -> None:
+def _settle(holder: Path) -> None:
     """Before a draft folder goes: a folder moved aside and not replaced takes its name again, and a file of the user's
     that came into the old folder while it was replaced moves into the new one."""
-    for place in (scratch / OLD, scratch / NEW):
+    for place in (holder / OLD, holder / NEW):
         for held in place.iterdir() if place.is_dir() else ():
-            target = scratch.parent / held.name
+            target = holder.parent / held.name
             if place.name == OLD and not os.path.lexists(target):
                 put(held, target)
-            elif (scratch / OURS).is_file() and held.is_dir() and target.is_dir():
-                _save(held, target, set(json.loads((scratch / OURS).read_text(encoding="utf-8"))))
+            elif (holder / OURS).is_file() and held.is_dir() and target.is_dir():
+                _save(held, target, set(json.loads((holder / OURS).read_text(encoding="utf-8"))))
 
 
 def _save(held: Path, target: Path, ours: set[str]) -> None:

@@ -129,12 +129,12 @@ def dress(graph: fx.GraphModule) -> fx.GraphModule:
 
 def info(graph: nn.Module) -> TraceInfo:
     """The `TraceInfo` of a canonical graph; `UnsupportedError` for any other module."""
-    found = getattr(graph, "meta", {}).get(INFO)
-    if not isinstance(found, TraceInfo):
+    record = getattr(graph, "meta", {}).get(INFO)
+    if not isinstance(record, TraceInfo):
         raise UnsupportedError(
             f"{type(graph).__name__} is not a splitfx graph: call splitfx.trace or splitfx.transform on the model first"
         )
-    return found
+    return record
 
 
 def is_canonical(module: nn.Module) -> TypeGuard[fx.GraphModule]:
@@ -159,26 +159,26 @@ def module_of(node: fx.Node) -> nn.Module | None:
         return None
     owner = node.graph.owning_module
     assert owner is not None, "a node outside a GraphModule has no module"
-    found: nn.Module | None = owner
+    module: nn.Module | None = owner
     for part in str(node.target).split("."):  # get_submodule does the same at three times the price
-        found = found._modules.get(part) if found is not None else None
-    return found if found is not None else owner.get_submodule(str(node.target))
+        module = module._modules.get(part) if module is not None else None
+    return module if module is not None else owner.get_submodule(str(node.target))
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """The value that a node takes as its positional argument ``index``. Raises `TypeError` where there is none."""
-    found = node.args[index] if index < len(node.args) else None
-    if not isinstance(found, fx.Node):
-        raise TypeError(f"{node.name} takes no value as argument {index}: {found!r}")
-    return found
+    value = node.args[index] if index < len(node.args) else None
+    if not isinstance(value, fx.Node):
+        raise TypeError(f"{node.name} takes no value as argument {index}: {value!r}")
+    return value
 
 
 def operands(node: fx.Node, index: int = 0) -> list[fx.Node]:
     """As `operand`, where a list of values is taken: what is concatenated, or put out."""
-    found = node.args[index] if index < len(node.args) else None
-    if not isinstance(found, list | tuple) or not all(isinstance(one, fx.Node) for one in found):
-        raise TypeError(f"{node.name} takes no list of values as argument {index}: {found!r}")
-    return [one for one in found if isinstance(one, fx.Node)]
+    values = node.args[index] if index < len(node.args) else None
+    if not isinstance(values, list | tuple) or not all(isinstance(one, fx.Node) for one in values):
+        raise TypeError(f"{node.name} takes no list of values as argument {index}: {values!r}")
+    return [one for one in values if isinstance(one, fx.Node)]
 
 
 class Weighted(Protocol):
@@ -218,8 +218,8 @@ def random_inputs(
             spec = TensorSpec((batch, *spec.shape[1:]), spec.dtype, spec.device, spec.high)
         return spec.random(generator)
 
-    known = info(graph)
-    args, kwargs = pytree.tree_unflatten([one(s) for s in known.inputs], known.in_spec)
+    record = info(graph)
+    args, kwargs = pytree.tree_unflatten([one(s) for s in record.inputs], record.in_spec)
     return tuple(args), dict(kwargs)
 
 
@@ -265,12 +265,12 @@ def specs_as_now(graph: fx.GraphModule) -> tuple[Any, ...]:
 
 def by_path(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and persistent buffers by the paths at which they lie."""
-    found: dict[str, torch.Tensor] = {}
-    for path, one in module.named_modules(remove_duplicate=False):
-        held = (*one._parameters.items(), *one._buffers.items())
-        kept = ((name, t) for name, t in held if t is not None and name not in one._non_persistent_buffers_set)
-        found.update({f"{path}.{name}" if path else name: t for name, t in kept})
-    return found
+    tensors: dict[str, torch.Tensor] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        held = (*owner._parameters.items(), *owner._buffers.items())
+        kept = ((name, t) for name, t in held if t is not None and name not in owner._non_persistent_buffers_set)
+        tensors.update({f"{path}.{name}" if path else name: t for name, t in kept})
+    return tensors
 
 
 def dressed(graph: fx.GraphModule) -> fx.GraphModule:
@@ -308,10 +308,10 @@ def restore_aliases(graph: fx.GraphModule) -> None:
 
 
 def resolve(graph: nn.Module, path: str) -> Any:
-    found: Any = graph
+    value: Any = graph
     for part in path.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def set_path(root: nn.Module, path: str, value: Any, persistent: bool = True) -> None:

@@ -5,8 +5,10 @@ Promises: everything is read from the operator's own schema; no table of operato
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ from networkx.utils import UnionFind
 from torch import fx, nn
 
 from splitfx.ir.graph import Staged, module_of
+
+_ON_SIZES = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_"
+FUNCTIONS: dict[str, Callable[..., Any]] = {  # what graphs call beside operators, to reckon with sizes
+    **{f"operator.{name}": getattr(operator, name) for name in _ON_SIZES.split()},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
+    **{f"torch.sym_{name}": getattr(torch, f"sym_{name}") for name in ("int", "float", "max", "min", "not", "ite")},
+}
+FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema:
@@ -24,15 +34,16 @@ def schema_of(node: fx.Node) -> torch.FunctionSchema:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """A node's arguments under their aten schema names, defaults filled in."""
-    given = dict(node.kwargs)
+    bound = dict(node.kwargs)
     for position, spec in enumerate(schema_of(node).arguments):
         if position < len(node.args):
-            given[spec.name] = node.args[position]
-        elif spec.name not in given:
-            given[spec.name] = spec.default_value if spec.has_default_value() else None
-    return given
+            bound[spec.name] = node.args[position]
+        elif spec.name not in bound:
+            bound[spec.name] = spec.default_value if spec.has_default_value() else None
+    return bound
 
 
+@functools.cache
 def aten_name(target: Any) -> str:
     """``relu`` for ``aten.relu.default`` and ``aten.relu_.default``; empty for what is no aten overload."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
@@ -56,17 +67,17 @@ def written(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     """The values that a node overwrites, each with whether the node's result *is* that value afterwards."""
     if node.op != "call_function" or not mutates(node.target):
         return []
-    schema, given = schema_of(node), arguments(node)
+    schema, bound = schema_of(node), arguments(node)
     results = [r.alias_info.before_set for r in schema.returns if r.alias_info is not None]
     single = len(schema.returns) == 1
-    found = []
+    values_written = []
     for spec in schema.arguments:
         if spec.alias_info is None or not spec.alias_info.is_write:
             continue
-        value, returned = given[spec.name], single and spec.alias_info.before_set in results
+        value, returned = bound[spec.name], single and spec.alias_info.before_set in results
         values = value if isinstance(value, list | tuple) else [value]
-        found += [(v, returned and v is value) for v in values if isinstance(v, fx.Node)]
-    return found
+        values_written += [(v, returned and v is value) for v in values if isinstance(v, fx.Node)]
+    return values_written
 
 
 def may_share(node: fx.Node) -> Iterator[fx.Node]:
@@ -75,13 +86,13 @@ def may_share(node: fx.Node) -> Iterator[fx.Node]:
         yield from node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
-    name, given = aten_name(node.target), arguments(node)
+    name, bound = aten_name(node.target), arguments(node)
     if "dropout" in name:
         yield from node.all_input_nodes[:1]  # returns its operand in eval mode, which no schema says
         return
     for spec in node.target._schema.arguments:
-        if spec.alias_info is not None and isinstance(given[spec.name], fx.Node):
-            yield given[spec.name]
+        if spec.alias_info is not None and isinstance(bound[spec.name], fx.Node):
+            yield bound[spec.name]
 
 
 def sharing(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -104,7 +104,7 @@ _ONE = frozenset({"not", "float", "trunc", "floor", "ceil", "round"})
 _MANY = frozenset({"and", "or", "add", "mul", "max", "min"})  # all others are of two
 
 
-def to_plain(sizes: Sizes) -> dict[str, Any]:
+def encode(sizes: Sizes) -> dict[str, Any]:
     """As JSON types, the form of `splitfx.storage.stored.Free`."""
 
     def listed(expr: Expr) -> Any:
@@ -114,7 +114,7 @@ def to_plain(sizes: Sizes) -> dict[str, Any]:
     return {"fixed": [list(dims) for dims in sizes.fixed], "rules": rules}
 
 
-def from_plain(plain: Any, shapes: Sequence[Any]) -> Sizes:
+def decode(plain: Any, shapes: Sequence[Any]) -> Sizes:
     """The sizes of a ``splitfx.storage.stored.Free``, for inputs of these traced sizes. Raises `ValueError`."""
     if len(plain.fixed) > len(shapes):
         raise ValueError("more inputs have fixed sizes than there are")
@@ -123,15 +123,15 @@ def from_plain(plain: Any, shapes: Sequence[Any]) -> Sizes:
             raise ValueError("a dim that is fixed is none of its input")
     left = [MOST]
     rules = tuple(Rule(_read(rule.holds, shapes, left, 0), one_line(rule.where, 200)) for rule in plain.rules)
-    found = Sizes(tuple(tuple(dims) for dims in plain.fixed), rules)
-    why = found.broken(shapes, shapes)
+    sizes = Sizes(tuple(tuple(dims) for dims in plain.fixed), rules)
+    why = sizes.broken(shapes, shapes)
     if why:
         raise ValueError(f"the rules of sizes do not fit the sizes that were traced: {why[:200]}")
-    return found
+    return sizes
 
 
 def require_short(sizes: Sizes) -> None:
-    """Raise `ValueError` for more rules than `from_plain` reads."""
+    """Raise `ValueError` for more rules than `decode` reads."""
     left = [MOST]
     for rule in sizes.rules:
         _read(rule.holds, None, left, 0)
@@ -165,14 +165,14 @@ def _within(given: Any, count: int) -> bool:
     return type(given) is int and 0 <= given < count
 
 
-def evaluate(expr: Expr, given: Sequence[Any]) -> Any:
+def evaluate(expr: Expr, shapes: Sequence[Any]) -> Any:
     """The value of an expression for the sizes of a graph's inputs; False where it divides by nothing."""
     if not isinstance(expr, tuple):
         return expr
     name, *operands = expr
     if name == "size":
-        return given[operands[0]][operands[1]]
-    values = [evaluate(one, given) for one in operands]
+        return shapes[operands[0]][operands[1]]
+    values = [evaluate(one, shapes) for one in operands]
     try:
         return FUNCTIONS[name](*values)
     except (ZeroDivisionError, OverflowError, ValueError):  # the last: a conversion of what is no number

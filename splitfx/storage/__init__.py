@@ -1,7 +1,7 @@
 """`save` and `load`: a split as a folder, and back.
 
 Does: writes plan.toml, weights.safetensors (every state_dict key once, tied weights noted), program.json
-(the graph, see `splitfx.storage.program`) and splitfx.json (what the folder is); reads them back with or without
+(the graph, see `splitfx.storage.serialize`) and splitfx.json (what the folder is); reads them back with or without
 the user's model.
 Refuses: a folder already there, files that are missing, cut short, of a newer format or of another model.
 Promises: nothing is pickled or unpickled and nothing in a folder is executed; a failed save leaves the
@@ -25,20 +25,42 @@ from torch import fx, nn
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note
 from splitfx.errors import ExportError, PlanError
-from splitfx.files import FolderKind, read_json
-from splitfx.files.typed import Count, typed
+from splitfx.files import read_json
+from splitfx.files.folders import FolderKind
+from splitfx.files.typed import Count
 from splitfx.ground.exclusive import fresh
 from splitfx.ir import graph as graphs
-from splitfx.storage import program, rebuild
+from splitfx.storage import deserialize, serialize
 from splitfx.storage.record import read_record, write_record
 from splitfx.text import cut
 
-KIND = FolderKind("splitfx.save", "splitfx.json", 1, ExportError)
 PLAN, PROGRAM = "plan.toml", "program.json"
 WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
 SHOWN = 5  # names listed in a message
 _LONGEST = 1000  # characters of a key
 _Key = Annotated[str, Meta(max_length=_LONGEST)]
+_Role = Literal["parameter", "frozen", "buffer", "constant"]
+
+
+class _About(Struct):
+    """The manifest: the keys of the state_dict, which of them are one tensor with another, what each path is that the
+    graph reads, the sizes of the files, and why there is no program where there is none."""
+
+    keys: list[_Key]
+    tied: dict[str, _Key]
+    kinds: dict[str, _Role]
+    bytes: dict[str, Count]
+    program_missing: str
+    model: str = ""
+    versions: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        long = [key for key in (*self.tied, *self.kinds) if len(key) > _LONGEST]
+        if long:
+            raise ValueError(f"a name of {len(long[0])} characters in tied or kinds")
+
+
+KIND = FolderKind("splitfx.save", "splitfx.json", 1, ExportError, _About)
 
 
 def save(split: fx.GraphModule, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -103,27 +125,17 @@ def _write(split: fx.GraphModule, draft: Path) -> None:
         _save_tensors(constants, draft / CONSTANTS)
     missing = ""
     try:
-        plain = program.to_plain(split)
+        plain = serialize.serialize(split)
         (draft / PROGRAM).write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
-    except program.NoPlainForm as reason:
+    except serialize.NoPlainForm as reason:
         missing = str(reason)
         warnings.warn(f"saved without a program: {missing}; load it with load(folder, model).", stacklevel=3)
     if info.plan is not None:
         info.plan.save(draft / PLAN)
     write_record(split, draft)
-    about = {
-        "format": KIND.format,
-        "kind": KIND.writer,
-        "splitfx": _version("splitfx"),
-        "torch": torch.__version__,
-        "model": info.model_class,
-        "keys": list(state),
-        "tied": tied,
-        "kinds": kinds,
-        "program_missing": missing,
-        "bytes": {one.name: one.stat().st_size for one in draft.iterdir()},
-    }
-    (draft / KIND.manifest).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
+    versions = {"splitfx": _version("splitfx"), "torch": str(torch.__version__)}
+    KIND.write_manifest(draft, _About(list(state), tied, kinds, sizes, missing, info.model_class, versions))
 
 
 def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -138,7 +150,7 @@ def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return tied
 
 
-def _kinds(split: fx.GraphModule, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _kinds(split: fx.GraphModule, state: Mapping[str, Any]) -> tuple[dict[str, _Role], dict[str, torch.Tensor]]:
     """Path -> parameter, frozen, buffer or constant for what the graph reads; and the constants, no
     state_dict keys.
     """
@@ -148,14 +160,14 @@ def _kinds(split: fx.GraphModule, state: Mapping[str, Any]) -> tuple[dict[str, s
         *dict(split.named_buffers(remove_duplicate=False)),
     ]
     paths += [str(node.target) for node in split.graph.nodes if node.op == "get_attr"]
-    kinds: dict[str, str] = {}
+    kinds: dict[str, _Role] = {}
     constants: dict[str, torch.Tensor] = {}
     for path in dict.fromkeys(paths):
         one = graphs.resolve(split, path)
         if path in aliases or path.startswith(tuple(alias + "." for alias in aliases)):
             continue
         if not isinstance(one, torch.Tensor):
-            continue  # a subgraph; program.to_plain refuses it with its reason
+            continue  # a subgraph; serialize.serialize refuses it with its reason
         if path not in state:
             kinds[path], constants[path] = "constant", one
         elif isinstance(one, nn.Parameter):
@@ -178,21 +190,8 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-class _About(Struct):
-    keys: list[_Key]
-    tied: dict[str, _Key]
-    kinds: dict[str, Literal["parameter", "frozen", "buffer", "constant"]]
-    bytes: dict[str, Count]
-    program_missing: str
-
-    def __post_init__(self) -> None:
-        long = [key for key in (*self.tied, *self.kinds) if len(key) > _LONGEST]
-        if long:
-            raise ValueError(f"a name of {len(long[0])} characters in tied or kinds")
-
-
 def _about(place: Path) -> _About:
-    about = typed(KIND.read_manifest(place), _About, ExportError, str(place / KIND.manifest))
+    about = KIND.read_manifest(place)
     for name, size in about.bytes.items():
         KIND.held_file(place, name, size)
     return about
@@ -225,7 +224,7 @@ def _rebuilt(place: Path, about: _About, stored: Mapping[str, torch.Tensor]) -> 
             raise ExportError(f"{place} holds no weights for {cut(path)}.")
         one = _installed(place, path, kind, source[name])
         values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", one))
-    return rebuild.from_plain(plain, values)
+    return deserialize.deserialize(plain, values)
 
 
 def _installed(place: Path, path: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -268,7 +267,7 @@ def _example(place: Path, model: nn.Module) -> Any:
     if not (place / PROGRAM).exists():
         return None
     device = next((str(one.device) for one in model.parameters()), "cpu")
-    return rebuild.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
+    return deserialize.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
 
 
 def _check_weights(place: Path, split: nn.Module, weights: Mapping[str, torch.Tensor], advice: str = "") -> None:

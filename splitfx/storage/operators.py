@@ -8,7 +8,6 @@ Promises: what passes here reads and writes its operands only, draws no random s
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from splitfx.ir.ops import ROWS
-from splitfx.ir.schema import aten_name, qualified_name
+from splitfx.ir.schema import FUNCTION_NAMES, aten_name, qualified_name
 
 _BESIDE_THE_TABLE = """
     acos acosh addbmm addmv addr affine_grid_generator all aminmax angle any argmin asin asinh atan atan2 atanh
@@ -38,12 +37,6 @@ _BESIDE_THE_TABLE = """
 """
 ALLOWED = frozenset({*(name for name, row in ROWS.items() if row.stored), *_BESIDE_THE_TABLE.split()})
 _SIZES = ("sym_size", "sym_numel")
-_ON_SIZES = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_"
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"operator.{name}": getattr(operator, name) for name in _ON_SIZES.split()},
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{f"torch.sym_{name}": getattr(torch, f"sym_{name}") for name in ("int", "float", "max", "min", "not", "ite")},
-}
 
 LARGEST = 2**40  # a size, an index, a number of anything
 _WINDOW = 2**16  # rows of a window: larger ones overflow where torch multiplies them
@@ -56,8 +49,7 @@ _MOST_PARTS = 10_000
 def refusal(target: Any) -> str:
     """Why a function cannot be in a stored program; "" if it can."""
     if not isinstance(target, torch._ops.OpOverload):
-        known = any(target is one for one in FUNCTIONS.values())
-        return "" if known else "is not an operator of torch"
+        return "" if target in FUNCTION_NAMES else "is not an operator of torch"
     registered = ROWS.get(qualified_name(target))  # by this process, never by the folder
     if registered is None and aten_name(target) not in ALLOWED:
         return "is not an operator that a stored program may hold"
@@ -66,8 +58,8 @@ def refusal(target: Any) -> str:
         return "writes to more than its operand"
     if aten_name(target) in _SIZES:
         return ""
-    given = {str(one.type) for one in schema.returns}
-    return "" if given and given <= {"Tensor", "List[Tensor]"} else "gives no tensor"
+    returns = {str(one.type) for one in schema.returns}
+    return "" if returns and returns <= {"Tensor", "List[Tensor]"} else "gives no tensor"
 
 
 def unfit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -75,14 +67,14 @@ def unfit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if not isinstance(target, torch._ops.OpOverload):
         return _unfit_python(target, args)
     schema = target._schema.arguments
-    given = {**{spec.name: one for spec, one in zip(schema, args, strict=False)}, **kwargs}
+    arguments = {**{spec.name: one for spec, one in zip(schema, args, strict=False)}, **kwargs}
     scalars = {spec.name for spec in schema if "number" in str(spec.type)}
-    for name, value in given.items():
+    for name, value in arguments.items():
         for one in _leaves(value):
             if not _is_bounded(name, one, name in scalars):
                 return f"{name} is {str(one)[:40]}"
     check = _CHECKS.get(aten_name(target))
-    return check(given) if check is not None else ""
+    return check(arguments) if check is not None else ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -118,45 +110,47 @@ def _unfit_python(target: Any, args: tuple[Any, ...]) -> str:
 # ---------------------------------------------------------------- what torch does not check
 
 
-def _attention(given: dict[str, Any]) -> str:
-    key, value = given["key"], given["value"]
-    same = key.shape[-2] == value.shape[-2] and key.shape[-1] == given["query"].shape[-1]
+def _attention(arguments: dict[str, Any]) -> str:
+    key, value = arguments["key"], arguments["value"]
+    same = key.shape[-2] == value.shape[-2] and key.shape[-1] == arguments["query"].shape[-1]
     return "" if same else "keys and values differ in size"
 
 
-def _grid(given: dict[str, Any]) -> str:
-    known = given["interpolation_mode"] in (0, 1, 2) and given["padding_mode"] in (0, 1, 2)
+def _grid(arguments: dict[str, Any]) -> str:
+    known = arguments["interpolation_mode"] in (0, 1, 2) and arguments["padding_mode"] in (0, 1, 2)
     return "" if known else "an unknown mode"
 
 
-def _parts(given: dict[str, Any]) -> str:
+def _parts(arguments: dict[str, Any]) -> str:
     """Every part is a tensor of its own, made before anybody could look at how many there are."""
-    x = given["self"] if "self" in given else given["input"]
-    along = x.shape[given.get("dim", 0)] if x.dim() else 1
-    size = next((given[name] for name in ("split_size", "chunks", "sections") if isinstance(given.get(name), int)), 1)
-    count = -(-along // max(1, size)) if "split_size" in given else size if size != 1 else along
+    x = arguments["self"] if "self" in arguments else arguments["input"]
+    along = x.shape[arguments.get("dim", 0)] if x.dim() else 1
+    size = next(
+        (arguments[name] for name in ("split_size", "chunks", "sections") if isinstance(arguments.get(name), int)), 1
+    )
+    count = -(-along // max(1, size)) if "split_size" in arguments else size if size != 1 else along
     return "" if count <= _MOST_PARTS else f"{count} parts"
 
 
-def _steps(given: dict[str, Any]) -> str:
+def _steps(arguments: dict[str, Any]) -> str:
     """Recurrent layers are unrolled, step by step."""
-    x = given["input"]
-    return "" if x.dim() != 3 or max(x.shape[:2]) * given["num_layers"] <= _MOST_PARTS else "a sequence without end"
+    x = arguments["input"]
+    return "" if x.dim() != 3 or max(x.shape[:2]) * arguments["num_layers"] <= _MOST_PARTS else "a sequence without end"
 
 
-def _lstm(given: dict[str, Any]) -> str:
+def _lstm(arguments: dict[str, Any]) -> str:
     """Sizes of states and weights against those of the input: the fast kernels take them on trust."""
-    if "batch_sizes" in given:
+    if "batch_sizes" in arguments:
         return "packed sequences"
-    if _steps(given):
-        return _steps(given)
-    x, (h, c), weights = given["input"], given["hx"], list(given["params"])
-    ways, layers, size = 1 + bool(given["bidirectional"]), given["num_layers"], h.shape[-1]
-    batch = x.shape[0 if given["batch_first"] else 1]
+    if _steps(arguments):
+        return _steps(arguments)
+    x, (h, c), weights = arguments["input"], arguments["hx"], list(arguments["params"])
+    ways, layers, size = 1 + bool(arguments["bidirectional"]), arguments["num_layers"], h.shape[-1]
+    batch = x.shape[0 if arguments["batch_first"] else 1]
     wanted: list[tuple[int, ...]] = []
     for layer in range(min(layers, len(weights))):
         reads = x.shape[-1] if layer == 0 else size * ways
-        one = [(4 * size, reads), (4 * size, size), *([(4 * size,), (4 * size,)] if given["has_biases"] else [])]
+        one = [(4 * size, reads), (4 * size, size), *([(4 * size,), (4 * size,)] if arguments["has_biases"] else [])]
         wanted += one * ways
     state = (layers * ways, batch, size)
     fits = tuple(h.shape) == tuple(c.shape) == state and [tuple(w.shape) for w in weights] == wanted

@@ -28,9 +28,9 @@ NAME = "explanation.json"
 
 def write_record(split: fx.GraphModule, folder: Path) -> None:
     """Write what `explain` tells of ``split`` into its folder. Raises `ExportError`."""
-    with written_whole(folder / NAME, overwrite=True, error=ExportError) as scratch:
+    with written_whole(folder / NAME, overwrite=True, error=ExportError) as draft:
         told = {**asdict(explain(split)), "origin": [asdict(one) for one in info(split).origin]}
-        scratch.write_text(json.dumps(told, default=str), encoding="utf-8")
+        draft.write_text(json.dumps(told, default=str), encoding="utf-8")
 
 
 def read_record(split: fx.GraphModule, folder: Path) -> None:
@@ -40,8 +40,8 @@ def read_record(split: fx.GraphModule, folder: Path) -> None:
     if info(split).steps or not path.exists():
         return
     advice = "; delete it to go on without the record"
-    found = read_typed(path, _Record, ExportError, "it is no record", advice)
-    info(split).steps, info(split).origin = found.steps, tuple(found.origin)
+    record = read_typed(path, _Record, ExportError, "it is no record", advice)
+    info(split).steps, info(split).origin = record.steps, tuple(record.origin)
 
 
 class _Record(Struct):

@@ -40,12 +40,12 @@ def rehearse(graph: fx.GraphModule, outputs: Sequence[TensorSpec] | None) -> Non
         raise ExportError("the stored program numbers its sub-models in another way than 0, 1, 2.")
     recorded, now = info(graph).inputs, specs_as_now(graph)
     try:
-        found = _run(graph, recorded)
+        result = _run(graph, recorded)
     except ExportError:
         if now == recorded:
             raise
-        found = _run(graph, now)  # the model was converted to another type after it was traced
-    made = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+        result = _run(graph, now)  # the model was converted to another type after it was traced
+    made = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
     if outputs is not None and made != [(one.shape, one.dtype) for one in outputs]:
         raise ExportError(f"the stored program gives {_listed(made)}, not what was recorded.")
 
@@ -82,11 +82,11 @@ class _Rehearsal:
 
     def graph(self, graph: fx.GraphModule, inputs: list[Any]) -> Any:
         """What the graph gives, in the containers of its output node."""
-        found: dict[fx.Node, Any] = {}
-        given = iter(inputs)
+        values: dict[fx.Node, Any] = {}
+        remaining = iter(inputs)
         for node in graph.graph.nodes:
             try:
-                found[node] = value = self.node(graph, node, found, given)
+                values[node] = value = self.node(graph, node, values, remaining)
             except ExportError:
                 raise
             except Exception as error:  # whatever torch says of arguments that do not fit
@@ -97,29 +97,32 @@ class _Rehearsal:
                     _require_bounded(layer(node)[:80], one.shape, one.dtype)
                 elif isinstance(one, int) and abs(one) >= 2**63:
                     raise ExportError(f"the stored program reckons beyond all sizes at {layer(node)[:80]}.")
-        return found[next(iter(reversed(graph.graph.nodes)))]
+        return values[next(iter(reversed(graph.graph.nodes)))]
 
-    def node(self, graph: fx.GraphModule, node: fx.Node, found: dict[fx.Node, Any], given: Any) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n])
+    def node(self, graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], remaining: Any) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "placeholder":
-            return next(given)
+            return next(remaining)
         if node.op == "get_attr":
             return self.weight(attribute(graph, str(node.target)))
         if node.op == "output":
             return args[0]
         module = module_of(node)
         if module is not None:
-            return self.layer(graph, module, args, kwargs, found)
-        wrong = operators.unfit(node.target, args, kwargs)
+            return self.layer(graph, module, args, kwargs, values)
+        target: Any = node.target
+        wrong = operators.unfit(target, args, kwargs)
         if wrong:
-            raise ExportError(f"the stored program runs '{node.target}' with what does not fit: {wrong}.")
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+            raise ExportError(f"the stored program runs '{target}' with what does not fit: {wrong}.")
+        return target(*args, **kwargs)
 
-    def layer(self, graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Any, found: dict[fx.Node, Any]) -> Any:
+    def layer(
+        self, graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Any, values: dict[fx.Node, Any]
+    ) -> Any:
         if isinstance(module, Tiled):
             return self.stage(module, args, kwargs)
         if isinstance(module, Entry):
-            return self.entry(graph, module, args, kwargs, found)
+            return self.entry(graph, module, args, kwargs, values)
         held = {name: self.weight(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 
@@ -127,16 +130,16 @@ class _Rehearsal:
         count = sum(n.op == "placeholder" for n in module.stage.graph.nodes)
         if kwargs or len(args) != count or not all(isinstance(one, torch.Tensor) for one in args):
             raise ValueError(f"a stage of {count} maps")
-        given = self.graph(module.stage, list(args))
+        result = self.graph(module.stage, list(args))
         require_covered(module.stage, [TensorSpec(tuple(t.shape), t.dtype) for t in args], module.schedule)
-        return given
+        return result
 
-    def entry(self, graph: fx.GraphModule, module: Entry, args: Any, kwargs: Any, found: dict[fx.Node, Any]) -> Any:
+    def entry(self, graph: fx.GraphModule, module: Entry, args: Any, kwargs: Any, values: dict[fx.Node, Any]) -> Any:
         images = [n for n in graph.graph.nodes if n.op == "placeholder"]
         inside = [n for n in module.step_down.graph.nodes if n.op == "placeholder"]
         if kwargs or len(args) != 1 or len(inside) != 1 or module.reads >= len(images):
             raise ValueError("a step-down reads one of the inputs")
-        made, cut = self.graph(module.step_down, [found[images[module.reads]]]), args[0]
+        made, cut = self.graph(module.step_down, [values[images[module.reads]]]), args[0]
         if not isinstance(made, torch.Tensor) or (made.shape, made.dtype) != (cut.shape, cut.dtype):
             raise ValueError("its step-down gives another tensor than stands there")
         return cut

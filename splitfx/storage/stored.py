@@ -1,7 +1,6 @@
-"""What a stored program is, as types, and the values in it.
+"""What a stored program is, as types; `splitfx.storage.values` knows the values in it.
 
-Does: decodes the JSON of a program into structs, every name in it held to the grammar (`splitfx.ground.names`); reads
-values that JSON has no form for from dicts with one key that says what they are.
+Does: decodes the JSON of a program into structs, every name in it held to the grammar (`splitfx.ground.names`).
 Refuses (`ValueError`, with the place in the document): fields that are missing, unknown or of another type.
 Promises: nothing is imported, evaluated or allocated.
 """
@@ -9,31 +8,24 @@ Promises: nothing is imported, evaluated or allocated.
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-import torch
 from msgspec import Meta, Struct
-from torch import fx
-from torch.utils import _pytree as pytree
 
 from splitfx.files.typed import require_ordinary
 from splitfx.ground import names
 from splitfx.ir.notes import Note
 from splitfx.storage.operators import LARGEST
+from splitfx.subnetworks.entry import Form as EntryForm
+from splitfx.tiling.plan import planner
+from splitfx.tiling.plan.replan import HALF
 
-DTYPES = {
-    str(one).removeprefix("torch."): one
-    for one in vars(torch).values()
-    if isinstance(one, torch.dtype) and not str(one).startswith(("torch.q", "torch.bits"))
-}
-FORMATS = {str(one).removeprefix("torch."): one for one in (torch.contiguous_format, torch.preserve_format,
-                                                           torch.channels_last, torch.channels_last_3d)}  # fmt: skip
-LAYOUTS = {"strided": torch.strided}
+T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
+Positive = Annotated[int, Meta(ge=1, le=LARGEST)]
 
 
 class Name(str):
@@ -69,6 +61,50 @@ class Layer(Struct, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         _hold_keys(Path, self.layers)
         _hold_keys(Name, self.norms)
+
+
+class Schedule(Struct, forbid_unknown_fields=True):
+    """See `splitfx.tiling.plan.instructions.Schedule`."""
+
+    rows: Count = 0
+    every: tuple[Positive, ...] = ()
+    tiles: tuple[Positive, Positive] = (1, 1)
+    recompute: Annotated[float, Meta(ge=0)] = math.inf
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.recompute):
+            raise ValueError("see recompute: not a number")
+
+
+class Goal(Struct, forbid_unknown_fields=True):
+    """See `splitfx.tiling.plan.replan.Goal`."""
+
+    budget: Annotated[str, Meta(max_length=100)]
+    mode: planner.Mode
+    sizes: tuple[tuple[Count, ...], ...]
+    outside: Count
+
+    def __post_init__(self) -> None:
+        if self.budget not in (HALF, "least"):
+            planner.parse_bytes(self.budget)
+
+
+class TiledOptions(Struct, forbid_unknown_fields=True):
+    schedule: Schedule
+    goal: Goal | None = None
+    checkpoint: bool = False
+
+
+class EntryOptions(Struct, forbid_unknown_fields=True):
+    """See `splitfx.subnetworks.entry.Entry`."""
+
+    number: Count
+    reads: Count
+    form: EntryForm
+    private: dict[str, Name]
+
+    def __post_init__(self) -> None:
+        _hold_keys(Path, self.private)
 
 
 class Tree(Struct, forbid_unknown_fields=True):
@@ -134,7 +170,12 @@ class Program(Struct, forbid_unknown_fields=True):
 def decoded(plain: Any) -> Program:
     """The program in JSON's types. Raises `ValueError`, in one line with the place in the document."""
     require_ordinary(plain)
-    return msgspec.convert(plain, Program, dec_hook=_held_to_grammar)
+    return convert(plain, Program)
+
+
+def convert(plain: Any, kind: type[T]) -> T:
+    """Plain data as a struct. Raises `ValueError`, in one line with the place in the data."""
+    return msgspec.convert(plain, kind, dec_hook=_held_to_grammar)
 
 
 def _held_to_grammar(kind: type, given: Any) -> Any:
@@ -147,82 +188,3 @@ def _hold_keys(kind: type, given: Mapping[str, Any]) -> None:
     """msgspec looks at the values of a dict alone."""
     for key in given:
         _held_to_grammar(kind, key)
-
-
-# ---------------------------------------------------------------- values
-
-
-def value(plain: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """The inverse of `splitfx.storage.program.plain_value`. Raises `ValueError`."""
-    if isinstance(plain, list):
-        return [value(one, nodes) for one in plain]
-    if not isinstance(plain, dict):
-        return plain
-    word, held = _single(plain)
-    tables: dict[str, Mapping[str, Any]] = {
-        "node": nodes, "dtype": DTYPES, "memory_format": FORMATS, "layout": LAYOUTS
-    }  # fmt: skip
-    if word in tables:
-        if not isinstance(held, str) or held not in tables[word]:
-            raise ValueError(f"an unknown {word}: {str(held)[:80]}")
-        return tables[word][held]
-    readers = {
-        "tuple": lambda: tuple(value(one, nodes) for one in held),
-        "dict": lambda: {value(key, nodes): value(one, nodes) for key, one in held},
-        "slice": lambda: slice(*(value(one, nodes) for one in held)),
-        "float": lambda: float(held),
-        "complex": lambda: _finite(*held),
-        "ellipsis": lambda: Ellipsis,
-        "device": lambda: torch.device("cpu"),  # the loaded program lives where its weights are: on the CPU
-    }
-    if word not in readers:
-        raise ValueError(f"an unknown value: {word[:80]}")
-    return readers[word]()
-
-
-def _single(plain: dict[Any, Any]) -> tuple[str, Any]:
-    if len(plain) != 1:
-        raise ValueError(f"a value says with one key what it is, not with {len(plain)}")
-    return next(iter(plain.items()))
-
-
-def _finite(real: float, imaginary: float) -> complex:
-    if not (math.isfinite(real) and math.isfinite(imaginary)):
-        raise ValueError("a complex number that is not finite")
-    return complex(real, imaginary)
-
-
-def tensor_form(plain: Any) -> Form | None:
-    """The form of an input, None for one that is no tensor. Raises `ValueError`."""
-    if not (isinstance(plain, dict) and "tensor" in plain):
-        return None
-    return msgspec.convert(plain["tensor"], Form)
-
-
-def structure(plain: Any) -> Any:
-    """The pytree structure of containers; None for None. Raises `ValueError`."""
-    return None if plain is None else pytree.tree_flatten(_tree(plain))[1]
-
-
-def _tree(plain: Any) -> Any:
-    if plain == "*":
-        return 0
-    if not isinstance(plain, dict):
-        raise ValueError(f"an unknown container: {str(plain)[:80]}")
-    word, held = _single(plain)
-    if word == "dict":
-        return {_key(key): _tree(one) for key, one in held}
-    if word == "namedtuple":
-        name, fields, children = held
-        if not all(map(names.is_name, (name, *fields))) or len(set(fields)) != len(fields):
-            raise ValueError(f"an unusable name: {str((name, *fields))[:80]}")
-        return namedtuple(name, fields)(*map(_tree, children))
-    if word not in ("tuple", "list"):
-        raise ValueError(f"an unknown container: {word[:80]}")
-    return tuple(map(_tree, held)) if word == "tuple" else [_tree(one) for one in held]
-
-
-def _key(key: Any) -> str | int:
-    if not isinstance(key, str | int) or (isinstance(key, str) and len(key) > names.LONGEST):
-        raise ValueError(f"an unusable key: {str(key)[:80]!r}")
-    return key

@@ -17,7 +17,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shape
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, layer, module_of, set_path, weighted
-from splitfx.ir.ops import Result, op, op_name
+from splitfx.ir.ops import Result, layer_words, op, op_name
 from splitfx.ir.walks import ancestors
 from splitfx.subnetworks.entry import Entry, Form
 from splitfx.subnetworks.sites import Site, Sites
@@ -158,13 +158,8 @@ def _embedding(facts: Facts, image: fx.Node, end: fx.Node) -> fx.GraphModule:
 
 
 def words(entry: Entry, cut: fx.Node) -> str:
-    """What a step-down is, for notes: ``3->64 2x2 stride 2, norm, relu``."""
-    from splitfx.ir.ops import describe
-
-    parts = []
-    for node in entry.step_down.graph.nodes:
-        if node.op in ("call_module", "call_function") and op_name(node):
-            text = describe(node)
-            parts.append(text[text.index("=") + 2 :].split(' "')[0].split(" (")[0])
+    """What a step-down is, for notes: ``Conv2d(3, 64, 2, stride=2), BatchNorm2d(64), relu``."""
+    nodes = [n for n in entry.step_down.graph.nodes if n.op in ("call_module", "call_function") and op_name(n)]
+    parts = [layer_words(module_of(n)) if n.op == "call_module" else op_name(n) for n in nodes]
     shown = parts if len(parts) <= 4 else [*parts[:3], "..."]
     return f"{', '.join(shown)} in place of everything up to {layer(cut)}"

@@ -117,7 +117,7 @@ case = lru_cache(maxsize=None)(Case)
 def unnamed(form: str) -> str:
     """The text form with nodes named by their order, without the values that they read, which move freely."""
     numbers: dict[str, str] = {}
-    lines = "\n".join(line for line in form.splitlines() if ' = value "' not in line)
+    lines = "\n".join(line for line in form.splitlines() if not re.match(r"%\w+ = (parameter|buffer)\(", line))
     return re.sub(r"%\w+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), lines)
 
 

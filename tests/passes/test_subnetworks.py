@@ -45,16 +45,16 @@ def test_golden() -> None:
     split = divided()
     assert 'entry "sub0"' in text(split)
     assert text(split.detach(1)) == (
-        "%input_1 = input\n"
-        '%conv = conv2d[1->8 2x2 stride 2] "step_down.conv" (%input_1)\n'
-        '%norm = batch_norm[8] "step_down.norm" (%conv)\n'
-        "%relu_default = relu (%norm)\n"
-        '%_10 = conv2d[8->10 3x3 pad 1] "10" (%relu_default)\n'
-        '%_11 = batch_norm[10] "11" (%_10)\n'
-        "%relu_3 = relu (%_11)\n"
-        "%_13 = max_pool2d[[2, 2] [2, 2]] (%relu_3)\n".replace("%_13 = ", "%max_pool2d_1 = ")
-        + "%flatten = flatten[1] (%max_pool2d_1)\n"
-        '%_15 = linear[160->10] "15" (%flatten)\n'
+        "%input_1 = input(2, 1, 16, 16)\n"
+        '%conv = Conv2d(1, 8, 2, stride=2) "step_down.conv" (%input_1)\n'
+        '%norm = BatchNorm2d(8) "step_down.norm" (%conv)\n'
+        "%relu_default = relu(%norm)\n"
+        '%_10 = Conv2d(8, 10, 3, padding=1) "10" (%relu_default)\n'
+        '%_11 = BatchNorm2d(10) "11" (%_10)\n'
+        "%relu_3 = relu(%_11)\n"
+        "%max_pool2d_1 = max_pool2d(%relu_3, [2, 2], [2, 2])\n"
+        "%flatten = flatten(%max_pool2d_1, 1)\n"
+        '%_15 = Linear(160, 10) "15" (%flatten)\n'
         "return %_15\n"
     )
 

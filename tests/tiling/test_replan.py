@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import fx, nn
 
 import splitfx
 from splitfx.analysis import facts
 from splitfx.compiler.pipeline import run_pass
-from splitfx.errors import ExportError
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import module_of
 from splitfx.ir.ops import op_name
 from splitfx.passes import Tile
-from splitfx.storage.layers import _goal
+from splitfx.storage import stored
 from splitfx.tiling.plan import replan
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run import executor
@@ -182,8 +182,8 @@ GOAL = {"budget": "1 MiB", "mode": "auto", "sizes": ((4, 1, 3, 8, 8),), "outside
     [{"budget": "many"}, {"budget": 3}, {"mode": "fast"}, {"sizes": 3}, {"sizes": ((True,),)}, {"outside": -1}],
 )
 def test_a_stored_budget_that_is_none_is_refused(change: dict[str, Any]) -> None:
-    assert _goal("tiled", GOAL) == replan.Goal(**GOAL)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match=f"unusable budget: see {next(iter(change))}"):
-        _goal("tiled", {**GOAL, **change})
-    with pytest.raises(ExportError, match="does not know"):
-        _goal("tiled", {**GOAL, "run": "os.system"})
+    assert replan.Goal(**structs.asdict(stored.convert(GOAL, stored.Goal))) == replan.Goal(**GOAL)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=next(iter(change))):
+        stored.convert({**GOAL, **change}, stored.Goal)
+    with pytest.raises(ValueError, match="unknown field `run`"):
+        stored.convert({**GOAL, "run": "os.system"}, stored.Goal)

@@ -119,15 +119,15 @@ def option(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "rows": (option("rows", -1), "unusable schedule: see rows"),
-    "rows as words": (option("rows", "4"), "unusable schedule: see rows"),
-    "a switch for a number": (option("rows", True), "unusable schedule: see rows"),
-    "every": (option("every", {"tuple": [0]}), "unusable schedule: see every"),
-    "tiles": (option("tiles", {"tuple": [1]}), "unusable schedule: see tiles"),
-    "recompute": (option("recompute", {"float": "nan"}), "unusable schedule: see recompute"),
-    "another field": (option("run", "os.system"), "schedule that this splitfx does not know"),
-    "another option": (lambda layer: layer["options"].update(__class__=True), "unknown options: __class__"),
-    "no switch": (lambda layer: layer["options"].update(checkpoint="yes"), "unknown options: checkpoint"),
+    "rows": (option("rows", -1), "unusable options: see schedule.rows"),
+    "rows as words": (option("rows", "4"), "unusable options: see schedule.rows"),
+    "a switch for a number": (option("rows", True), "unusable options: see schedule.rows"),
+    "every": (option("every", {"tuple": [0]}), "unusable options: see schedule.every"),
+    "tiles": (option("tiles", {"tuple": [1]}), "unusable options: see schedule.tiles"),
+    "recompute": (option("recompute", {"float": "nan"}), "unusable options: see schedule.recompute"),
+    "another field": (option("run", "os.system"), "see schedule: object contains unknown field `run`"),
+    "another option": (lambda layer: layer["options"].update(__class__=True), "unknown field `__class__`"),
+    "no switch": (lambda layer: layer["options"].update(checkpoint="yes"), "unusable options: see checkpoint"),
     "another function": (
         lambda layer: next(n for n in layer["nodes"] if n["op"] == "call_function").update(target="os.system"),
         "'os.system', which is not an operator",

@@ -11,10 +11,9 @@ no more than the stem and its own branches.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError
-from splitfx.export.bundles.branches_runner import KIND, Branches, OnnxPart, fingerprint
+from splitfx.export.bundles.branches_runner import KIND, Branches, Manifest, OnnxPart, fingerprint
 from splitfx.export.onnx import export_onnx
 from splitfx.ground.difference import relative_error
 from splitfx.ir import graph as graphs
@@ -56,16 +55,8 @@ def export_branches(
             export_onnx(part.graph, draft / file, opset=opset, dynamic_batch=dynamic_batch)
             given = {f.name: getattr(part, f.name) for f in fields(OnnxPart) if hasattr(part, f.name)}
             rows.append(OnnxPart(**{**given, "file": file, **fingerprint(draft / file)}))
-        about = {
-            "format": KIND.format,
-            "kind": KIND.writer,
-            "model": graphs.info(split).model_class,
-            "inputs": list(tree.inputs),
-            "arguments": [list(one) for one in tree.arguments],
-            "classes": [list(own) for own in tree.classes],
-            "parts": [asdict(row) for row in rows],
-        }
-        (draft / KIND.manifest).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        model = graphs.info(split).model_class
+        KIND.write_manifest(draft, Manifest(tree.inputs, tree.arguments, tree.classes, rows, model))
         progress("checking")
         _check_parity(tree, draft, provider)
     return Path(os.path.abspath(folder))

@@ -21,14 +21,12 @@ from msgspec import Meta, Struct
 from splitfx.errors import ExportError
 from splitfx.export.bundles.opened import Opened
 from splitfx.export.data_files import data_files
-from splitfx.files import FolderKind, is_file_name
+from splitfx.files.folders import FolderKind, is_file_name
 from splitfx.files.typed import Count, Text
 from splitfx.ground.table import number, size, table
 from splitfx.splitnet.arguments import bound
 from splitfx.splitnet.tree import MERGE
 from splitfx.text import shown
-
-KIND = FolderKind("export_branches", "branches.json", 1, ExportError)
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,30 @@ class OnnxPart:
     params: Count
 
 
+class Manifest(Struct):
+    inputs: Annotated[tuple[Text, ...], Meta(min_length=1)]
+    arguments: tuple[tuple[str, str], ...]
+    classes: Annotated[tuple[Annotated[tuple[Count, ...], Meta(min_length=1)], ...], Meta(min_length=1)]
+    parts: list[OnnxPart]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.arguments) != len(self.inputs):
+            raise ValueError(f"see arguments: {len(self.arguments)} of {len(self.inputs)} inputs")
+        if len({part.name for part in self.parts}) != len(self.parts):
+            raise ValueError("see parts: two have one name")
+        if [part.name for part in self.parts].count(MERGE) != 1 or self.parts[-1].name != MERGE:
+            raise ValueError("it names no one part that merges, at the end")
+        named = [one for own in self.classes for one in own]
+        if sorted(named) != list(range(len(named))):
+            raise ValueError("see classes: not every class is in one group")
+        if any(group >= len(self.classes) for part in self.parts for group in part.groups):
+            raise ValueError(f"see parts: there are {len(self.classes)} groups")
+
+
+KIND = FolderKind("export_branches", "branches.json", 1, ExportError, Manifest)
+
+
 class Branches:
     """Opens a folder that `export_branches` wrote, on one onnxruntime provider.
 
@@ -62,7 +84,7 @@ class Branches:
         threads: int | None = None,
         groups: Iterable[int] | None = None,
     ) -> None:
-        self._opened = Opened(KIND, _Manifest, folder, provider, threads)
+        self._opened = Opened(KIND, folder, provider, threads)
         self.folder, about = self._opened.folder, self._opened.about
         self.inputs, self.arguments, self.classes = about.inputs, about.arguments, about.classes
         everyone = range(len(self.classes))
@@ -136,26 +158,6 @@ class Branches:
 
 
 # ---------------------------------------------------------------- reading
-
-
-class _Manifest(Struct):
-    inputs: Annotated[tuple[Text, ...], Meta(min_length=1)]
-    arguments: tuple[tuple[str, str], ...]
-    classes: Annotated[tuple[Annotated[tuple[Count, ...], Meta(min_length=1)], ...], Meta(min_length=1)]
-    parts: list[OnnxPart]
-
-    def __post_init__(self) -> None:
-        if len(self.arguments) != len(self.inputs):
-            raise ValueError(f"see arguments: {len(self.arguments)} of {len(self.inputs)} inputs")
-        if len({part.name for part in self.parts}) != len(self.parts):
-            raise ValueError("see parts: two have one name")
-        if [part.name for part in self.parts].count(MERGE) != 1 or self.parts[-1].name != MERGE:
-            raise ValueError("it names no one part that merges, at the end")
-        named = [one for own in self.classes for one in own]
-        if sorted(named) != list(range(len(named))):
-            raise ValueError("see classes: not every class is in one group")
-        if any(group >= len(self.classes) for part in self.parts for group in part.groups):
-            raise ValueError(f"see parts: there are {len(self.classes)} groups")
 
 
 def _check_file(folder: Path, part: OnnxPart) -> None:

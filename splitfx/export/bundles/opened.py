@@ -9,25 +9,21 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from splitfx.errors import ExportError
 from splitfx.export import sessions
-from splitfx.files import FolderKind
-from splitfx.files.typed import typed
+from splitfx.files.folders import FolderKind
 
 M = TypeVar("M")
 
 
 class Opened(Generic[M]):
-    """``about``: the manifest, as ``form``. A file's session is opened when it is first asked for. ``threads``: of
+    """``about``: the manifest. A file's session is opened when it is first asked for. ``threads``: of
     onnxruntime, None for torch's number. Raises `ExportError`."""
 
-    def __init__(
-        self, kind: FolderKind, form: type[M], folder: str | os.PathLike[str], provider: str, threads: int | None
-    ) -> None:
+    def __init__(self, kind: FolderKind[M], folder: str | os.PathLike[str], provider: str, threads: int | None) -> None:
         self.folder = Path(folder)
         self.provider, self.threads = sessions.full_name(provider), threads or torch.get_num_threads()
         self.manifest = self.folder / kind.manifest
-        self.about: M = typed(kind.read_manifest(self.folder), form, ExportError, str(self.manifest))
+        self.about = kind.read_manifest(self.folder)
         self._sessions: dict[str, Any] = {}
 
     def session(self, file: str) -> Any:

@@ -10,7 +10,6 @@ of their own, since folding them would make other convolution weights for every 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,13 @@ from torch import fx
 
 from splitfx.errors import ExportError
 from splitfx.export import onnx as writing
+from splitfx.export.bundles.submodels_runner import KIND, BundleModel, Manifest, Weights
 from splitfx.export.runtime import check_onnx
-from splitfx.files import FolderKind
 from splitfx.ir import graph as graphs
 from splitfx.subnetworks.choose import ModelFigures
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
 
-KIND = FolderKind("export_bundle", "manifest.json", 1, ExportError)
 WEIGHTS = "weights.data"
 SMALL = 64  # bytes: shapes, scalars and the like stay in the files
 ALIGNED = 64  # bytes that a weight starts at a multiple of
@@ -65,17 +63,10 @@ def export_bundle(
         rows = []
         for found, model in zip(split.figures(), models, strict=True):
             rows.append(_row(split, found, model, draft, val, provider, runs, progress))
-        about = {
-            "format": KIND.format,
-            "kind": KIND.writer,
-            "model": graphs.info(split).model_class,
-            "inputs": [list(s.shape) for s in graphs.info(split).inputs if isinstance(s, graphs.TensorSpec)],
-            "weights": {"file": WEIGHTS, "bytes": weights},
-            "provider": provider,
-            "threads": torch.get_num_threads(),
-            "models": rows,
-        }
-        (draft / KIND.manifest).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        record = graphs.info(split)
+        inputs = [shape for shape in record.shapes if shape is not None]
+        held = Weights(WEIGHTS, weights)
+        KIND.write_manifest(draft, Manifest(rows, held, record.model_class, inputs, provider, torch.get_num_threads()))
     return target
 
 
@@ -155,27 +146,27 @@ def _row(
     provider: str,
     runs: int,
     progress: Callable[[str], None],
-) -> dict[str, Any]:
+) -> BundleModel:
     name = found.name
     progress(f"checking {name}")
     report = check_onnx(model, draft / f"{name}.onnx", providers=(provider,), runs=runs)
     row = report.rows[0]
     if not row.ok:
         raise ExportError(f"{name}.onnx does not agree with its model on {provider}: {row.verdict}")
-    return {
-        "name": name,
-        "file": f"{name}.onnx",
-        "behind": graphs.layer(entries(split)[found.number][0].all_input_nodes[0]) if found.number >= 0 else "",
-        "macs": found.macs,
-        "ops": found.ops,
-        "params": found.params,
-        "peak_bytes": found.peak_bytes,
-        "runtime_peak_bytes": row.peak_bytes,
-        "seconds": None if row.median_ms is None else row.median_ms / 1e3,
-        "p90_seconds": None if row.p90_ms is None else row.p90_ms / 1e3,
-        "accuracy": _accuracy(model, val, name, progress),
-        "max_rel": max((one.max_rel for one in row.outputs), default=0.0),
-    }
+    return BundleModel(
+        name,
+        f"{name}.onnx",
+        found.macs,
+        found.params,
+        found.peak_bytes,
+        seconds=None if row.median_ms is None else row.median_ms / 1e3,
+        accuracy=_accuracy(model, val, name, progress),
+        behind=graphs.layer(entries(split)[found.number][0].all_input_nodes[0]) if found.number >= 0 else "",
+        ops=found.ops,
+        runtime_peak_bytes=row.peak_bytes,
+        p90_seconds=None if row.p90_ms is None else row.p90_ms / 1e3,
+        max_rel=row.max_rel or 0.0,
+    )
 
 
 def _accuracy(model: fx.GraphModule, val: Any, name: str, progress: Callable[[str], None]) -> float | None:

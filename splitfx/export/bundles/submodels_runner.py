@@ -19,9 +19,9 @@ from typing import Annotated, Literal
 import torch
 from msgspec import Meta, Struct
 
-from splitfx.errors import UnsupportedError
+from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export.bundles.opened import Opened
-from splitfx.export.bundles.submodels import KIND
+from splitfx.files.folders import FolderKind
 from splitfx.files.typed import Count, Text
 from splitfx.ground.table import number, seconds, size, table
 from splitfx.text import shown
@@ -32,7 +32,8 @@ Sizes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class BundleModel:
-    """One model of a manifest; ``accuracy`` in percent and ``seconds``, a median, as they were when it was written."""
+    """One model of a manifest, as written: ``accuracy`` in percent, ``seconds`` a median, ``max_rel`` the largest
+    error against its torch model. ``behind``: the layer at which a sub-model enters."""
 
     name: Text
     file: Text
@@ -41,21 +42,33 @@ class BundleModel:
     peak_bytes: Count
     seconds: Annotated[float, Meta(ge=0)] | None
     accuracy: Annotated[float, Meta(ge=0, le=100)] | None
+    behind: str = ""
+    ops: Count = 0
+    runtime_peak_bytes: int | None = None
+    p90_seconds: float | None = None
+    max_rel: float = 0.0
 
 
-class _Weights(Struct):
+class Weights(Struct):
     file: Text
     bytes: Count
 
 
-class _Manifest(Struct):
+class Manifest(Struct):
     models: Annotated[list[BundleModel], Meta(min_length=1)]
-    weights: _Weights
+    weights: Weights
+    model: str = ""
+    inputs: list[tuple[int, ...]] = []
+    provider: str = ""
+    threads: int = 0
 
     def __post_init__(self) -> None:
         twice = next((name for name, count in Counter(one.name for one in self.models).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"two models are named {shown(twice)}")
+
+
+KIND = FolderKind("export_bundle", "manifest.json", 1, ExportError, Manifest)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Bundle:
     """Opens a bundle on one provider. ``threads``: of onnxruntime, None for torch's number."""
 
     def __init__(self, folder: str | os.PathLike[str], provider: str = "cpu", threads: int | None = None) -> None:
-        self._opened = Opened(KIND, _Manifest, folder, provider, threads)
+        self._opened = Opened(KIND, folder, provider, threads)
         self.folder, about = self._opened.folder, self._opened.about
         self.models = tuple(about.models)
         for one in self.models:

@@ -7,6 +7,7 @@ names in either spelling, module or operator, in place or not.
 from __future__ import annotations
 
 from splitfx.ir.ops import families  # which fill the table
+from splitfx.ir.ops.parse import parse
 from splitfx.ir.ops.reading import (
     bind,
     in_place,
@@ -20,7 +21,7 @@ from splitfx.ir.ops.reading import (
 )
 from splitfx.ir.ops.registered import register_op
 from splitfx.ir.ops.row import ROWS, STRUCTURE, UNKNOWN, Channel, Op, Result, Spatial, Window
-from splitfx.ir.ops.text import describe, text
+from splitfx.ir.ops.text import layer_words, text
 
 __all__ = [
     "ROWS",
@@ -32,13 +33,14 @@ __all__ = [
     "Spatial",
     "Window",
     "bind",
-    "describe",
     "families",
     "in_place",
     "is_size",
+    "layer_words",
     "op",
     "op_name",
     "out_of_place",
+    "parse",
     "per_channel",
     "register_op",
     "slices_all",

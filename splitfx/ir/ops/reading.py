@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,11 +23,11 @@ def op_name(node: fx.Node) -> str:
         kind = type(module_of(node))
         # A module of another class in a canonical graph is a train-dependent leaf, one tensor in and one out; one that
         # a pass made says what it is.
-        row = BY_MODULE.get(kind)  # type: ignore[arg-type]
+        row = BY_MODULE.get(kind)
         return row.name if row is not None else getattr(kind, "op_name", "leaf")
     if node.op != "call_function":
         return ""
-    if getattr(node.target, "__name__", "") == "getitem":
+    if node.target is operator.getitem:
         return "getitem"
     if name := aten_name(node.target):
         return name
@@ -48,12 +49,16 @@ def op(node: fx.Node) -> Op:
 
 def is_size(node: fx.Node) -> bool:
     """Arithmetic on sizes (dynamic batch), which moves no tensor."""
-    if node.op != "call_function":
+    target: Any = node.target
+    if node.op != "call_function" or target is operator.getitem:
         return False
-    if node.target in (torch.ops.aten.sym_size.int, torch.sym_max, torch.sym_min, torch.sym_sqrt, torch.sym_float):
-        return True
-    name = getattr(node.target, "__name__", "")
-    return getattr(node.target, "__module__", "") in ("_operator", "math") and name != "getitem"
+    if isinstance(target, torch._ops.OpOverload):
+        return target is _SYM_SIZE
+    return target in _ON_SIZES or getattr(target, "__module__", "") in ("_operator", "math")
+
+
+_SYM_SIZE = torch.ops.aten.sym_size.int
+_ON_SIZES = (torch.sym_max, torch.sym_min, torch.sym_sqrt, torch.sym_float)
 
 
 def in_place(node: fx.Node) -> bool:
@@ -106,7 +111,8 @@ def bind(node: fx.Node, values: Mapping[fx.Node, Any] | None = None) -> dict[str
     (of all nodes, at one size of the inputs) arguments that follow from sizes are the numbers that they are there.
     """
     if values is not None:
-        return map_arg(bind(node), lambda n: values[n] if is_size(n) else n)  # type: ignore[return-value]
+        bound: Any = map_arg(bind(node), lambda n: values[n] if is_size(n) else n)
+        return bound
     if node.op == "call_function":
         if not hasattr(node.target, "_schema"):
             return {"input": node.args[0], "args": node.args[1:]}
@@ -118,9 +124,9 @@ def bind(node: fx.Node, values: Mapping[fx.Node, Any] | None = None) -> dict[str
         return found
     module = module_of(node)
     assert module is not None, f"{node.op} {node.name} calls nothing"
-    found = {name: getattr(module, name) for name in _MODULE_FIELDS if hasattr(module, name)}
-    found |= {name: getattr(module, name, None) for name in ("weight", "bias")}
-    return {"input": node.args[0], **found}
+    held = {**vars(module), **module._buffers}  # of a module, to ask for what it has not is slow
+    options = {name: held[name] for name in _MODULE_FIELDS if name in held}
+    return {"input": node.args[0], **options, **{name: getattr(module, name, None) for name in ("weight", "bias")}}
 
 
 def window(node: fx.Node, axes: int = 2, weight_shape: tuple[int, ...] = ()) -> Window:

@@ -240,7 +240,7 @@ UNKNOWN = Op(name="unknown", per_output=None)
 STRUCTURE = Op(name="structure")  # placeholders, attributes, output, size arithmetic
 
 ROWS: dict[str, Op] = {}
-BY_MODULE: dict[type[nn.Module], Op] = {}
+BY_MODULE: dict[type, Op] = {}
 
 
 def rows(names: str, *, modules: Mapping[str, Sequence[type[nn.Module]]] | None = None, **known: Any) -> None:

@@ -1,42 +1,91 @@
-"""A graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
+"""A graph as text, one value a line; `splitfx.ir.ops.parse` reads it back.
+
+    %x = input(2, 3, 9, 9)
+    %conv = Conv2d(3, 8, 3, stride=2, bias=False) "conv" (%x)
+    %split = split(%conv, 4, 1)
+    %half = %split[0]
+    %add = add(%half, 0.5)
+    return %add
+
+Layers are written as their classes are called, with the options that are not the default, and bear their paths;
+operators are those of aten, or ``library.name``. Weights have no text.
+"""
 
 from __future__ import annotations
 
+import inspect
+import math
+import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
-from splitfx.ir.graph import module_of
-from splitfx.ir.ops.reading import in_place, op_name
+from splitfx.ir.graph import INFO, TensorSpec, TraceInfo, attribute, module_of
+from splitfx.ir.ops.layers import LAYERS, options
+from splitfx.ir.schema import FUNCTION_NAMES
+
+_VECTOR = "vec"  # the one overload that arguments alone do not tell
 
 
 def text(graph: fx.GraphModule) -> str:
-    """The graph as text, one node a line: what it is, whom it reads, what it calls with which options."""
-    return "\n".join(describe(node) for node in graph.graph.nodes if node.op != "get_attr" or node.users) + "\n"
+    """The graph as text, one node a line."""
+    record = graph.meta.get(INFO)
+    inputs = iter(record.inputs if isinstance(record, TraceInfo) else ())
+    nodes = [n for n in graph.graph.nodes if n.op != "get_attr" or n.users]
+    return "".join(f"{_line(n, next(inputs, None) if n.op == 'placeholder' else None)}\n" for n in nodes)
 
 
-def describe(node: fx.Node) -> str:
-    """One node as one line: ``%conv1 = conv2d[3->64 7x7 stride 2 pad 3] "conv1" (%x)``."""
-    reads = ", ".join(_word(a) for a in node.args if not _is_option(a))
+def _line(node: fx.Node, spec: Any) -> str:
+    """``spec`` says what an input takes, where that is known."""
     if node.op == "output":
         return f"return {_word(node.args[0])}"
+    return f"%{node.name} = {_call(node, spec)}"
+
+
+def _call(node: fx.Node, spec: Any) -> str:
+    reads = ", ".join([*map(_word, node.args), *(f"{name}={_word(value)}" for name, value in node.kwargs.items())])
     if node.op == "placeholder":
-        return f"%{node.name} = input"
+        return f"input({_tensor_words(spec)})" if isinstance(spec, TensorSpec) else "input"
     if node.op == "get_attr":
-        return f'%{node.name} = value "{node.target}"'
+        held = attribute(node.graph.owning_module, str(node.target)) if node.graph.owning_module is not None else None
+        kind = "parameter" if isinstance(held, nn.Parameter) else "buffer"
+        return f'{kind}({_tensor_words(held) if isinstance(held, torch.Tensor) else ""}) "{node.target}"'
     if node.op == "call_module":
-        return f'%{node.name} = {_module_words(module_of(node), op_name(node))} "{node.target}" ({reads})'
-    options = [str(a) for a in node.args if _is_option(a)] + [f"{k}={_word(v)}" for k, v in node.kwargs.items()]
-    name = op_name(node) or getattr(node.target, "__name__", str(node.target))
-    words = f"[{' '.join(options)}]" if options else ""
-    return f"%{node.name} = {name}{'_' if in_place(node) else ''}{words} ({reads})"
+        return f'{layer_words(module_of(node))} "{node.target}" ({reads})'
+    if node.target is operator.getitem:
+        return f"{_word(node.args[0])}[{_word(node.args[1])}]"
+    return f"{_function_word(node.target)}({reads})"
 
 
-def _is_option(value: Any) -> bool:
-    nodes: list[fx.Node] = []
-    map_arg(value, nodes.append)
-    return not nodes
+def layer_words(layer: nn.Module | None) -> str:
+    """A layer as its class is called, without the options that are as they are by default."""
+    kind = type(layer)
+    if layer is None or LAYERS.get(kind.__name__) is not kind:
+        return getattr(kind, "op_name", kind.__name__)
+    defaults = inspect.signature(kind.__init__).parameters
+    words = []
+    for name, value in options(layer).items():
+        alike = isinstance(value, tuple) and (len(value) == 1 or name != "normalized_shape") and len(set(value)) == 1
+        short, default = value[0] if alike else value, defaults[name].default
+        if default is inspect.Parameter.empty:
+            words.append(_word(short))
+        elif default not in (short, value):
+            words.append(f"{name}={_word(short)}")
+    return f"{kind.__name__}({', '.join(words)})"
+
+
+def _tensor_words(tensor: TensorSpec | torch.Tensor) -> str:
+    """Sizes, and the type where it is none of fractions: those are as the model is."""
+    words = [str(int(size)) for size in tensor.shape]
+    return ", ".join(words if tensor.dtype.is_floating_point else [*words, f"dtype={tensor.dtype}"])
+
+
+def _function_word(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.removeprefix("aten::").replace("::", ".")
+        return f"{name}.{_VECTOR}" if target._overloadname == _VECTOR else name
+    return FUNCTION_NAMES.get(target) or getattr(target, "__name__", str(target))
 
 
 def _word(value: Any) -> str:
@@ -44,32 +93,8 @@ def _word(value: Any) -> str:
         return f"%{value.name}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_word(v) for v in value) + "]"
-    return str(value)
-
-
-def _module_words(module: nn.Module | None, name: str) -> str:
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        words = [f"{module.in_channels}->{module.out_channels}", "x".join(map(str, module.kernel_size))]
-        words += [
-            f"{k} {_short(getattr(module, a))}"
-            for k, a, plain in (
-                ("stride", "stride", 1),
-                ("pad", "padding", 0),
-                ("dilation", "dilation", 1),
-                ("groups", "groups", 1),
-            )
-            if _short(getattr(module, a)) != str(plain)
-        ]
-        return f"{name}[{' '.join(words)}]"
-    if isinstance(module, nn.Linear):
-        return f"{name}[{module.in_features}->{module.out_features}]"
-    if name == "leaf":
-        return type(module).__name__
-    size = next((getattr(module, a) for a in ("num_features", "num_channels", "p") if hasattr(module, a)), None)
-    return f"{name}[{size}]" if size is not None else name
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))
-    return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_word(k)}: {_word(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    return repr(str(value)) if isinstance(value, str | torch.device) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -72,8 +72,8 @@ def _reshape(job: Job) -> Call:
 
 def _part(job: Job) -> Call:
     """One part of a split along channels."""
-    split: Any = job.node.args[0]
-    dim, place = int(bind(split).get("dim") or 0), int(job.node.args[1])  # type: ignore[arg-type]
+    split, place = cast(Any, job.node.args)
+    dim = int(bind(split).get("dim") or 0)
     sizes = [int(part.shape[dim]) for part in job.values[split]]
     first, count = sum(sizes[:place]), sizes[place]
     return lambda run, pieces, wholes: pieces[0].narrow(dim, first, count).clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,10 +31,10 @@ def weighted_taps(node: fx.Node, axis: int, count: int, size: int, dtype: torch.
 
     def asked(maps: torch.Tensor) -> np.ndarray:
         """Maps [n, size] resized to [n, count]."""
-        n, wanted, scales = len(maps), [1] * axes, [None] * axes
-        wanted[axis], scales[axis] = count, scale  # type: ignore[call-overload]
-        given = maps.view(1, n, *(size if i == axis else 1 for i in range(axes)))
-        return _resized(name, given, wanted, corners, scales).view(n, count).numpy()
+        n, along = len(maps), [i == axis for i in range(axes)]
+        wanted, scales = [count if here else 1 for here in along], [scale if here else None for here in along]
+        shaped = maps.view(1, n, *(size if here else 1 for here in along))
+        return _resized(name, shaped, wanted, corners, scales).view(n, count).numpy()
 
     with _disable_current_modes():
         if "nearest" in name:
@@ -79,10 +79,29 @@ def _taps(at: At) -> Taps:
     return read.min(0), read.max(0) + 1
 
 
+def _weighted_sum(
+    x: torch.Tensor, dim: int, taps: list[tuple[Table, Table]], span: tuple[int, int], start: int
+) -> torch.Tensor:
+    """The span of a resize along a dim of ``x``, whose first position is ``start`` in the whole map."""
+    if len(taps) == 1:
+        return picked(x, dim, taps[0][0], span, start)
+    form, total = (-1, *[1] * (x.dim() - 1 - dim)), None
+    for read, share in taps:
+        part = x.index_select(dim, read(x, torch.int64, span) - start)
+        factor = share(x, x.dtype, span).view(form)
+        if joins_by_hand():
+            total = part * factor if total is None else total + part * factor
+        else:
+            total = part.mul_(factor) if total is None else total.addcmul_(part, factor)
+        del part  # before the next one is made
+    assert total is not None
+    return total
+
+
 def _resize(job: Job) -> Call:
     """Along rows by hand, each a weighted sum of few source rows; then along columns, by torch where all are there."""
     node, name = job.node, op_name(job.node)
-    sizes = job.reads[0].sizes if job.reads else job.whole[:2]  # type: ignore[index]
+    sizes = job.reads[0].sizes if job.reads else cast(tuple[int, int, int], job.whole)[:2]
     dtype = job.values[node].dtype
     found = [weighted_taps(node, axis, job.sizes[axis], sizes[axis], dtype) for axis in (0, 1)]
     tables = [[(Table(read), Table(share)) for read, share in zip(*both, strict=True)] for both in found]
@@ -93,30 +112,15 @@ def _resize(job: Job) -> Call:
         wanted = [*y.shape[2 : 2 + axis], *(job.sizes[1], *job.rest)[axis - 1 :]]
         return _resized(name, y, wanted, corners, [None] * axis + scales[axis:])
 
-    def along(x: torch.Tensor, axis: int, span: tuple[int, int], start: int) -> torch.Tensor:
-        if len(tables[axis]) == 1:
-            return picked(x, 2 + axis, tables[axis][0][0], span, start)
-        form, total = (-1, *[1] * (x.dim() - 3 - axis)), None
-        for read, share in tables[axis]:
-            part = x.index_select(2 + axis, read(x, torch.int64, span) - start)
-            factor = share(x, x.dtype, span).view(form)
-            if joins_by_hand():
-                total = part * factor if total is None else total + part * factor
-            else:
-                total = part.mul_(factor) if total is None else total.addcmul_(part, factor)
-            del part  # before the next one is made
-        assert total is not None
-        return total
-
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x, starts = (pieces[0], run.starts[0]) if pieces else (wholes[0].to(dtype), (0, 0))
-        y = along(x, 0, run.rows, starts[0])
+        y = _weighted_sum(x, 2, tables[0], run.rows, starts[0])
         # ONNX has no nearest rows at a given scale that are not those of the sizes, and no nearest-exact ones.
         portable = "nearest" not in name or not torch.compiler.is_exporting()
         if portable and run.columns == (0, job.sizes[1]) and x.shape[3] == sizes[1]:
             y = behind(y, 1)
         else:
-            y = along(y, 1, run.columns, starts[1])
+            y = _weighted_sum(y, 3, tables[1], run.columns, starts[1])
             y = behind(y, 2) if job.rest else y
         return y.clone() if y is x else y
 

@@ -1,8 +1,8 @@
-"""A graph from the plain data that `splitfx.storage.program` wrote and a dict of tensors.
+"""A graph from the plain data that `splitfx.storage.serialize` wrote and a dict of tensors.
 
 Does: builds layers, nodes, signature and record; installs the tensors; runs the graph once on tensors without values
 (`splitfx.storage.rehearsal`).
-Refuses: everything that is not in the closed tables of `splitfx.storage.program` and `splitfx.storage.operators`, and
+Refuses: everything that is not in the closed tables of `splitfx.storage.serialize` and `splitfx.storage.operators`, and
 damaged data (`ExportError`).
 Promises: never imports, evaluates or unpickles what a file names; every name that ends up in generated code
 is checked first. `torch.export.load` does not promise that (it evaluates guards and size expressions and
@@ -31,23 +31,22 @@ from splitfx.ir import sizes
 from splitfx.ir.graph import dress
 from splitfx.ir.ops import ROWS
 from splitfx.ir.ops.discovery import discover
-from splitfx.storage import operators, rehearsal, stored
-from splitfx.storage.layers import installed, made
+from splitfx.ir.schema import FUNCTIONS
+from splitfx.storage import operators, rehearsal, stored, values
+from splitfx.storage.layers import Tensors, installed, made
 from splitfx.storage.stored import Node, Program
-
-Values = Mapping[str, tuple[str, torch.Tensor]]
 
 _OPERATOR = re.compile(r"aten\.(\w+)\.(\w+)")
 _MODULES = 200_000  # of a graph, second names included
 
 
-def from_plain(plain: Any, values: Values) -> fx.GraphModule:
-    """The graph of `to_plain` with `values`: path -> (kind, tensor), kind one of parameter, buffer, constant.
+def deserialize(plain: Any, tensors: Tensors) -> fx.GraphModule:
+    """The graph of `serialize` with `tensors`: path -> (kind, tensor), kind one of parameter, buffer, constant.
 
     Parameters must come as nn.Parameter, one object per tied group. Raises `ExportError` for anything not
     known here.
     """
-    return _refused_in_one_line(lambda: _build(stored.decoded(plain), values))
+    return _refused_in_one_line(lambda: _build(stored.decoded(plain), tensors))
 
 
 def example(plain: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,12 +75,12 @@ def _refused_in_one_line(read: Any) -> Any:
         raise ExportError(f"the stored program is damaged: {' '.join(reason.split())[:300]}.") from error
 
 
-def _build(plain: Program, values: Values) -> fx.GraphModule:
+def _build(plain: Program, tensors: Tensors) -> fx.GraphModule:
     info = _make_info(plain)
-    for path in values:
+    for path in tensors:
         if not names.is_path(path):
             raise ValueError(f"an unusable layer path: {path[:80]!r}")
-    gm = _graph(plain, values, plain.info.model_class)
+    gm = _graph(plain, tensors, plain.info.model_class)
     gm.meta[graphs.INFO] = info
     _check_signature(plain, info)
     if plain.tree is not None:
@@ -90,31 +89,33 @@ def _build(plain: Program, values: Values) -> fx.GraphModule:
     _add_aliases(gm, info.aliases)
     graphs.dressed(gm)
     gm = dress(gm.eval())
-    rehearsal.rehearse(gm, [_spec(form) for form in plain.outputs] if plain.outputs is not None else None)
+    rehearsal.rehearse(
+        gm, [values.decode_tensor(form) for form in plain.outputs] if plain.outputs is not None else None
+    )
     return gm
 
 
-def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
+def _graph(plain: Any, tensors: Tensors, name: str) -> fx.GraphModule:
     """Layers and nodes, with the tensors at their places; a tiled stage is a graph within this one."""
     root = nn.Module()
     layers: Mapping[str, stored.Layer] = plain.layers
     within = tuple(f"{path}." for path, layer in layers.items() if layer.nodes)
     for path, layer in sorted(layers.items(), key=lambda item: item[0].count(".")):
-        graphs.set_path(root, path, made(path, layer, values, _graph))
-    for path, (kind, tensor) in values.items():
+        graphs.set_path(root, path, made(path, layer, tensors, _graph))
+    for path, (kind, tensor) in tensors.items():
         if not path.startswith(within):
             installed(root, path, kind, tensor)
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    for one in plain.nodes:
-        known: Any = {"call_module": layers, "get_attr": values}.get(one.op)
-        if known is not None and one.target not in known:
-            raise ExportError(f"the stored program has no layer or tensor {one.target[:80]!r}.")
-        nodes[one.name] = _make_node(graph, one, nodes)
+    for plain_node in plain.nodes:
+        table: Any = {"call_module": layers, "get_attr": tensors}.get(plain_node.op)
+        if table is not None and plain_node.target not in table:
+            raise ExportError(f"the stored program has no layer or tensor {plain_node.target[:80]!r}.")
+        nodes[plain_node.name] = _make_node(graph, plain_node, nodes)
     if [n.op for n in graph.nodes].count("output") != 1 or next(iter(reversed(graph.nodes))).op != "output":
         raise ValueError("a graph ends with its one output")
     gm = CanonicalGraph(root, graph, name)
-    for path, (kind, _) in values.items():
+    for path, (kind, _) in tensors.items():
         if kind == "constant":  # fx registers every buffer it copies as persistent
             parent, _, last = path.rpartition(".")
             gm.get_submodule(parent)._non_persistent_buffers_set.add(last)
@@ -126,8 +127,8 @@ def _graph(plain: Any, values: Values, name: str) -> fx.GraphModule:
 def _make_node(graph: fx.Graph, plain: Node, nodes: Mapping[str, fx.Node]) -> fx.Node:
     if plain.name in nodes:
         raise ExportError(f"the stored program has two nodes named {plain.name}.")
-    args = tuple(stored.value(one, nodes) for one in plain.args)
-    kwargs = {key: stored.value(one, nodes) for key, one in plain.kwargs.items()}
+    args = tuple(values.decode(one, nodes) for one in plain.args)
+    kwargs = {key: values.decode(one, nodes) for key, one in plain.kwargs.items()}
     target: Any = plain.target
     if plain.op == "call_function":
         target = _function(plain.target)
@@ -137,25 +138,27 @@ def _make_node(graph: fx.Graph, plain: Node, nodes: Mapping[str, fx.Node]) -> fx
         raise ValueError(f"arguments of {plain.name}, which takes none")
     elif plain.op == "output" and (target != "output" or len(args) != 1 or kwargs):
         raise ValueError("an output gives one value")
-    node = graph.create_node(plain.op, target, args, kwargs, name=plain.name)
+    node = graph.create_node(plain.op, target, args, kwargs, name=str(plain.name))
     node.meta = {"layer": plain.layer, "source": ""}
     return node
 
 
 def _function(name: str) -> Any:
-    if name in operators.FUNCTIONS:
-        return operators.FUNCTIONS[name]
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
     parts = _OPERATOR.fullmatch(name)
-    found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None) if parts is not None else _registered(name)
-    if not isinstance(found, torch._ops.OpOverload):
+    function = (
+        getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None) if parts is not None else _registered(name)
+    )
+    if not isinstance(function, torch._ops.OpOverload):
         raise ExportError(
             f"the stored program runs '{name[:80]}', which is not an operator that this torch and splitfx know; load "
             "the folder with those that saved it."
         )
-    refused = operators.refusal(found)
+    refused = operators.refusal(function)
     if refused:
         raise ExportError(f"the stored program runs '{name[:80]}', which {refused}.")
-    return found
+    return function
 
 
 def _registered(name: str) -> Any:
@@ -181,7 +184,7 @@ def _check_signature(plain: Program, info: graphs.TraceInfo) -> None:
         if keywords or positional != count:
             raise ValueError("inputs in containers, of which the graph knows nothing")
         return
-    inside = stored.structure(plain.tree.inside)
+    inside = values.decode_structure(plain.tree.inside)
     if inside != info.in_spec or len(set(plain.tree.args)) != len(plain.tree.args):
         raise ValueError("inputs in other containers than its record says")
     if sorted(plain.tree.args[positional:]) != sorted(keywords) or "self" in plain.tree.args:
@@ -199,39 +202,27 @@ def _arguments(spec: pytree.TreeSpec) -> tuple[int, list[str]]:
     return pair[0].num_children, pair[1].context
 
 
-def _codegen(tree: stored.Tree, given: Any) -> _PyTreeCodeGen:
-    outside = stored.structure(tree.outside)
-    if not isinstance(given, tuple | list) or outside is None or outside.num_leaves != len(given):
+def _codegen(tree: stored.Tree, outputs: Any) -> _PyTreeCodeGen:
+    outside = values.decode_structure(tree.outside)
+    if not isinstance(outputs, tuple | list) or outside is None or outside.num_leaves != len(outputs):
         raise ValueError("outputs that do not fit their containers")
-    return _PyTreeCodeGen(_PyTreeInfo([str(one) for one in tree.args], stored.structure(tree.inside), outside))
+    return _PyTreeCodeGen(_PyTreeInfo([str(one) for one in tree.args], values.decode_structure(tree.inside), outside))
 
 
 def _make_info(plain: Program) -> graphs.TraceInfo:
-    known = plain.info
-    found = graphs.TraceInfo(
-        tuple(_input(one) for one in known.inputs),
-        stored.structure(known.in_spec),
-        known.model_class,
-        known.front_end,
-        tuple(known.notes),
-        tuple(known.train_only),
-        tuple(known.untouched),
-        {str(alias): str(path) for alias, path in known.aliases.items()},
+    stored_info = plain.info
+    record = graphs.TraceInfo(
+        tuple(map(values.decode_input, stored_info.inputs)),
+        values.decode_structure(stored_info.in_spec),
+        str(stored_info.model_class),
+        stored_info.front_end,
+        tuple(stored_info.notes),
+        tuple(stored_info.train_only),
+        tuple(stored_info.untouched),
+        {str(alias): str(path) for alias, path in stored_info.aliases.items()},
     )
-    found.sizes = sizes.from_plain(known.sizes, found.shapes)
-    return found
-
-
-def _input(plain: Any) -> Any:
-    form = stored.tensor_form(plain)
-    return stored.value(plain, {}) if form is None else _spec(form)
-
-
-def _spec(form: stored.Form) -> graphs.TensorSpec:
-    dtype = stored.value(form.dtype, {})
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"an unknown dtype: {str(dtype)[:80]}")
-    return graphs.TensorSpec(tuple(form.shape), dtype, "cpu", form.high)
+    record.sizes = sizes.decode(stored_info.sizes, record.shapes)
+    return record
 
 
 def _add_aliases(gm: fx.GraphModule, aliases: Mapping[str, str]) -> None:
