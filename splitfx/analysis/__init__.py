@@ -77,18 +77,18 @@ class Facts:
         return Regions(self.shapes)
 
 
-def carry_over(known: Facts, copied: fx.GraphModule) -> Facts:
+def carry_over(original: Facts, copied: fx.GraphModule) -> Facts:
     """Facts of ``copied``, a copy of the graph of ``known`` that nothing has been done to.
 
     Sizes and axes, which most passes ask for, are taken over node by node; nothing is computed again.
     """
-    there = dict(zip(known.graph.graph.nodes, copied.graph.nodes, strict=True))
-    found = Facts(copied, known.version)
-    found.shapes = {there[node]: value for node, value in known.shapes.items()}
-    if "axes" in vars(known):
-        found.axes = known.axes.carried(there)
-    vars(copied)[_KEPT] = found
-    return found
+    there = dict(zip(original.graph.graph.nodes, copied.graph.nodes, strict=True))
+    facts_of_copy = Facts(copied, original.version)
+    facts_of_copy.shapes = {there[node]: value for node, value in original.shapes.items()}
+    if "axes" in vars(original):
+        facts_of_copy.axes = original.axes.carried(there)
+    vars(copied)[_KEPT] = facts_of_copy
+    return facts_of_copy
 
 
 def _forgotten() -> None:

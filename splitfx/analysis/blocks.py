@@ -33,39 +33,39 @@ class Block:
         return first if first == last else f"{first} to {last}"
 
 
-def blocks(known: Facts) -> list[Block]:
+def blocks(facts: Facts) -> list[Block]:
     """The blocks of a graph, in order."""
-    place = {node: i for i, node in enumerate(known.graph.graph.nodes)}
-    convs = [e for e in known.axes.edges if op(e.node).convolves]
-    found: list[Block] = []
+    place = {node: i for i, node in enumerate(facts.graph.graph.nodes)}
+    convs = [e for e in facts.axes.edges if op(e.node).convolves]
+    blocks_found: list[Block] = []
     start = -1
-    for end in boundaries(known):
+    for end in boundaries(facts):
         inside = tuple(e for e in convs if start < place[e.node] <= place[end])
         if not inside:
             continue
-        found.append(Block(len(found) + 1, inside, end))
+        blocks_found.append(Block(len(blocks_found) + 1, inside, end))
         start = place[end]
     rest = tuple(e for e in convs if place[e.node] > start)
-    return [*found, Block(len(found) + 1, rest, None)] if rest else found
+    return [*blocks_found, Block(len(blocks_found) + 1, rest, None)] if rest else blocks_found
 
 
-def boundaries(known: Facts) -> list[fx.Node]:
+def boundaries(facts: Facts) -> list[fx.Node]:
     """Cuts at which the map is about to shrink, or just has (behind a pool)."""
-    chain = [n for n in known.cuts if _has_channels(known, n)]
-    nodes = list(known.graph.graph.nodes)
+    chain = [n for n in facts.cuts if _has_channels(facts, n)]
+    nodes = list(facts.graph.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     ends: list[fx.Node] = []
     for before, after in pairwise(chain):
         between = nodes[place[before] + 1 : place[after] + 1]
-        if _area(known, after) >= _area(known, before) or not any(_strides(known, n) for n in between):
+        if _area(facts, after) >= _area(facts, before) or not any(_strides(facts, n) for n in between):
             continue
-        end = after if _is_pool(after) and after.all_input_nodes[0] is before else _stage_start(known, before, chain)
+        end = after if _is_pool(after) and after.all_input_nodes[0] is before else _stage_start(facts, before, chain)
         if end not in ends:
             ends.append(end)
     return ends
 
 
-def _stage_start(known: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
+def _stage_start(facts: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
     """Where the stage of a shrinking operation starts: before the expansion that only its depthwise conv reads.
 
     An inverted residual widens, then strides; the value in front of the widening is the narrow one that joins stages.
@@ -81,28 +81,28 @@ def _stage_start(known: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
     before = walked.all_input_nodes[0] if op(walked).channel is Channel.MIXES else node
     if before not in chain or getattr(module_of(walked), "groups", 0) != 1:
         return node
-    narrower = shape(known.shapes[before])[1] < shape(known.shapes[node])[1]
-    return before if narrower and _area(known, before) == _area(known, node) else node
+    narrower = shape(facts.shapes[before])[1] < shape(facts.shapes[node])[1]
+    return before if narrower and _area(facts, before) == _area(facts, node) else node
 
 
-def _has_channels(known: Facts, node: fx.Node) -> bool:
-    held = known.axes.of(node)
-    return held is not None and shape(known.shapes[node])[1] == len(held)
+def _has_channels(facts: Facts, node: fx.Node) -> bool:
+    held = facts.axes.of(node)
+    return held is not None and shape(facts.shapes[node])[1] == len(held)
 
 
-def _strides(known: Facts, node: fx.Node) -> bool:
+def _strides(facts: Facts, node: fx.Node) -> bool:
     """The node makes a coarser map; a conv without padding only trims the border."""
     row = op(node)
     if row.spatial is Spatial.WINDOW:
         weight = bind(node).get("weight")
-        sizes = shape(known.shapes[weight]) if isinstance(weight, fx.Node) else ()
-        return max(window(node, len(shape(known.shapes[node])) - 2, sizes).stride) > 1
+        sizes = shape(facts.shapes[weight]) if isinstance(weight, fx.Node) else ()
+        return max(window(node, len(shape(facts.shapes[node])) - 2, sizes).stride) > 1
     coarser = row.spatial in (Spatial.GLOBAL, Spatial.RESIZE) and bool(node.all_input_nodes)
-    return coarser and _area(known, node) < _area(known, node.all_input_nodes[0])
+    return coarser and _area(facts, node) < _area(facts, node.all_input_nodes[0])
 
 
-def _area(known: Facts, node: fx.Node) -> int:
-    return math.prod(shape(known.shapes[node])[2:])
+def _area(facts: Facts, node: fx.Node) -> int:
+    return math.prod(shape(facts.shapes[node])[2:])
 
 
 def _is_pool(node: fx.Node) -> bool:

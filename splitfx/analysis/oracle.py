@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -44,7 +44,7 @@ class Exact(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self.graph_module = graph
-        self.scratch = torch.empty(0)
+        self.workspace = torch.empty(0)
         self.buffers: dict[str, torch.Tensor] = {}  # copies, which the graph may write to
 
     def lent(self, weight: torch.Tensor) -> torch.Tensor:
@@ -53,9 +53,9 @@ class Exact(fx.Interpreter):
             return weight.detach().clone()
         if weight.numel() < 2**16:
             return weight.detach().to(torch.float64, copy=True)
-        if self.scratch.numel() < weight.numel() or self.scratch.device != weight.device:
-            self.scratch = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
-        return self.scratch[: weight.numel()].view(weight.shape).copy_(weight.detach())
+        if self.workspace.numel() < weight.numel() or self.workspace.device != weight.device:
+            self.workspace = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
+        return self.workspace[: weight.numel()].view(weight.shape).copy_(weight.detach())
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -86,17 +86,17 @@ class Exact(fx.Interpreter):
         if masked is not None:
             masked.clear(held["weight"])
         if len(args) == 1 and not kwargs and _depthwise(module):
-            return _each_channel(module, args[0], held["weight"], held.get("bias"))  # type: ignore[arg-type]
-        known = {id(t): held[name] for name, t in tensors if t is not None}
+            return _each_channel(module, args[0], held["weight"], held.get("bias"))
+        converted = {id(t): held[name] for name, t in tensors if t is not None}
         if isinstance(module, Staged):
-            private = copy.deepcopy(module, known).eval()
+            private = copy.deepcopy(module, converted).eval()
             _widen(private.stage)
             with getattr(private, "in_strips", nullcontext)(STRIPS):
                 return private(*args, **kwargs)
-        return twin(module, lambda tensor: known[id(tensor)])(*args, **kwargs)
+        return twin(module, lambda tensor: converted[id(tensor)])(*args, **kwargs)
 
 
-def _depthwise(module: nn.Module) -> bool:
+def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     if type(module) is not nn.Conv2d or module.groups != module.in_channels:
         return False
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
@@ -113,13 +113,13 @@ def _each_channel(module: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias
     rows, columns = (size - span for size, span in zip(x.shape[2:], spans, strict=True))
     if rows < 1 or columns < 1:
         raise RuntimeError(f"the kernel does not fit an input of {tuple(x.shape)}")
-    found = (x.new_zeros(1) if bias is None else bias)[:, None, None]
+    total = (x.new_zeros(1) if bias is None else bias)[:, None, None]
     for i in range(module.kernel_size[0]):
         for j in range(module.kernel_size[1]):
             top, left = i * module.dilation[0], j * module.dilation[1]
             part = x[:, :, top : top + rows : module.stride[0], left : left + columns : module.stride[1]]
-            found = torch.addcmul(found, part, weight[:, 0, i, j, None, None])
-    return found
+            total = torch.addcmul(total, part, weight[:, 0, i, j, None, None])
+    return total
 
 
 class Misfit(Exception):
@@ -149,10 +149,10 @@ def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     devices = cuda_devices(graph)
     with torch.no_grad(), torch.random.fork_rng(devices):
         reseed(0, devices)  # a model that draws in eval mode draws the same
-        found = Exact(graph).run(
+        outputs = Exact(graph).run(
             *[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs], enable_io_processing=False
         )
-    return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
+    return [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
 
 
 def cuda_devices(graph: nn.Module) -> list[torch.device]:
@@ -218,24 +218,24 @@ def require_equal(
     name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE, small: bool = True
 ) -> float:
     """The measured difference (see `difference`); `VerificationError` where it is beyond ``limit``."""
-    found = difference(before, after, small=small)
-    if not found <= limit:
+    worst = difference(before, after, small=small)
+    if not worst <= limit:
         raise VerificationError(
-            f"pass '{name}' broke its promise: outputs differ by {found:.1e} of their largest value "
+            f"pass '{name}' broke its promise: outputs differ by {worst:.1e} of their largest value "
             f"in float64 (limit {limit:.0e}). This is a fault in the pass; please report it "
             "with the model and the plan"
         )
-    return found
+    return worst
 
 
 def in_double(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy whose parameters, buffers, float inputs and casts are float64."""
     copied = copy_graph(graph).double()
     _widen(copied)
-    known = info(copied)
-    known.inputs = tuple(
+    record = info(copied)
+    record.inputs = tuple(
         replace(s, dtype=torch.float64) if isinstance(s, TensorSpec) and s.dtype.is_floating_point else s
-        for s in known.inputs
+        for s in record.inputs
     )
     return copied
 

@@ -55,11 +55,11 @@ def partition(axes: Axes, edges: Sequence[Edge], factor: int, whole: Mapping[int
 
 def families(axes: Axes, names: np.ndarray) -> list[np.ndarray]:
     """The names, in order, of each set of axes that share a unit: those are divided together."""
-    known, place = np.unique(axes.axis[names], return_inverse=True)
+    present, place = np.unique(axes.axis[names], return_inverse=True)
     order = np.argsort(axes.unit[names], kind="stable")
     unit, axis = axes.unit[names][order], place[order]
     pairs = np.flatnonzero((unit[1:] == unit[:-1]) & (axis[1:] != axis[:-1]))
-    size = len(known), len(known)
+    size = len(present), len(present)
     links = coo_matrix((np.ones(len(pairs), dtype=np.int8), (axis[pairs], axis[pairs + 1])), shape=size)
     family = connected_components(links, directed=False)[1][place]
     order = np.argsort(family, kind="stable")
@@ -138,10 +138,10 @@ def most_mass(
             units, where = np.unique(axes.unit[names], return_inverse=True)
             labels = np.array([branch[names[where == i][0]] for i in range(len(units))])
             branch[names] = rng.permutation(labels)[where]
-        found = _ascend(axes, edges, sets, branch, start.factor, sweeps)
-        reached = kept_mass(edges, found)
+        climbed = _ascend(axes, edges, sets, branch, start.factor, sweeps)
+        reached = kept_mass(edges, climbed)
         if reached > value:
-            best, value = found, reached
+            best, value = climbed, reached
     return Partition(start.factor, best, start.whole)
 
 

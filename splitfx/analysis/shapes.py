@@ -7,7 +7,7 @@ linear in the graph and small per node.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,64 +20,63 @@ from splitfx.ir.graph import TensorSpec, attribute, info, layer, module_of
 from splitfx.ir.ops import op, op_name
 
 
-def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, cast: Autocast = ()) -> dict[fx.Node, Any]:
-    """Every node's fake value; ``inputs`` (specs, one per placeholder) replaces the traced sizes. ``cast``: the types
-    are those under this autocast.
+def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, autocast: Autocast = ()) -> dict[fx.Node, Any]:
+    """Every node's fake value. ``inputs`` (specs, one per placeholder) replaces the traced sizes; the types are those
+    under ``autocast``.
 
     Raises `UnsupportedError` with the layer's path when the sizes do not fit the model.
     """
-    with exclusive(), casting(cast):
-        return _found(graph, info(graph).inputs if inputs is None else inputs)
+    with exclusive(), casting(autocast), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return _Run(graph, info(graph).inputs if inputs is None else inputs).values
 
 
-def _found(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    known: dict[Any, torch.Tensor] = {}
-    given = iter(inputs)
-    found: dict[fx.Node, Any] = {}
+class _Run:
+    """A graph, run on fake tensors; to be made within their mode."""
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    def __init__(self, graph: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+        self.graph, self.inputs = graph, iter(inputs)
+        self.values: dict[fx.Node, Any] = {}
+        self.weights: dict[Any, torch.Tensor] = {}
+        for node in graph.graph.nodes:
+            try:
+                self.values[node] = self.value(node)
+            except Exception as error:
+                reason = str(error).splitlines()[0][:200]
+                raise UnsupportedError(f"layer {layer(node)}: the input sizes do not fit: {reason}") from error
 
-    def weight(tensor: torch.Tensor) -> torch.Tensor:
-        """Weights of one size share a fake: nobody outside their module sees them."""
-        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if key not in known:
-            known[key] = fake(tensor)
-        return known[key]
+    def value(self, node: fx.Node) -> Any:
+        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), self.values.__getitem__))
+        if node.op == "placeholder":
+            return self.input(next(self.inputs))
+        if node.op == "get_attr":
+            held = attribute(self.graph, str(node.target))
+            return _fake(held) if isinstance(held, torch.Tensor) else held
+        if node.op == "output":
+            return args[0]
+        module, target = module_of(node), cast(Any, node.target)
+        if module is None:
+            return target(*args, **kwargs)
+        if op(node).like_operand:
+            return torch.empty_like(args[0])  # as large as what it reads; the kernel's own rule is slow to ask
+        if op_name(node) == "tiled":
+            module = module.get_submodule("stage")  # the same values, without running every piece
+        return twin(module, self.weight)(*args, **kwargs)
 
-    def place(spec: Any) -> Any:
+    def input(self, spec: Any) -> Any:
         if not isinstance(spec, TensorSpec):
             return spec
         return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 
-    def run(node: fx.Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n])
-        if node.op == "placeholder":
-            return place(next(given))
-        if node.op == "get_attr":
-            value = attribute(graph, str(node.target))
-            return fake(value) if isinstance(value, torch.Tensor) else value
-        if node.op == "output":
-            return args[0]
-        module = module_of(node)
-        if module is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if op(node).like_operand:
-            return torch.empty_like(args[0])  # type: ignore[arg-type]  # as large as what it reads; the kernel's own rule is slow to ask
-        if op_name(node) == "tiled":
-            module = module.get_submodule("stage")  # the same values, without running every piece
-        return twin(module, weight)(*args, **kwargs)
+    def weight(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Weights of one size share a fake: nobody outside their module sees them."""
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in self.weights:
+            self.weights[key] = _fake(tensor)
+        return self.weights[key]
 
-    with mode, torch.no_grad():
-        for node in graph.graph.nodes:
-            try:
-                found[node] = run(node)
-            except Exception as error:
-                raise UnsupportedError(
-                    f"layer {layer(node)}: the input sizes do not fit: {str(error).splitlines()[0][:200]}"
-                ) from error
-    return found
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def shape(value: Any) -> tuple[int, ...]:

@@ -56,19 +56,19 @@ def _checked(request: dict[str, Any]) -> dict[str, Any]:
     path, provider, runs = Path(request["model"]), request["provider"], request.get("runs", 0)
     arrays = _arrays(request["inputs"])
     measured = {CUDA: _gpu, CPU: _host}.get(provider, _unmeasured)
-    session, feed, outputs, found = measured(request, arrays)
+    session, feed, outputs, answer = measured(request, arrays)
     if "outputs" in request:
         import numpy
 
         numpy.savez(request["outputs"], allow_pickle=False, **{str(i): one for i, one in enumerate(outputs)})
-    found |= {"names": [one.name for one in session.get_outputs()], "tiles": sessions.tiles(session)}
+    answer |= {"names": [one.name for one in session.get_outputs()], "tiles": sessions.tiles(session)}
     if runs:
         _say("timing")
-        found["times"] = timed(_runner(session, feed, provider), runs)
+        answer["times"] = timed(_runner(session, feed, provider), runs)
     if runs and provider != CPU:
         _say("looking for nodes that fell back")
-        found["fallback"] = _fallback(path, request, feed)
-    return found
+        answer["fallback"] = _fallback(path, request, feed)
+    return answer
 
 
 def _say(stage: str) -> None:
@@ -118,15 +118,15 @@ def _host(request: dict[str, Any], arrays: list[Any]) -> Measured:
     session = _opened(request)
     _trim()
     loaded = _status("VmRSS")
-    found: dict[str, Any] = {"load_bytes": max(0, loaded - before)}
+    memory: dict[str, Any] = {"load_bytes": max(0, loaded - before)}
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counter starts again from here
     except OSError as error:
-        found["peak_why"] = f"this system keeps no resettable peak counter ({error.strerror})"
+        memory["peak_why"] = f"this system keeps no resettable peak counter ({error.strerror})"
     feed, outputs = _run(request, session, arrays)
-    if "peak_why" not in found:
-        found["peak_bytes"] = max(0, _status("VmHWM") - loaded)
-    return session, feed, outputs, found
+    if "peak_why" not in memory:
+        memory["peak_bytes"] = max(0, _status("VmHWM") - loaded)
+    return session, feed, outputs, memory
 
 
 def _gpu(request: dict[str, Any], arrays: list[Any]) -> Measured:
@@ -196,13 +196,13 @@ def _fallback(path: Path, request: dict[str, Any], feed: dict[str, Any]) -> list
     session = sessions.open_session(path, request["provider"], options)
     session.run(None, feed)
     events = json.loads(Path(session.end_profiling()).read_text())
-    found = {}
+    nodes = {}
     for event in events:
         where = event.get("args", {}).get("provider", request["provider"])
         if event.get("cat") == "Node" and where and where != request["provider"]:
             node = event["name"].removesuffix("_kernel_time")
-            found[node] = f"{node} ({event['args'].get('op_name', '?')} on {sessions.short_name(where)})"
-    return list(found.values())
+            nodes[node] = f"{node} ({event['args'].get('op_name', '?')} on {sessions.short_name(where)})"
+    return list(nodes.values())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
+from typing import Any
 
 from splitfx.ground.notebook import Shown
+from splitfx.ground.table import table
 from splitfx.text import cut, printable
 
 HEAD = (
@@ -100,8 +100,8 @@ class RuntimeReport(Shown):
     def ok(self) -> bool:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
-    def to_json(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "ok": self.ok}, indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "ok": self.ok}
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {'ok' if self.ok else 'NOT ok'}"]
@@ -110,21 +110,11 @@ class RuntimeReport(Shown):
         lines += [
             f"  {self.runs} runs, {self.threads} CPU thread{'s' * (self.threads != 1)}",
             "",
-            *self._table(),
+            *table(HEAD, [row.cells() for row in self.rows], left=(0, 1)).splitlines(),
         ]
         for row in self.rows:
             lines += _remarks(row)
         return "\n".join(line and cut(printable(line.replace("\n", " ")), 100) for line in lines)
-
-    def _table(self) -> list[str]:
-        cells = [HEAD, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
-        return [
-            "  ".join(
-                _align(text, width, at) for at, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
 
 
 def _remarks(row: ProviderRow) -> list[str]:
@@ -139,10 +129,6 @@ def _remarks(row: ProviderRow) -> list[str]:
     if len(row.fallback) > len(shown):
         lines.append(f"{row.provider}: fell back: and {len(row.fallback) - len(shown)} more")
     return lines
-
-
-def _align(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column < 2 else text.rjust(width)
 
 
 def _number(value: float | None, form: str) -> str:

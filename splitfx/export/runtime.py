@@ -46,7 +46,7 @@ def check_onnx(
     runs: int = 20,
     tolerance: float | None = None,
     seconds: float = SECONDS,
-    progress: Progress | None = None,
+    progress: Progress = lambda text: None,
 ) -> RuntimeReport:
     """Run the file on each provider and compare it with `split` in eval mode.
 
@@ -64,7 +64,7 @@ def check_onnx(
     Raises `ExportError` for a missing, truncated or foreign file, one that takes longer or ends the process that runs
     it, inputs that do not fit and unknown providers.
     """
-    target, say = Path(path), progress or (lambda line: None)
+    target = Path(path)
     if not target.is_file():
         raise ExportError(f"there is no file {target}; write it with export_onnx.")
     if runs < 1:
@@ -78,13 +78,13 @@ def check_onnx(
             raise ExportError(f"{sessions.short_name(provider)} is required and does not start: {why}.")
     chosen = list(dict.fromkeys([*required, *(named or sessions.worth_checking())]))
 
-    say("running the module")
+    progress("running the module")
     args, kwargs = _call(split, example_inputs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     expected = _outputs(split, args, kwargs)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="splitfx-check-") as folder:
-        bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder), say)
+        bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder), progress)
         rows = [_row(bench, provider, split, (args, kwargs)) for provider in chosen]
     fed = tuple(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors)
     return RuntimeReport(str(target), fed, threads, runs, tuple(rows), tolerance)
@@ -134,12 +134,12 @@ class _Bench:
     tolerance: float | None
     seconds: float
     folder: Path
-    say: Progress
+    progress: Progress
 
 
 def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict]) -> ProviderRow:
     name = sessions.short_name(provider)
-    bench.say(f"{name}: starting")
+    bench.progress(f"{name}: starting")
     if why := sessions.why_not(provider):
         return ProviderRow(name, f"unavailable: {why}")
     keywords, arrays = sessions.flat(*call)
@@ -151,27 +151,27 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
         "inputs": str(_stored(bench.folder / "inputs.npz", arrays)),
         "keywords": keywords,
     }
-    bench.say(f"{name}: loading, comparing and timing, in a fresh process")
+    bench.progress(f"{name}: loading, comparing and timing, in a fresh process")
     outputs = bench.folder / "outputs.npz"
-    found = _asked(bench, {**request, "outputs": str(outputs), "runs": bench.runs})
-    bench.say(f"{name}: timing torch")
+    answer = _asked(bench, {**request, "outputs": str(outputs), "runs": bench.runs})
+    bench.progress(f"{name}: timing torch")
     torch_times = _torch_times(model, call, provider, bench.runs)
-    errors, verdict = _compared(bench, found["names"], outputs)
+    errors, verdict = _compared(bench, answer["names"], outputs)
     row = ProviderRow(
         name,
         verdict,
         errors,
-        *_middle(found["times"]),
+        *_middle(answer["times"]),
         *(_middle(torch_times) if torch_times else (None, None)),
-        found.get("peak_bytes"),
-        found.get("load_bytes"),
-        found.get("peak_why", ""),
-        fallback=tuple(found.get("fallback", ())),
-        tiles=tuple(found["tiles"]),
+        answer.get("peak_bytes"),
+        answer.get("load_bytes"),
+        answer.get("peak_why", ""),
+        fallback=tuple(answer.get("fallback", ())),
+        tiles=tuple(answer["tiles"]),
     )
-    if not row.tiles or "peak_bytes" not in found:
+    if not row.tiles or "peak_bytes" not in answer:
         return row
-    bench.say(f"{name}: peak memory with onnxruntime's default options")
+    bench.progress(f"{name}: peak memory with onnxruntime's default options")
     return replace(row, default_peak_bytes=_asked(bench, {**request, "default_options": True}).get("peak_bytes"))
 
 
@@ -184,15 +184,15 @@ def _stored(path: Path, arrays: Sequence[Any]) -> Path:
 
 def _asked(bench: _Bench, request: dict[str, Any]) -> dict[str, Any]:
     """What the fresh process found. Raises `ExportError` where it found nothing."""
-    found = sessions.probe(request, bench.seconds)
-    if found.get("late"):
+    answer = sessions.probe(request, bench.seconds)
+    if answer.get("late"):
         raise ExportError(
             f"{bench.path.name} is not done within {bench.seconds:g} s on {sessions.short_name(request['provider'])}, "
-            f"at: {found['late']}; pass more seconds, or check fewer runs."
+            f"at: {answer['late']}; pass more seconds, or check fewer runs."
         )
-    if "why" in found:
-        raise ExportError(found["why"] if bench.path.name in found["why"] else f"{bench.path.name}: {found['why']}")
-    return found
+    if "why" in answer:
+        raise ExportError(answer["why"] if bench.path.name in answer["why"] else f"{bench.path.name}: {answer['why']}")
+    return answer
 
 
 def _compared(bench: _Bench, names: list[str], outputs: Path) -> tuple[tuple[OutputError, ...], str]:
@@ -203,9 +203,9 @@ def _compared(bench: _Bench, names: list[str], outputs: Path) -> tuple[tuple[Out
     if len(actual) != len(bench.expected):
         return (), f"mismatch: the file has {len(actual)} outputs, the module {len(bench.expected)}"
     each = zip(names, actual, bench.expected, strict=True)
-    found = [agreement.fault(name, got, want, bench.tolerance) for name, got, want in each]
-    wrong = [words for _, words in found if words]
-    return tuple(one for one, _ in found), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
+    faults = [agreement.fault(name, got, want, bench.tolerance) for name, got, want in each]
+    wrong = [words for _, words in faults if words]
+    return tuple(one for one, _ in faults), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
 
 
 def _middle(times: Sequence[float]) -> tuple[float, float]:

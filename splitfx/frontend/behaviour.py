@@ -74,15 +74,15 @@ def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()
     """
     seen, stack = Behaviour(), [""]
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    known: dict[int, torch.Tensor] = {}
+    fake_of: dict[int, torch.Tensor] = {}
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if id(leaf) not in known:
+        if id(leaf) not in fake_of:
             with fakes:  # far cheaper than converting the tensor, of which only the form matters
-                known[id(leaf)] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        return known[id(leaf)]
+                fake_of[id(leaf)] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        return fake_of[id(leaf)]
 
     args, kwargs = pytree.tree_map(fake, (args, kwargs))
     with (
@@ -94,7 +94,7 @@ def observe(model: nn.Module, args: Any, kwargs: Any, leaves: Iterable[str] = ()
         _Recorder(seen, stack, {path for path, m in model.named_modules() if isinstance(m, _NORMS)}),
     ):
         model(*args, **kwargs)
-    real = {id(value): key for key, value in known.items()}
+    real = {id(value): key for key, value in fake_of.items()}
     seen.norms = {real[key]: value for key, value in seen.norms.items() if key in real}
     return seen
 
@@ -122,10 +122,10 @@ def _swapped(model: nn.Module, fake: Callable[[Any], Any]) -> Iterator[None]:
 def differences(one: Behaviour, other: Behaviour) -> dict[str, list[str]]:
     """Layer path -> functions that one of the two called more often than the other."""
     unequal = (one.calls - other.calls) + (other.calls - one.calls)
-    found: dict[str, list[str]] = {}
+    functions: dict[str, list[str]] = {}
     for path, name in sorted(unequal):
-        found.setdefault(path, []).append(name)
-    return found
+        functions.setdefault(path, []).append(name)
+    return functions
 
 
 class _Recorder(TorchFunctionMode):

@@ -20,24 +20,24 @@ class CanonicalGraph(fx.GraphModule):
     """A graph that knows for which sizes it is right: a call at any other raises `UnsupportedError`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        known: Any = self.meta.get(INFO)
-        leaves: Any = _leaves(self, known, args, kwargs) if known is not None else None
-        if known is None or leaves is None:
+        record: Any = self.meta.get(INFO)
+        leaves: Any = _leaves(self, record, args, kwargs) if record is not None else None
+        if record is None or leaves is None:
             return super().__call__(*args, **kwargs)
-        if known.sizes.bound or _ranks(leaves) != [len(s) if s is not None else None for s in known.shapes]:
-            why = known.sizes.broken(known.shapes, _shapes(leaves))
+        if record.sizes.bound or _ranks(leaves) != [len(s) if s is not None else None for s in record.shapes]:
+            why = record.sizes.broken(record.shapes, _shapes(leaves))
             if why:
-                raise refusal(known.model_class, known.shapes, _shapes(leaves), why, known.sizes)
+                raise refusal(record.model_class, record.shapes, _shapes(leaves), why, record.sizes)
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
-            given = _shapes(leaves)
-            why = "" if isinstance(error, SplitfxError) or given == known.shapes else _misfit(self, known, given)
+            sizes = _shapes(leaves)
+            why = "" if isinstance(error, SplitfxError) or sizes == record.shapes else _misfit(self, record, sizes)
             if not why:
                 raise
-            raise refusal(known.model_class, known.shapes, given, why, known.sizes) from error
+            raise refusal(record.model_class, record.shapes, sizes, why, record.sizes) from error
 
     def __copy__(self) -> fx.GraphModule:
         made = type(self).__mro__[1](self, self.graph)  # the first is a class of this instance alone
@@ -60,17 +60,17 @@ def _unpickled(made: tuple[Any, tuple[Any, ...]], kind: type[fx.GraphModule], me
     return graph
 
 
-def _leaves(graph: fx.GraphModule, known: TraceInfo, args: Any, kwargs: Any) -> list[Any] | None:
+def _leaves(graph: fx.GraphModule, record: TraceInfo, args: Any, kwargs: Any) -> list[Any] | None:
     """What a graph is called with, one for each of its inputs; None where that is something else."""
     if kwargs:
-        names = known.in_spec.children()[1].context if known.in_spec.num_children == 2 else []
+        names = record.in_spec.children()[1].context if record.in_spec.num_children == 2 else []
         if set(names) != set(kwargs):
             names = [n.target for n in graph.graph.nodes if n.op == "placeholder"][len(args) :]
         if set(names) != set(kwargs):
             return None
         args = (*args, *(kwargs[name] for name in names))
     leaves = list(args) if all(isinstance(a, torch.Tensor) for a in args) else pytree.tree_leaves(args)
-    if len(leaves) != len(known.inputs) or any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+    if len(leaves) != len(record.inputs) or any(isinstance(leaf, fx.Proxy) for leaf in leaves):
         return None
     return leaves
 
@@ -83,12 +83,12 @@ def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
 
 
-def _misfit(graph: fx.GraphModule, known: TraceInfo, given: tuple[Any, ...]) -> str:
+def _misfit(graph: fx.GraphModule, record: TraceInfo, sizes: tuple[Any, ...]) -> str:
     """Which layer the sizes do not fit; empty where they fit all, and something else is wrong."""
     sized = lambda spec, shape: replace(spec, shape=shape) if isinstance(spec, TensorSpec) else spec  # noqa: E731
     try:
         with quiet():
-            shapes(graph, tuple(sized(spec, shape) for spec, shape in zip(known.inputs, given, strict=True)))
+            shapes(graph, tuple(sized(spec, shape) for spec, shape in zip(record.inputs, sizes, strict=True)))
     except UnsupportedError as error:
         return str(error).rstrip(".")
     return ""

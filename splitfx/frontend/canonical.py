@@ -79,8 +79,8 @@ def opaque_leaves(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
 @contextmanager
 def whole_stages(model: nn.Module) -> Iterator[None]:
     """Within, every `Staged` module of the private copy calls one opaque operator that carries its path."""
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Staged)]
-    for path, module in found:
+    stages = [(path, module) for path, module in model.named_modules() if isinstance(module, Staged)]
+    for path, module in stages:
         tensors = {id(t): t for ts in (module.parameters(), module.buffers()) for t in ts}
         _STAGES[path] = copy.deepcopy(
             module.stage, tensors
@@ -90,7 +90,7 @@ def whole_stages(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for path, module in found:
+        for path, module in stages:
             del module.forward
             del _STAGES[path]
 
@@ -99,7 +99,7 @@ def canonicalise(
     program: torch.export.ExportedProgram,
     private: nn.Module,
     model: nn.Module,
-    found: TraceInfo,
+    record: TraceInfo,
     seen: Behaviour | None = None,
 ) -> fx.GraphModule:
     """The canonical graph of an exported program of ``private``, a copy of the user's ``model``.
@@ -122,13 +122,13 @@ def canonicalise(
     result = CanonicalGraph(root, graph, type(model).__name__)
     _drop_dead(result)
     _copy_modes(result, model)
-    result.meta[INFO] = found
-    found.aliases = _aliases(private, result)
+    result.meta[INFO] = record
+    record.aliases = _aliases(private, result)
     restore_aliases(result)
     dressed(result)
-    _report(found, model, result)
+    _report(record, model, result)
     if is_canonical(model):
-        _carry_over(found, model, result)
+        _carry_over(record, model, result)
     result.graph.lint()
     mark_view_writes(result.graph)
     return dress(result)
@@ -224,13 +224,13 @@ def _copy_modes(graph: fx.GraphModule, model: nn.Module) -> None:
 
 def _prefixes(keys: Iterable[str]) -> set[str]:
     """Every path that one of these dotted keys lies under."""
-    found: set[str] = set()
+    prefixes: set[str] = set()
     for key in keys:
         parent = key.rpartition(".")[0]
-        while parent and parent not in found:
-            found.add(parent)
+        while parent and parent not in prefixes:
+            prefixes.add(parent)
             parent = parent.rpartition(".")[0]
-    return found
+    return prefixes
 
 
 def _aliases(private: nn.Module, graph: fx.GraphModule) -> dict[str, str]:
@@ -242,33 +242,33 @@ def _aliases(private: nn.Module, graph: fx.GraphModule) -> dict[str, str]:
     for path, module in everything:
         if path in touched:
             by_module.setdefault(id(module), path)
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
 
     def covered(path: str) -> bool:
-        while path and path not in found:
+        while path and path not in aliases:
             path = path.rpartition(".")[0]
         return bool(path)
 
     for path, module in everything:
         first = by_module.get(id(module), path)
         if path and path != first and path not in touched and not covered(path):
-            found[path] = first
+            aliases[path] = first
     tensors = by_path(private)
     by_tensor = {id(tensors[k]): k for k in tensors if k in have}
     for key, tensor in tensors.items():
         if key not in have and not covered(key) and id(tensor) in by_tensor:
-            found[key] = by_tensor[id(tensor)]
-    return found
+            aliases[key] = by_tensor[id(tensor)]
+    return aliases
 
 
-def _report(found: TraceInfo, model: nn.Module, graph: fx.GraphModule) -> None:
+def _report(record: TraceInfo, model: nn.Module, graph: fx.GraphModule) -> None:
     """What of the model left no trace: state_dict keys, and the submodules that hold nothing else."""
     keys, have = list(model.state_dict()), set(graph.state_dict())
-    found.untouched = tuple(k for k in keys if k not in have)
+    record.untouched = tuple(k for k in keys if k not in have)
     with_state, touched = _prefixes(keys), _prefixes(have)
     lost = [p for p, _ in model.named_modules() if p in with_state and p not in touched]
     inner = {p for p in lost if p.rpartition(".")[0] in lost}
-    found.train_only = tuple(p for p in lost if p not in inner)
+    record.train_only = tuple(p for p in lost if p not in inner)
     notes = [
         Note(
             path,
@@ -276,24 +276,24 @@ def _report(found: TraceInfo, model: nn.Module, graph: fx.GraphModule) -> None:
             "(an auxiliary head, or unused): it is not part of the graph",
             "info",
         )
-        for path in found.train_only
+        for path in record.train_only
     ]
-    rest = [k for k in found.untouched if not any(k.startswith(p + ".") for p in found.train_only)]
+    rest = [k for k in record.untouched if not any(k.startswith(p + ".") for p in record.train_only)]
     if rest:
         listed = ", ".join(rest[:5]) + (" ..." if len(rest) > 5 else "")
         notes.append(Note("state_dict", f"{len(rest)} keys are read by nothing in the graph: {listed}", "info"))
-    found.notes = (*found.notes, *notes)
+    record.notes = (*record.notes, *notes)
 
 
-def _carry_over(found: TraceInfo, model: fx.GraphModule, graph: fx.GraphModule) -> None:
+def _carry_over(record: TraceInfo, model: fx.GraphModule, graph: fx.GraphModule) -> None:
     """Tracing a canonical graph again keeps its record, and the layer and source of nodes that are still
     there.
     """
     before = info(model)
     for name in ("model_class", "front_end", "notes", "train_only", "untouched", "plan"):
-        setattr(found, name, getattr(before, name))
-    found.steps = list(before.steps)
-    known = {(n.name, str(n.target)): n.meta for n in model.graph.nodes}
+        setattr(record, name, getattr(before, name))
+    record.steps = list(before.steps)
+    metas = {(n.name, str(n.target)): n.meta for n in model.graph.nodes}
     for node in graph.graph.nodes:
-        meta = known.get((node.name, str(node.target)), {})
+        meta = metas.get((node.name, str(node.target)), {})
         node.meta.update({k: meta[k] for k in ("layer", "source") if k in meta})

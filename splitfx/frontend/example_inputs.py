@@ -55,7 +55,7 @@ def inputs_for(example_inputs: Any, *models: nn.Module) -> Inputs:
         return split_inputs(example_inputs, models[0])
     for model in reversed(models):
         if is_canonical(model):
-            return random_inputs(model)  # type: ignore[arg-type]
+            return random_inputs(model)
     raise UnsupportedError(f"{type(models[-1]).__name__} is no traced graph: give its example_inputs")
 
 

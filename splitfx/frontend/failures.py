@@ -124,25 +124,25 @@ def frames(error: BaseException) -> Iterator[tuple[Any, int]]:
 
 def user_line(error: BaseException) -> str:
     """``file.py:line`` of the innermost frame outside torch, splitfx and generated code."""
-    found = ""
+    place = ""
     for frame, line in frames(error):
         name = frame.f_code.co_filename
         if not name.startswith(("<", *foreign_folders())) and not any(
             f"{word}." in name or f"{word}/" in name for word in _NOT_OURS
         ):
-            found = f"{name}:{line}"
-    return found
+            place = f"{name}:{line}"
+    return place
 
 
 def innermost_module(model: nn.Module, copies: list[nn.Module | None], error: BaseException) -> str:
     """The user's path and class of the innermost module whose forward was running."""
     paths = {id(m): path for root in (*copies, model) if root is not None for path, m in root.named_modules()}
-    found: Any = None
+    innermost: Any = None
     for frame, _ in frames(error):
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and (id(owner) in paths or frame.f_code.co_name == "forward"):
-            found = owner
-    if found is None or isinstance(found, fx.GraphModule):
+            innermost = owner
+    if innermost is None or isinstance(innermost, fx.GraphModule):
         return ""
-    path = paths.get(id(found))
-    return type(found).__name__ if path is None else f"{path or 'the model itself'} ({type(found).__name__})"
+    path = paths.get(id(innermost))
+    return type(innermost).__name__ if path is None else f"{path or 'the model itself'} ({type(innermost).__name__})"

@@ -79,25 +79,25 @@ def first_call(own: nn.Module, inputs: Any) -> FirstCall:
     """Run ``own``, an `own_copy`, once on ``inputs``, ``(args, kwargs)``; a second time only if it keeps something."""
     modules, parameters = set(own.modules()), set(own.parameters())
     marks, alive = _marks(own)
-    found = FirstCall(*run(own, inputs))
+    record = FirstCall(*run(own, inputs))
     _no_new_weights(own, modules, parameters)
     after = _held(own)
     changed = {key: after[key] for key, mark in _marks(own)[0].items() if marks.get(key) != mark}
     del alive
     if not changed:
-        return found
-    found.keeps = True
-    found.modules = dict(own.named_modules())
+        return record
+    record.keeps = True
+    record.modules = dict(own.named_modules())
     changed = _apart(changed, modules)
     for path, name in changed:
         module = own.get_submodule(path)
         if module._buffers.get(name) is not None:
-            found.registered[path, name] = name not in module._non_persistent_buffers_set
-            found.buffers[f"{path}.{name}" if path else name] = changed[path, name].clone()
+            record.registered[path, name] = name not in module._non_persistent_buffers_set
+            record.buffers[f"{path}.{name}" if path else name] = changed[path, name].clone()
     _call_again(own, inputs)
     after = _held(own)
-    found.made = {key: value for key, value in changed.items() if key in after and _same(value, after[key])}
-    return found
+    record.made = {key: value for key, value in changed.items() if key in after and _same(value, after[key])}
+    return record
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -170,11 +170,11 @@ def _no_new_weights(own: nn.Module, modules: set[nn.Module], parameters: set[nn.
 
 def _held(model: nn.Module) -> dict[Key, Any]:
     """Buffers and attributes, by module and name."""
-    found: dict[Key, Any] = {}
+    held: dict[Key, Any] = {}
     for path, module in model.named_modules():
-        found.update({(path, name): value for name, value in vars(module).items() if name not in _TORCHS})
-        found.update({(path, name): value for name, value in module._buffers.items()})
-    return found
+        held.update({(path, name): value for name, value in vars(module).items() if name not in _TORCHS})
+        held.update({(path, name): value for name, value in module._buffers.items()})
+    return held
 
 
 def _marks(model: nn.Module) -> tuple[dict[Key, Any], list[Any]]:

@@ -183,18 +183,18 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise UnsupportedError(f"{path}: a weight file is .safetensors, .pt or .pth by its suffix")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for one cause: these are not plain tensors
         raise UnsupportedError(
             f"{path} is truncated, or holds more than tensors, which splitfx does not unpickle: "
             "save a state_dict, or safetensors"
         ) from error
     for key in _WRAPPED:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(one, torch.Tensor) for one in state.values()):
         raise UnsupportedError(f"{path} holds no state_dict (a table of names to tensors)")
-    return found
+    return state
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -77,9 +77,9 @@ class Raiser:
 
     def write(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            inlined = self.env.get(operand(node))
-            if isinstance(inlined, tuple):
-                self.env[node] = inlined[node.args[1]]  # type: ignore[index]
+            inlined, place = self.env.get(operand(node)), node.args[1]
+            if isinstance(inlined, tuple) and isinstance(place, int):
+                self.env[node] = inlined[place]
                 return
         new = self.raised(node) or self.copied(node)
         new.meta = {"layer": self.where(node), "source": source_line(node.meta.get("stack_trace") or "")}
@@ -100,13 +100,15 @@ class Raiser:
 
     def grad_switch(self, node: fx.Node) -> None:
         """``with torch.no_grad():`` in the user's forward: its operations inline, between two switches."""
-        enabled, _, *given = node.args
+        enabled, _, *outside = node.args
         inner = operand(node, 1)
-        body: fx.GraphModule = self.tensor(inner)[1]  # type: ignore[index, assignment]
+        held = self.tensor(inner)
+        assert held is not None, f"{node.name} reads no graph"
+        body: fx.GraphModule = held[1]
         before = self.call_plain(torch.is_grad_enabled)
         self.call_plain(torch._C._set_grad_enabled, bool(enabled))
         holes = [n for n in body.graph.nodes if n.op == "placeholder"]
-        for hole, outer in zip(holes, given, strict=True):
+        for hole, outer in zip(holes, outside, strict=True):
             self.env[hole] = self.value_of(outer) if isinstance(outer, fx.Node) else outer
             hole.meta["outer"] = outer
         self.walk(body.graph, f"{inner.meta['path']}.")
@@ -128,15 +130,15 @@ class Raiser:
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
         path = node.meta.get("path", str(node.target))
-        found = _follow(self.private, path)
-        if found is not None:
-            return path, found
+        own = _follow(self.private, path)
+        if own is not None:
+            return path, own
         constant = _follow(self.exported, path)
         return self.places.get(memory(constant), (path, constant))
 
     def parameter(self, node: Any) -> torch.Tensor | None:
-        found = self.tensor(node)
-        return found[1] if found is not None and isinstance(found[1], nn.Parameter) else None
+        held = self.tensor(node)
+        return held[1] if held is not None and isinstance(held[1], nn.Parameter) else None
 
     def where(self, node: fx.Node) -> str:
         """The user's path of the module in whose forward a node was recorded."""
@@ -160,11 +162,11 @@ class Raiser:
                 yield found[0].rpartition(".")[0]
 
     def keep_value(self, node: fx.Node) -> None:
-        found = self.tensor(node)
-        assert found is not None
-        self.values[found[0]] = found[1]
-        if isinstance(found[1], fx.GraphModule):  # the body of an operator such as torch.cond or autocast
-            drop_assertions(found[1])
+        held = self.tensor(node)
+        assert held is not None
+        self.values[held[0]] = held[1]
+        if isinstance(held[1], fx.GraphModule):  # the body of an operator such as torch.cond or autocast
+            drop_assertions(held[1])
 
     def value_of(self, node: fx.Node) -> Any:
         """The new node for an old one; get_attr nodes appear where they are first read."""

@@ -211,33 +211,33 @@ def _symbols(expr: Any) -> set[Any]:
     return expr.free_symbols
 
 
-def _of_lists(program: torch.export.ExportedProgram, known: dict[Any, Expr]) -> Iterator[tuple[Expr, str]]:
+def _of_lists(program: torch.export.ExportedProgram, names: dict[Any, Expr]) -> Iterator[tuple[Expr, str]]:
     """How many parts a split gives, and which dims a squeeze removes, is written into the graph."""
     for node in program.graph.nodes:
         name = aten_name(node.target) if node.op == "call_function" else ""
         if not name.endswith(("split", "chunk", "unbind", "squeeze", "split_with_sizes")) or name == "unsqueeze":
             continue
-        given: dict[str, Any] = arguments(node)
-        value, dims = given["self"].meta["val"], given.get("dim")
+        bound: dict[str, Any] = arguments(node)
+        value, dims = bound["self"].meta["val"], bound.get("dim")
         dims = range(value.dim()) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
         for dim, size in _symbolic(value.shape):
             if any(int(d) % value.dim() == dim for d in dims) and not size.node.expr.is_number:
                 one = 1 if name == "squeeze" else size.node.hint
-                expr = ("eq", plain(size.node.expr, known), one)
+                expr = ("eq", plain(size.node.expr, names), one)
                 yield (("not", expr) if name == "squeeze" else expr), f"a {name} of it"
 
 
-def plain(expr: Any, known: dict[Any, Expr]) -> Expr:
+def plain(expr: Any, names: dict[Any, Expr]) -> Expr:
     """A sympy expression as plain data. Raises `TooLong` for what has no plain form."""
-    if expr in known:
-        return known[expr]
+    if expr in names:
+        return names[expr]
     if expr.is_number:
         return int(expr) if expr.is_integer else float(expr)
     kind, operands = type(expr).__name__, expr.args
     if kind in ("Pow", "PowByNatural") and operands[1].is_number and operands[1] in (2, 3):
-        return ("mul", *[plain(operands[0], known)] * int(operands[1]))
+        return ("mul", *[plain(operands[0], names)] * int(operands[1]))
     if kind == "Identity":
-        return plain(operands[0], known)
+        return plain(operands[0], names)
     if kind not in _NAMES:
         raise TooLong(f"a size is computed by {kind}, which no rule can say")
-    return (_NAMES[kind], *(plain(one, known) for one in operands))
+    return (_NAMES[kind], *(plain(part, names) for part in operands))

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ class kept(Generic[T]):
 
     def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:
         if instance is None:
-            return self  # type: ignore[return-value]
+            return cast(Any, self)
         return vars(instance).setdefault(self.name, self.compute(instance))
 
     if TYPE_CHECKING:  # it may be assigned, since that is what computing it does
@@ -106,11 +106,11 @@ def casting(given: Autocast) -> Iterator[None]:
 
 
 def twin(
-    module: nn.Module, swap: Callable[[torch.Tensor], torch.Tensor], known: dict[int, torch.Tensor] | None = None
+    module: nn.Module, swap: Callable[[torch.Tensor], torch.Tensor], swapped: dict[int, torch.Tensor] | None = None
 ) -> nn.Module:
     """The module anew, in eval mode, with what ``swap`` gives for each of its tensors: to run it on other values while
     other threads run it. It shares everything else, and has none of the user's hooks."""
-    known = {} if known is None else known
+    swapped = {} if swapped is None else swapped
     made = object.__new__(type(module))
     own = vars(made)
     own.update(vars(module))
@@ -118,8 +118,8 @@ def twin(
     own["training"] = False
     for table in ("_parameters", "_buffers"):
         for tensor in own[table].values():
-            if tensor is not None and id(tensor) not in known:
-                known[id(tensor)] = swap(tensor)
-        own[table] = {name: t if t is None else known[id(t)] for name, t in own[table].items()}
-    own["_modules"] = {name: m if m is None else twin(m, swap, known) for name, m in own["_modules"].items()}
+            if tensor is not None and id(tensor) not in swapped:
+                swapped[id(tensor)] = swap(tensor)
+        own[table] = {name: t if t is None else swapped[id(t)] for name, t in own[table].items()}
+    own["_modules"] = {name: m if m is None else twin(m, swap, swapped) for name, m in own["_modules"].items()}
     return made

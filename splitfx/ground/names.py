@@ -20,23 +20,23 @@ DEEPEST = 40  # parts of a path
 _PART = re.compile(r"[\w \-+:@#/]+")  # no quote, no backslash, no line end: fx puts it between quotes
 
 
-def is_name(given: Any) -> bool:
+def is_name(text: Any) -> bool:
     """Whether it can be a name in Python: an identifier as the compiler keeps it, no keyword, no ``__name__``."""
     return (
-        isinstance(given, str)
-        and len(given) <= LONGEST
-        and given.isidentifier()
-        and not keyword.iskeyword(given)
-        and not given.startswith("__")
-        and unicodedata.is_normalized("NFKC", given)  # the compiler would make another name of it
+        isinstance(text, str)
+        and len(text) <= LONGEST
+        and text.isidentifier()
+        and not keyword.iskeyword(text)
+        and not text.startswith("__")
+        and unicodedata.is_normalized("NFKC", text)  # the compiler would make another name of it
     )
 
 
-def is_path(given: Any) -> bool:
+def is_path(text: Any) -> bool:
     """Whether it can be the dotted path of a layer or a tensor: parts that no module has as methods or fields."""
-    if not isinstance(given, str):
+    if not isinstance(text, str):
         return False
-    parts = given.split(".")
+    parts = text.split(".")
     return len(parts) <= DEEPEST and parts[0] not in _own(fx.GraphModule) and all(map(_is_part, parts))
 
 

@@ -103,9 +103,9 @@ def _fit(widths: list[int], left: Sequence[int], width: int) -> list[int]:
     over = sum(widths) + len(GAP) * (len(widths) - 1) - width
     for shortest in (_SHORT, _SHORTEST):
         for column in sorted(left, reverse=True):
-            given = max(0, min(over, widths[column] - shortest))
-            widths[column] -= given
-            over -= given
+            cut = max(0, min(over, widths[column] - shortest))
+            widths[column] -= cut
+            over -= cut
     return widths
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitfx.errors import UnsupportedError
+from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, size, table
 from splitfx.splitnet.tree import STEM, Tree
 
@@ -24,7 +25,7 @@ Stem = Literal["auto", "duplicate", "own"]
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(Shown):
     """``groups[rank]``: what a rank runs; none where it only runs the stem. ``macs[rank]``: of one call, at the traced
     sizes. ``cost``: the estimate by which placements are compared, in multiply-accumulates per batch."""
 
@@ -59,12 +60,12 @@ def place(tree: Tree, ranks: int, stem: Stem = "auto", pipelined: bool = False) 
     if stem == "own" and (ranks < 2 or not has_stem):
         why = "needs at least 2 processes" if has_stem else "needs a stem: this model's groups share no layer"
         raise UnsupportedError(f"a stem on a rank of its own {why}")
-    found = []
+    placements = []
     if stem in ("auto", "duplicate") and ranks <= tree.groups:
-        found.append(_duplicated(tree, ranks))
+        placements.append(_duplicated(tree, ranks))
     if stem in ("auto", "own") and own_possible:
-        found.append(_own(tree, ranks, pipelined))
-    return min(found, key=lambda one: one.cost)
+        placements.append(_own(tree, ranks, pipelined))
+    return min(placements, key=lambda one: one.cost)
 
 
 def _duplicated(tree: Tree, ranks: int) -> Placement:
