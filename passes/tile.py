@@ -24,7 +24,7 @@ from splitfx.ground import limits
 from splitfx.ground.table import size as words
 from splitfx.ir.graph import TensorSpec, layer, module_of
 from splitfx.ir.ops import op_name
-from splitfx.text import shown
+from splitfx.text import share, shown
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.extract import sources_of, stages
 from splitfx.tiling.plan.instructions import Schedule
@@ -71,8 +71,9 @@ class TileStage:
 class Tile(Pass):
     """Run the network piece by piece below a budget of memory, with the same output.
 
-    ``budget``: the most bytes of live tensors, inputs counted and parameters not, as in "64 MiB"; "least" for the
-    least possible; empty: half of what the model takes now, or the least that is possible. ``mode``: "stream" keeps
+    ``budget``: the most bytes of live tensors, inputs counted and parameters not, as a number or as in "64 MiB"; a
+    share of what the model takes now, as in "0.5x"; "least" for the least possible; empty: half of what the model
+    takes now, or the least that is possible. ``mode``: "stream" keeps
     line buffers, "grid" computes halos twice, "auto" lets the planner choose. By hand instead: ``until`` names the last
     layer that is tiled, ``rows`` the input rows of a step, ``every`` the steps between two firings of each group of
     layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes from which a map that waits for a reduction is
@@ -94,7 +95,7 @@ class Tile(Pass):
     promise: ClassVar[Promise] = Promise.EQUAL
     needs_eval: ClassVar[bool] = True
 
-    budget: str = ""
+    budget: int | str = ""
     mode: Literal["auto", "stream", "grid"] = "auto"
     until: str = ""
     rows: int = 0
@@ -106,8 +107,10 @@ class Tile(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget and self.budget != "least":
-            planner.parse_bytes(self.budget)
+        if isinstance(self.budget, int):
+            object.__setattr__(self, "budget", f"{self.budget} B")
+        if self.budget and self.budget != "least" and self._share is None:
+            planner.parse_bytes(str(self.budget))
         _check_counts(self.rows, self.grid, self.recompute, self.every)
         if self.by_hand and (self.budget or self.stages):
             raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
@@ -122,7 +125,15 @@ class Tile(Pass):
     def by_hand(self) -> bool:
         return self.rows > 0 or self.grid != (1, 1)
 
+    @property
+    def _share(self) -> float | None:
+        """The budget as a share of what the model takes now; None where it is none."""
+        return share(str(self.budget)) or None
+
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
+        if self._share is not None:  # of this graph: the settled plan holds the bytes
+            count = max(1, int(self._share * facts.memory.peak_bytes))
+            return replace(self, budget=f"{count} B").run(graph, facts)
         found, roles = stages(graph, facts.regions)
         notes = [Note(where, f"not tiled: {why}", "declined") for where, why in _declined(graph, roles.why)]
         if self.until:
@@ -147,7 +158,7 @@ class Tile(Pass):
 
     def _goal(self, graph: fx.GraphModule, facts: Facts, nodes: Nodes) -> Goal:
         sizes = sizes_of(tuple(_spec(facts.shapes[n]) for n in sources_of(nodes)))
-        return Goal(self.budget or HALF, self.mode, sizes, planner.around(graph, facts, nodes))
+        return Goal(str(self.budget) or HALF, self.mode, sizes, planner.around(graph, facts, nodes))
 
     def _decided(self, graph: fx.GraphModule, facts: Facts, found: list[Nodes]) -> list[tuple[Schedule | None, str]]:
         """For each stage its schedule, None where it stays as it is, and what a note says."""
@@ -167,7 +178,7 @@ class Tile(Pass):
                 _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
         if self.budget and self.budget != "least":
-            return self._within(graph, facts, found, planner.parse_bytes(self.budget))
+            return self._within(graph, facts, found, planner.parse_bytes(str(self.budget)))
         decided = []
         for nodes in found:
             candidates = Candidates(graph, facts, nodes)

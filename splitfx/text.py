@@ -58,3 +58,9 @@ class _Short(reprlib.Repr):
 def shown(value: Any, most: int = VALUE) -> str:
     """A value as Python writes it, in one printable line of at most ``most`` characters."""
     return one_line(_Short().repr(value), most)
+
+
+def share(text: str) -> float | None:
+    """A budget as a share of what there is: 0.5 for ``0.5x``; None for what is written in another way."""
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*[x×]\s*", text)
+    return float(found[1]) if found is not None else None

@@ -80,6 +80,20 @@ def test_what_is_no_plan(given: Any, message: str) -> None:
         splitfx.transform(network(), given, SHAPE)
 
 
+@pytest.mark.parametrize(("given", "same"), [(1 << 16, "64 KiB"), ("0.75x", "57 KiB"), ("0.75 ×", "57 KiB")])
+def test_a_budget_in_bytes_or_as_a_share(given: Any, same: str) -> None:
+    one, other = (splitfx.transform(network(), Tile(budget=b), SHAPE, verify=False) for b in (given, same))
+    assert splitfx.profile(one).peak_bytes == splitfx.profile(other).peak_bytes
+    (found,) = info(one).plan.passes
+    assert Plan.from_toml(info(one).plan.to_toml()).passes == (found,)
+
+
+@pytest.mark.parametrize("given", [0, -5, "0x", "x", True, 0.5])
+def test_what_is_no_budget(given: Any) -> None:
+    with pytest.raises(PlanError, match="budget"):
+        Tile(budget=given)
+
+
 def test_one_factor_is_for_every_block() -> None:
     split = splitfx.transform(network(), Group(factors=2, lowering="grouped"), SHAPE)
     listed = splitfx.transform(network(), Group(factors=(2, 2), lowering="grouped"), SHAPE)

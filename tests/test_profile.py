@@ -158,3 +158,13 @@ def test_a_trace_for_perfetto(resnet: Profile, tmp_path: Path) -> None:
     assert max(alive) == resnet.peak_bytes
     with pytest.raises(SplitfxError, match="already exists"):
         resnet.save_trace(tmp_path / "trace.json")
+
+
+def test_a_line_per_module_at_a_depth(resnet: Profile) -> None:
+    for depth, lines in ((1, 12), (2, 16)):
+        text = resnet.table(depth=depth)
+        body = text.split("\n\n")[1].splitlines()[2:]
+        body = body[: next((i for i, line in enumerate(body) if "operations are folded" in line), None)]
+        assert len(body) == lines, text
+    with pytest.raises(UnsupportedError, match="depth counts levels"):
+        resnet.table(depth=0)

@@ -55,8 +55,6 @@ def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Ite
             (*fold, Tile(budget=budget)),
             True,
         )
-    if goals.peak_bytes is not None and not goals.least and goals.seconds is None:
-        return
     base = run_plan(graph, Plan(fold), verify=False) if fold else graph
     try:
         curve = pareto(base).choices

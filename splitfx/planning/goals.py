@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from splitfx.errors import PlanError
 from splitfx.ground.table import number, seconds, size
-from splitfx.text import shown
+from splitfx.text import share, shown
 from splitfx.tiling.plan.planner import parse_bytes
 
 Amount = str | int | float | None
@@ -66,8 +66,8 @@ def _amount(name: str, given: Amount, now: float, read: Callable[[str], float]) 
     if given is None:
         return None
     if isinstance(given, str):
-        share = re.fullmatch(r"\s*(\d*\.?\d+)\s*[x×]\s*", given)
-        found = float(share[1]) * now if share is not None else read(given)
+        part = share(given)
+        found = part * now if part is not None else read(given)
     else:
         found = float(given)
     if isinstance(given, bool) or not (math.isfinite(found) and found > 0):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from splitfx.compiler.pipeline import figures, run_plan
@@ -62,7 +61,7 @@ def plan(
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
     with in_eval(graph):
         search = _Search(graph, device, end, progress)
-        now = search.now()
+        now = search.now
         asked = goals(
             peak, latency, macs, accuracy_drop, (now.figures.peak_bytes, now.seconds or 0.0, now.figures.macs)
         )
@@ -83,13 +82,11 @@ class _Search:
         self.graph, self.device, self.end, self.progress = graph, device, end, progress
         shapes = [s for s in info(graph).shapes if s is not None]
         self.shape: Any = shapes[0] if len(shapes) == 1 else tuple(shapes)
+        progress("measuring the model as it is")
+        found = measure(graph, random_inputs(graph), device, RUNS)
+        self.now = Choice("as it is", "", None, figures(graph), found.seconds, None, True)
         self.refused: list[tuple[str, str]] = []
         self.complete = True
-
-    def now(self) -> Choice:
-        self.progress("measuring the model as it is")
-        found = measure(self.graph, random_inputs(self.graph), self.device, RUNS)
-        return Choice("as it is", "", None, figures(self.graph), found.seconds, None, True)
 
     def choices(self, asked: Goals) -> list[Choice]:
         found: list[Choice] = []
@@ -116,14 +113,18 @@ class _Search:
         return replace(chosen, missed=missed(chosen, asked))
 
     def _timed(self, chosen: Choice, split: fx.GraphModule) -> Choice:
+        """With its time as a ratio to the model's, in turn with it; seconds are that share of the model's own, so that
+        a machine that drifts does not set the rows of a table apart."""
+        assert self.now.seconds is not None
         args, kwargs = random_inputs(self.graph)
         with in_eval(split):
-            calls = {"now": lambda: self.graph(*args, **kwargs), "then": lambda: split(*args, **kwargs)}
             if self.device != "cpu":
-                found = measure(split, (args, kwargs), self.device, RUNS).seconds
-                return replace(chosen, seconds=found)
-            times = alternate(calls, RUNS, torch.device(self.device))
-        return replace(chosen, seconds=times["then"], time=times["then"] / times["now"])
+                ratio = measure(split, (args, kwargs), self.device, RUNS).seconds / self.now.seconds
+            else:
+                calls = {"now": lambda: self.graph(*args, **kwargs), "then": lambda: split(*args, **kwargs)}
+                times = alternate(calls, RUNS)
+                ratio = times["then"] / times["now"]
+        return replace(chosen, seconds=ratio * self.now.seconds, time=ratio)
 
 
 def missed(one: Choice, asked: Goals) -> tuple[str, ...]:

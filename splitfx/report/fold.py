@@ -71,6 +71,12 @@ def fold(rows: Sequence[Row], limit: int | None) -> tuple[list[Line], str]:
     return [*head, rest], f"the last line sums up {len(tail)} lines; table(rows=None) shows every operation"
 
 
+def by_depth(rows: Sequence[Row], depth: int) -> tuple[list[Line], str]:
+    """A line for every module at ``depth`` levels of the module tree, from 1; and what was folded."""
+    lines = _join(rows, [_module(row, depth) for row in rows], by_name=True)
+    return lines, f"{len(rows)} operations are folded into {len(lines)} lines, by module; {_MOST}"
+
+
 def _module(row: Row, depth: int) -> str:
     return ".".join(row.layer.split(".")[:depth])
 

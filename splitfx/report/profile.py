@@ -26,7 +26,7 @@ from splitfx.ground.notebook import Shown
 from splitfx.ground.table import dims, number, size, table, wrap
 from splitfx.ir.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ir.ops import is_size, op_name
-from splitfx.report.fold import fold
+from splitfx.report.fold import by_depth, fold
 
 FORMAT = 1
 ROWS = 60  # lines of the printed table
@@ -99,9 +99,15 @@ class Profile(Shown):
 
         write_trace(self, path, overwrite)
 
-    def table(self, rows: int | None = ROWS) -> str:
-        """The table with at most about ``rows`` lines; None shows every node on a line of its own."""
-        lines, folded = fold(self.rows, rows)
+    def table(self, rows: int | None = ROWS, depth: int | None = None) -> str:
+        """The table with at most about ``rows`` lines; None shows every node on a line of its own.
+
+        With ``depth``, a line for every module at so many levels of the module tree instead: 1 are those of the model.
+        Raises `UnsupportedError` for a depth below 1.
+        """
+        if depth is not None and depth < 1:
+            raise UnsupportedError(f"depth counts levels of the module tree, 1 or more; got {depth}")
+        lines, folded = by_depth(self.rows, depth) if depth is not None else fold(self.rows, rows)
         mark = self.peak_row
         body = [
             (

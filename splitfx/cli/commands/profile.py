@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from splitfx.cli.arguments import Parser, with_model, with_overwrite
+from splitfx.cli.arguments import Parser, count, with_model, with_overwrite
 from splitfx.cli.output import printed
 from splitfx.ground.progress import Progress
 
@@ -17,12 +17,14 @@ def arguments(one: Parser) -> None:
     one.add_argument("--plot", metavar="FILE", help="draw memory and cost (png, svg or pdf; needs splitfx[plot])")
     one.add_argument("--trace", metavar="FILE", help="write the memory over time as a trace for ui.perfetto.dev")
     one.add_argument("--all", action="store_true", help="every operation on a line of its own")
+    one.add_argument("--depth", type=count, metavar="N", help="a line per module, N levels deep")
     with_overwrite(one)
 
 
 def run(given: Namespace, progress: Progress) -> int:
     from splitfx.cli.loading import free_file, graph_of
     from splitfx.report.html import inspect_html
+    from splitfx.report.profile import ROWS
     from splitfx.report.profile import profile as profiled
 
     for path in filter(None, (given.html, given.plot, given.trace)):
@@ -38,4 +40,4 @@ def run(given: Namespace, progress: Progress) -> int:
         found.plot(given.plot, overwrite=given.overwrite)
     if given.trace:
         found.save_trace(given.trace, overwrite=given.overwrite)
-    return printed(given, found.to_json(), found.table(rows=None) if given.all else str(found))
+    return printed(given, found.to_json(), found.table(None if given.all else ROWS, given.depth))

@@ -66,7 +66,7 @@ def inspect_text(split: fx.GraphModule) -> str:
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="soft">{_about(counted, known.front_end, len(steps))}</p>',
-        _tiles(steps[0].before if steps else None, figures(split), counted),
+        _tiles(steps[0].before if steps else None, figures(split), counted, stages),
         *_graph(split),
         "<h2>Memory over time</h2>",
         memory_html(sketch(split), stages, known.origin),
@@ -171,12 +171,14 @@ def _about(counted: Profile, front_end: str, passes: int) -> str:
     return escape(f"on {', '.join(counted.inputs)} · traced with {front_end} · {split}")
 
 
-def _tiles(before: Figures | None, now: Figures, counted: Profile) -> str:
+def _tiles(before: Figures | None, now: Figures, counted: Profile, stages: Mapping[str, StageDetail]) -> str:
+    inside = sum(one.op != "input" for stage in stages.values() for one in stage.sketches)
+    where = f"in the graph, {inside} more inside {', '.join(stages)}" if stages else "in the graph"
     made = [
         _tile("parameters", number(now.params), number, before and before.params, now.params),
         _tile("MACs", number(now.macs), number, before and before.macs, now.macs),
         _tile("peak memory", size(now.peak_bytes), size, before and before.peak_bytes, now.peak_bytes),
-        f'<div class="tile"><small>operations</small><b>{len(counted.rows)}</b><small>in the graph</small></div>',
+        f'<div class="tile"><small>operations</small><b>{len(counted.rows)}</b><small>{escape(where)}</small></div>',
     ]
     return f'<div class="tiles">{"".join(made)}</div>'
 
