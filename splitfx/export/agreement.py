@@ -144,17 +144,12 @@ def _larger(path: Path, session: Any, graph: fx.GraphModule, call: Call) -> Call
 
 def _grown(graph: fx.GraphModule, free: list[bool], times: int, more: int) -> Call:
     """Random inputs of which the tensors that are ``free`` have ``times`` the traced batch, and ``more``."""
-    known, generator, wanted = graphs.info(graph), torch.Generator().manual_seed(1), iter(free)
+    wanted = iter(free)
 
-    def one(spec: Any) -> Any:
-        if not isinstance(spec, graphs.TensorSpec):
-            return spec
-        if next(wanted):
-            spec = replace(spec, shape=(spec.shape[0] * times + more, *spec.shape[1:]))
-        return spec.random(generator)
+    def grown(spec: graphs.TensorSpec) -> graphs.TensorSpec:
+        return replace(spec, shape=(spec.shape[0] * times + more, *spec.shape[1:])) if next(wanted) else spec
 
-    args, kwargs = pytree.tree_unflatten([one(spec) for spec in known.inputs], known.in_spec)
-    return tuple(args), dict(kwargs)
+    return graphs.drawn(graphs.info(graph), 1, grown)
 
 
 # ---------------------------------------------------------------- the words of a refusal

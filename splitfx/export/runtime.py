@@ -33,7 +33,6 @@ from splitfx.ir import graph as graphs
 from splitfx.ir.modes import in_eval
 
 SECONDS = 600.0
-Progress = Callable[[str], None]
 
 
 def check_onnx(
@@ -46,7 +45,7 @@ def check_onnx(
     runs: int = 20,
     tolerance: float | None = None,
     seconds: float = SECONDS,
-    progress: Progress = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> RuntimeReport:
     """Run the file on each provider and compare it with `split` in eval mode.
 
@@ -134,7 +133,7 @@ class _Bench:
     tolerance: float | None
     seconds: float
     folder: Path
-    progress: Progress
+    progress: Callable[[str], None]
 
 
 def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict]) -> ProviderRow:

@@ -67,13 +67,13 @@ def full_name(provider: str) -> str:
     """`cuda` -> `CUDAExecutionProvider`; full names pass. Raises `ExportError` for a name onnxruntime does
     not know.
     """
-    known = {one.removesuffix("ExecutionProvider").lower(): one for one in runtime().get_all_providers()}
+    names = {one.removesuffix("ExecutionProvider").lower(): one for one in runtime().get_all_providers()}
     wanted = str(provider).removesuffix("ExecutionProvider").lower()
-    if wanted not in known:
+    if wanted not in names:
         raise ExportError(
-            f"onnxruntime has no provider '{provider}'.{nearest(wanted, known)} Known: {', '.join(known)}."
+            f"onnxruntime has no provider '{provider}'.{nearest(wanted, names)} Known: {', '.join(names)}."
         )
-    return known[wanted]
+    return names[wanted]
 
 
 def short_name(provider: str) -> str:

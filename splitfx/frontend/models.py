@@ -163,9 +163,9 @@ def _fill(model: nn.Module, path: Path, word: str) -> None:
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not in the model" for key in state if key not in own]
     problems += [
-        f"{key} is {list(one.shape)}, the model has {list(own[key].shape)}"
-        for key, one in state.items()
-        if key in own and one.shape != own[key].shape
+        f"{key} is {list(tensor.shape)}, the model has {list(own[key].shape)}"
+        for key, tensor in state.items()
+        if key in own and tensor.shape != own[key].shape
     ]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -7,7 +7,7 @@ place, ``graph.meta["splitfx"]`` (a `TraceInfo`), so that a graph can be copied,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeGuard, cast
 
@@ -209,17 +209,23 @@ def random_inputs(
     graph: fx.GraphModule, seed: int = 0, batch: int | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``(args, kwargs)`` of random tensors in the traced shapes; dim 0 is ``batch``."""
+
+    def resized(spec: TensorSpec) -> TensorSpec:
+        return spec if batch is None or not spec.shape else replace(spec, shape=(batch, *spec.shape[1:]))
+
+    return drawn(info(graph), seed, resized)
+
+
+def drawn(
+    record: TraceInfo,
+    seed: int,
+    form: Callable[[TensorSpec], TensorSpec] = lambda spec: spec,
+    device: str | torch.device | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of random tensors, of what ``form`` makes of the recorded ones."""
     generator = torch.Generator().manual_seed(seed)
-
-    def one(spec: Any) -> Any:
-        if not isinstance(spec, TensorSpec):
-            return spec
-        if batch is not None and spec.shape:
-            spec = TensorSpec((batch, *spec.shape[1:]), spec.dtype, spec.device, spec.high)
-        return spec.random(generator)
-
-    record = info(graph)
-    args, kwargs = pytree.tree_unflatten([one(s) for s in record.inputs], record.in_spec)
+    leaves = [form(s).random(generator, device=device) if isinstance(s, TensorSpec) else s for s in record.inputs]
+    args, kwargs = pytree.tree_unflatten(leaves, record.in_spec)
     return tuple(args), dict(kwargs)
 
 

@@ -115,11 +115,11 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> fx.G
 def _write(split: fx.GraphModule, draft: Path) -> None:
     info = graphs.info(split)
     state = graphs.by_path(split)
-    wrong = [key for key, one in split.state_dict().items() if not isinstance(one, torch.Tensor)]
+    wrong = [key for key, value in split.state_dict().items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise ExportError(f"the state_dict holds values that are no tensors: {_listed(wrong)}.")
     tied = _tied(state)
-    _save_tensors({key: one for key, one in state.items() if key not in tied}, draft / WEIGHTS)
+    _save_tensors({key: value for key, value in state.items() if key not in tied}, draft / WEIGHTS)
     kinds, constants = _kinds(split, state)
     if constants:
         _save_tensors(constants, draft / CONSTANTS)
@@ -142,9 +142,9 @@ def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Key -> the first key with the very same memory."""
     first: dict[Any, str] = {}
     tied = {}
-    for key, one in state.items():
-        layout = (one.dtype, tuple(one.shape), one.stride())
-        place = (one.device, one.data_ptr(), *layout) if one.numel() else id(one)
+    for key, tensor in state.items():
+        layout = (tensor.dtype, tuple(tensor.shape), tensor.stride())
+        place = (tensor.device, tensor.data_ptr(), *layout) if tensor.numel() else id(tensor)
         if first.setdefault(place, key) != key:
             tied[key] = first[place]
     return tied
@@ -163,15 +163,15 @@ def _kinds(split: fx.GraphModule, state: Mapping[str, Any]) -> tuple[dict[str, _
     kinds: dict[str, _Role] = {}
     constants: dict[str, torch.Tensor] = {}
     for path in dict.fromkeys(paths):
-        one = graphs.resolve(split, path)
+        value = graphs.resolve(split, path)
         if path in aliases or path.startswith(tuple(alias + "." for alias in aliases)):
             continue
-        if not isinstance(one, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
             continue  # a subgraph; serialize.serialize refuses it with its reason
         if path not in state:
-            kinds[path], constants[path] = "constant", one
-        elif isinstance(one, nn.Parameter):
-            kinds[path] = "parameter" if one.requires_grad else "frozen"
+            kinds[path], constants[path] = "constant", value
+        elif isinstance(value, nn.Parameter):
+            kinds[path] = "parameter" if value.requires_grad else "frozen"
         else:
             kinds[path] = "buffer"
     return kinds, constants
@@ -182,7 +182,7 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     # A clone: tensors that share memory without being equal (a view of another) are refused otherwise.
     save_file(
-        {key: one.detach().cpu().clone(memory_format=torch.contiguous_format) for key, one in tensors.items()},
+        {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
         path,
     )
 
@@ -222,8 +222,8 @@ def _rebuilt(place: Path, about: _About, stored: Mapping[str, torch.Tensor]) -> 
         source = constants if kind == "constant" else stored
         if name not in source:
             raise ExportError(f"{place} holds no weights for {cut(path)}.")
-        one = _installed(place, path, kind, source[name])
-        values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", one))
+        tensor = _installed(place, path, kind, source[name])
+        values[path] = (kind, held.setdefault(f"{kind == 'constant'} {name}", tensor))
     return deserialize.deserialize(plain, values)
 
 
@@ -255,10 +255,10 @@ def _replayed(place: Path, model: nn.Module, about: _About, weights: Mapping[str
     advice = ' A plan that decides by timing (lowering = "auto") may decide otherwise here: fix it in the plan.'
     _check_weights(place, split, weights, advice if (place / PLAN).exists() else "")
     split.load_state_dict(dict(weights))
-    for path, one in split.named_parameters(remove_duplicate=False):
+    for path, parameter in split.named_parameters(remove_duplicate=False):
         kind = about.kinds.get(path)
         if kind in ("parameter", "frozen"):  # an alias has none: its layer's own path says it
-            one.requires_grad_(_trained(place, path, kind, one))
+            parameter.requires_grad_(_trained(place, path, kind, parameter))
     return split
 
 
@@ -266,7 +266,7 @@ def _example(place: Path, model: nn.Module) -> Any:
     """Random inputs in the stored shapes where the model is, or None: the plan then has its own shape."""
     if not (place / PROGRAM).exists():
         return None
-    device = next((str(one.device) for one in model.parameters()), "cpu")
+    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
     return deserialize.example(read_json(place / PROGRAM, ExportError, f"{place} is not complete"), device)
 
 
@@ -280,12 +280,12 @@ def _check_weights(place: Path, split: nn.Module, weights: Mapping[str, torch.Te
 def _differences(state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> Iterator[str]:
     yield from (f"{key} is missing" for key in state if key not in weights)
     yield from (f"{key} is not in the model" for key in weights if key not in state)
-    for key, one in state.items():
-        if key in weights and tuple(one.shape) != tuple(weights[key].shape):
-            yield f"{key} is {list(weights[key].shape)} in the folder, {list(one.shape)} in the model"
-        elif key in weights and one.dtype != weights[key].dtype:  # load_state_dict would convert without a word
-            yield f"{key} is {_dtype(weights[key])} in the folder, {_dtype(one)} in the model"
-        elif one.device.type == "meta":
+    for key, tensor in state.items():
+        if key in weights and tuple(tensor.shape) != tuple(weights[key].shape):
+            yield f"{key} is {list(weights[key].shape)} in the folder, {list(tensor.shape)} in the model"
+        elif key in weights and tensor.dtype != weights[key].dtype:  # load_state_dict would convert without a word
+            yield f"{key} is {_dtype(weights[key])} in the folder, {_dtype(tensor)} in the model"
+        elif tensor.device.type == "meta":
             yield f"{key} has no values"
 
 

@@ -54,14 +54,9 @@ def example(plain: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return _refused_in_one_line(lambda: _drawn(_make_info(stored.decoded(plain)), device))
 
 
-def _drawn(info: graphs.TraceInfo, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rehearsal.require_room(info.inputs)
-    generator = torch.Generator().manual_seed(0)
-    leaves = [
-        one.random(generator, device=device) if isinstance(one, graphs.TensorSpec) else one for one in info.inputs
-    ]
-    args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
-    return tuple(args), dict(kwargs)
+def _drawn(record: graphs.TraceInfo, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rehearsal.require_room(record.inputs)
+    return graphs.drawn(record, seed=0, device=device)
 
 
 def _refused_in_one_line(read: Any) -> Any:

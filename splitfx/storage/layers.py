@@ -88,17 +88,17 @@ def _plain(path: str, layer: Layer) -> nn.Module:
     return kind(**options, **({"device": "meta"} if "device" in inspect.signature(kind.__init__).parameters else {}))
 
 
-def _fits(name: str, one: Any) -> bool:
+def _fits(name: str, value: Any) -> bool:
     """Whether a value can be this option of a layer."""
     if name in _SWITCHES:
-        return isinstance(one, bool)
+        return isinstance(value, bool)
     if name in _NUMBERS:
-        return one is None or (isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= 1e30)
-    if isinstance(one, str):
-        return one in _WORDS.get(name, ())
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30)
+    if isinstance(value, str):
+        return value in _WORDS.get(name, ())
     most = _WINDOW if name in _WINDOWS else LARGEST
-    sizes = one if isinstance(one, tuple) else (one,)
-    return one is None or (
+    sizes = value if isinstance(value, tuple) else (value,)
+    return value is None or (
         len(sizes) <= 32
         and all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= most for size in sizes)
     )

@@ -18,6 +18,7 @@ from splitfx.passes import Group
 from tests import oracle
 from tests.models import image
 from tests.passes.grouping import assert_masked_dense, chain, grouped, in_double
+from tests.rewrites import rewritten
 
 
 class _Between(fx.Interpreter):
@@ -138,3 +139,45 @@ def test_mass_order_keeps_more() -> None:
         assert outcome.reference is not None
         kept.append(sum(float(m.weight().square().sum()) for m in outcome.reference.modules() if isinstance(m, Masked)))
     assert kept[1] > kept[0]
+
+
+# ---------------------------------------------------------------- before and after, as text
+
+BEFORE = """\
+%x = input(2, 3, 8, 8)
+%first = Conv2d(3, 4, 3, padding=1) "first" (%x)
+%relu = relu(%first)
+%second = Conv2d(4, 8, 3, padding=1, bias=False) "second" (%relu)
+%norm = BatchNorm2d(8) "norm" (%second)
+%pool = max_pool2d(%norm, [2, 2])
+%last = Conv2d(8, 2, 1) "last" (%pool)
+return %last
+"""
+AFTER = {
+    "grouped": """\
+%second = Conv2d(4, 8, 3, padding=1, groups=2, bias=False) "second" (%relu)
+%norm = BatchNorm2d(8) "norm" (%second)
+%pool = max_pool2d(%norm, [2, 2])
+%fusion1 = Conv2d(8, 8, 1) "fusion1" (%pool)
+""",
+    "branches": """\
+%slice_tensor = slice(%relu, 1, 0, 2)
+%second_branch0 = Conv2d(2, 4, 3, padding=1, bias=False) "second.branch0" (%slice_tensor)
+%norm_branch0 = BatchNorm2d(4) "norm.branch0" (%second_branch0)
+%pool = max_pool2d(%norm_branch0, [2, 2])
+%slice_tensor_1 = slice(%relu, 1, 2, 4)
+%second_branch1 = Conv2d(2, 4, 3, padding=1, bias=False) "second.branch1" (%slice_tensor_1)
+%norm_branch1 = BatchNorm2d(4) "norm.branch1" (%second_branch1)
+%pool_1 = max_pool2d(%norm_branch1, [2, 2])
+%cat_default = cat([%pool, %pool_1], 1)
+%fusion1 = Conv2d(8, 8, 1) "fusion1" (%cat_default)
+""",
+}
+
+
+@pytest.mark.parametrize("lowering", AFTER)
+def test_the_text_before_and_after(lowering: Any) -> None:
+    lines = BEFORE.splitlines(keepends=True)
+    last = lines[-2].replace("%pool", "%fusion1") + lines[-1]
+    after = rewritten(BEFORE, Group(factors=(2, 1), lowering=lowering)).partition("# ")[0]
+    assert after == "".join(lines[:3]) + AFTER[lowering] + last
