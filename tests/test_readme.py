@@ -44,3 +44,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_python_of_the_docs_is_python(page: Path) -> None:
     for text in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M):
         compile(text, page.name, "exec")
+
+
+def test_the_block_on_operators_runs() -> None:
+    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "operators.md").read_text(), flags=re.S | re.M)
+    exec(compile(text, "operators.md", "exec"), {"__name__": "block"})

@@ -19,6 +19,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
 from splitfx.ir import graph as graphs
+from splitfx.report.explanation import summary
 
 # What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
 OPSETS = range(18, 26)
@@ -288,9 +291,10 @@ def _finish(
     batch = f"fixed: {fixed}" if fixed else "dynamic"
     record = {"splitfx": _version(), "model": info.model_class, "batch": batch, "plan": plan}
     record |= {"tiles": tiled} if tiled else {}
+    record["figures"] = asdict(counted := figures(gm))
     model.metadata_props.clear()
     model.metadata_props["splitfx"] = json.dumps(record)
-    model.doc_string = None
+    model.doc_string = summary(info, counted)  # what viewers show of the file as a whole
     model.graph.doc_string = None
 
 

@@ -48,13 +48,12 @@ def _folds(graph: fx.GraphModule) -> bool:
 def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
     name = "fold + tile" if fold else "tile"
     if goals.peak_bytes is not None:
-        budget = f"{goals.peak_bytes} B"
-        yield Candidate(
-            f"{name} to {enough(goals.peak_bytes)}",
-            "the fastest that keeps the budget",
-            (*fold, Tile(budget=budget)),
-            True,
-        )
+        tile, why = Tile(budget=goals.peak_bytes), "the fastest that keeps the budget"
+        yield Candidate(f"{name} to {enough(goals.peak_bytes)}", why, (*fold, tile), True)
+    if goals.least:
+        yield Candidate(name, "the least memory", (*fold, Tile(budget="least")), True)
+    if goals.peak_bytes is not None or goals.least:
+        return  # the whole curve takes a minute, and the budget says which point of it is wanted
     base = run_plan(graph, Plan(fold), verify=False) if fold else graph
     try:
         curve = pareto(base).choices
@@ -77,6 +76,6 @@ def _groups(goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
         why = f"every block in {factor} branches; fewer connections, to be trained"
         yield Candidate(f"group by {factor}", why, (Group(factors=factor),), False)
         if goals.peak_bytes is not None:
-            tile = Tile(budget=f"{goals.peak_bytes} B")
+            tile = Tile(budget=goals.peak_bytes)
             name = f"group by {factor} + {'fold + ' * bool(fold)}tile"
             yield Candidate(name, f"{why}; then strip by strip", (Group(factors=factor), *fold, tile), False)

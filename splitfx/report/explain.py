@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +29,6 @@ class Explanation(Shown):
     front_end: str
     notes: tuple[Note, ...]
     steps: tuple[Step, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, default=str)
 
     def __str__(self) -> str:
         from splitfx.report.explanation import explanation_text

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from splitfx.ground.table import columns, number, seconds, size, table, wrap
+from splitfx.ground.table import columns, dims, number, seconds, size, table, wrap
 from splitfx.text import printable
 
 if TYPE_CHECKING:
     from splitfx.compiler.pipeline import Figures, Step
+    from splitfx.ir.graph import TraceInfo
     from splitfx.ir.notes import Note
     from splitfx.report.explain import Comparison, Explanation
 
@@ -51,6 +52,16 @@ def explanation_text(explanation: Explanation) -> str:
         first, last = explanation.steps[0].before, explanation.steps[-1].after
         lines += ["", f"all {len(explanation.steps)} passes together", "", *_figures(first, last)]
     return printable("\n".join(lines))
+
+
+def summary(known: TraceInfo, counted: Figures) -> str:
+    """A graph in a sentence or two: the model, what was done to it, what it costs at the traced size."""
+    inputs = ", ".join(dims(shape) for shape in known.shapes if shape is not None)
+    done = ", ".join(step.name for step in known.steps if step.changed) or "as it was traced"
+    return (
+        f"{known.model_class} on {inputs}: {done}. {number(counted.params)} parameters, {number(counted.macs)} MACs, "
+        f"peak {size(counted.peak_bytes)} of live tensors, run by torch."
+    )
 
 
 def comparison_text(comparison: Comparison) -> str:

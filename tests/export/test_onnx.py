@@ -63,10 +63,14 @@ def test_file_holds_layers_and_no_local_paths(two_inputs, tmp_path: Path) -> Non
 
 
 def test_record_of_where_the_file_comes_from(two_inputs, tmp_path: Path) -> None:
-    props = onnx.load(export_onnx(two_inputs, tmp_path / "m.onnx")).metadata_props
+    model = onnx.load(export_onnx(two_inputs, tmp_path / "m.onnx"))
+    props = model.metadata_props
     record = json.loads({one.key: one.value for one in props}["splitfx"])
     assert record["model"] == "TwoInputs"
     assert record["batch"] == "dynamic"
+    assert record["figures"]["params"] == sum(p.numel() for p in two_inputs.parameters())
+    assert model.doc_string.startswith("TwoInputs on ")
+    assert "as it was traced" in model.doc_string
 
 
 def test_the_split_is_not_changed(two_inputs, tmp_path: Path) -> None:
