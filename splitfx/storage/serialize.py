@@ -132,7 +132,8 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
         }
     if kind is Entry:
         assert isinstance(module, Entry)
-        options = {"number": module.number, "reads": module.reads, "form": module.form, "private": dict(module.private)}
+        own = {"number": module.number, "reads": module.reads, "form": module.form, "private": dict(module.private)}
+        options = {name: values.encode(value) for name, value in own.items()}
         norms = {name: _layer(f"{path}.norms.{name}", norm) for name, norm in module.norms.items()}
         return {"class": ENTRY, "options": options, "norms": norms, **_graph(module.step_down)}
     full = f"{kind.__module__}.{kind.__qualname__}"
