@@ -21,18 +21,20 @@ import numpy as np
 from torch import fx
 
 from splitfx.analysis import Facts
+from splitfx.analysis.axes import Edge
 from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
-from splitfx.carving.calibrate import Target, own_statistics, solve_fusions, target
 from splitfx.carving.carve import carve
 from splitfx.carving.divider import Divider
 from splitfx.carving.division import masked
 from splitfx.carving.fusion import Selection, fusion_layer, widen_readers
 from splitfx.carving.lowering import Lowering, choose_lowering
+from splitfx.carving.reconstruction import reconstruct
+from splitfx.carving.reconstruction.order import contributions
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
 from splitfx.ir.editing import free_path, insert_after
-from splitfx.ir.graph import layer, set_path
+from splitfx.ir.graph import copy_graph, layer, set_path
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Group(Pass):
     share: int = 0
     gating: Literal["strict", "relaxed"] = "strict"
     costly: Literal["whole", "split"] = "whole"
-    order: Literal["given", "mass"] = "given"
+    order: Literal["given", "mass", "solved"] = "given"
+    branches: dict[str, tuple[int, ...]] | None = None
     lowering: Literal["auto", "grouped", "branches"] | tuple[Literal["grouped", "branches"], ...] = "auto"
     select: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    refine: int = 0
     calibration: Any = not_in_plan()
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class Group(Pass):
             raise PlanError(f"pass 'group': lowering has {len(self.lowering)} entries for {len(factors)} factors")
         if self.share < 0:
             raise PlanError(f"pass 'group': share counts convs, 0 or more; got {self.share}")
+        if self.refine < 0:
+            raise PlanError(f"pass 'group': refine counts steps, 0 or more; got {self.refine}")
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         job = _Job(self, graph, facts)
@@ -103,26 +109,39 @@ class _Job(Divider[Group]):
         if not self.divisions:
             self.note("model", "no convolution can be divided: nothing was changed", "declined")
             return Outcome(tuple(self.notes))
-        ends = [b.end for b in self.blocks if self.fuses(b) and b.end is not None]
         calibration = self.options.calibration
-        solved = calibration is not None and bool(ends)
-        dense = target(self.graph, ends, self.divisions, calibration) if solved else None
+        dense = None if calibration is None else copy_graph(self.graph, share=True)
         for block in self.blocks:
             self.fuse(block)
-        reference = masked(self.graph, self.divisions)
         if dense is not None:
-            self.solve(reference, dense)
+            self.notes += reconstruct(dense, self.graph, self.divisions, self.fusions, calibration, self.options.refine)
+        elif self.options.refine:
+            self.note("model", "refine has nothing to go by: give calibration", "declined")
+        reference = masked(self.graph, self.divisions)
         for node, source in self.fusions.items():  # no write into the graph may reach what it is compared with
             fusion = self.graph.get_submodule(str(node.target))
             apart = copy.deepcopy(fusion) if dense is not None else Selection(source, fusion)
             set_path(reference, str(node.target), apart)
         lowering = {node: how for block in self.blocks for node, how in self.lower(block).items()}
         self.notes += carve(self.graph, self.divisions, lowering)
-        if self.options.lowering != "auto":
-            return Outcome(tuple(self.notes), reference)
-        settled = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
-        factors = tuple(self.factor[b.index] for b in self.blocks)
-        return Outcome(tuple(self.notes), reference, replace(self.options, factors=factors, lowering=settled))
+        changes: dict[str, Any] = {}
+        if self.options.lowering == "auto":
+            changes["lowering"] = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
+        if self.options.order == "solved":
+            changes["branches"] = self.settled_branches()
+        if dense is not None:
+            changes["calibration"] = None  # it is done with
+        return Outcome(tuple(self.notes), reference, replace(self.options, **changes) if changes else None)
+
+    def masses(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
+        """What the order goes by. A layer behind a fusion reads any combinations of channels: it is left out."""
+        if self.options.order == "mass":
+            return super().masses(edges)
+        if self.options.calibration is None:
+            raise PlanError("pass 'group': order='solved' needs calibration, a few hundred inputs without labels")
+        fused = {b.end for b in self.blocks if self.factor[b.index] > 1 and self.options.fusion != "none"}
+        nodes = [e.node for e in edges if e.node.all_input_nodes[0] not in fused]
+        return contributions(self.graph, nodes, self.options.calibration)
 
     # ------------------------------------------------------------ fusion
 
@@ -156,25 +175,6 @@ class _Job(Divider[Group]):
         self.fusions[node] = chosen
         what = f"widens {wide[1]} channels to {len(chosen)}" if width is not None else f"keeps {wide[1]} channels{why}"
         self.note(path, f"fusion behind block {block.index}, after {layer(end)}: {what}")
-
-    def solve(self, reference: fx.GraphModule, dense: Target) -> None:
-        """Solve on the masked graph, which computes what the carved one will; both hold the same fusion tensors."""
-        there = {node.name: node for node in reference.graph.nodes}
-        fusions = {there[node.name]: source for node, source in self.fusions.items()}
-        norms = [str(n.target) for n in dense.norms]
-        for path in norms:
-            own_statistics(reference, path, self.graph)
-        errors = solve_fusions(reference, fusions, dense, self.options.calibration)
-        for path in norms:
-            own_statistics(self.graph, path, reference)
-        if norms:
-            self.note("model", f"{len(norms)} batch norms behind divided layers take statistics from the batch", "info")
-        for node, (before, after) in errors.items():
-            self.note(
-                str(node.target),
-                f"least squares on a batch of {dense.values[0].shape[0]}: relative error against "
-                f"the dense activations {before:.3f} before, {after:.3f} after",
-            )
 
     # ------------------------------------------------------------ lowering
 

@@ -24,15 +24,17 @@ from splitfx.analysis.shapes import shape
 from splitfx.carving.carve import carve
 from splitfx.carving.division import Division, alike, masked
 from splitfx.carving.lowering import lowering_seconds
+from splitfx.carving.reconstruction import reconstruct
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
-from splitfx.ir.graph import layer, module_of
+from splitfx.ir.graph import copy_graph, layer, module_of
 from splitfx.ir.ops import op_name
+from splitfx.splitnet.activations import contributions
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
 from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import WHOLE, Structure
-from splitfx.splitnet.weights import heaviest, second_moments
+from splitfx.splitnet.weights import heaviest, masses
 
 Lowering = Literal["grouped", "padded", "branches"]
 SHOWN = 12  # groups, and classes of a group, named in the notes
@@ -44,14 +46,17 @@ class SplitNet(Pass):
 
     ``assignment``: the group of every channel by layer, as `splitfx.splitnet` makes it (learned, ``random``,
     ``semantic``, ``clustering``, ``weights``); it brings its levels along. Without one, ``source`` says how to make it:
-    ``"random"``, ``"weights"`` (most kept weight) or ``"clustering"`` of the classifier's rows, with ``seed``.
+    ``"random"``, ``"weights"`` (most kept weight), ``"activations"`` (most of what classes use, on ``calibration``) or
+    ``"clustering"`` of the classifier's rows, with ``seed``.
     ``levels``: groups per layer, by globs of names (``{"layer4.*": 2, "fc": 4}``), or per stage, or ``depth`` and
     ``groups``: the last ``depth`` weighted layers. ``boundary``: the first split layers are ``"grouped"`` on their
     input too, or keep (``"full"``) the grouping of what they read. ``gating``: squeeze-and-excitation is split
     (``"strict"``) or stays dense (``"relaxed"``). ``classes``: names of the classes, in the order of the logits.
     ``lowering``: ``"grouped"`` convs (layers of unequal groups become branches), ``"padded"`` (unequal groups are
     filled up with zeros, to be grouped too), narrow ``"branches"``, or ``"auto"`` (measured). ``calibration``: example
-    inputs for ``source="weights"`` (not in the plan).
+    inputs, a few hundred without labels, on which ``source="weights"`` weighs the channels and all split layers are
+    solved against what the dense model computes (not in the plan). ``refine``: steps of gradient after that, stopped by
+    inputs that are held out.
     """
 
     name: ClassVar[str] = "splitnet"
@@ -64,10 +69,11 @@ class SplitNet(Pass):
     groups: int = 0
     boundary: Literal["grouped", "full"] = "grouped"
     gating: Literal["strict", "relaxed"] = "strict"
-    source: Literal["random", "weights", "clustering"] | None = None
+    source: Literal["random", "weights", "clustering", "activations"] | None = None
     seed: int = 0
     classes: tuple[str, ...] = ()
     lowering: Literal["auto", "grouped", "padded", "branches"] = "auto"
+    refine: int = 0
     calibration: Any = not_in_plan()
 
     def __post_init__(self) -> None:
@@ -75,11 +81,16 @@ class SplitNet(Pass):
             self.take(self.assignment.options)
         super().__post_init__()
         if self.assignment is None and self.source is None:
-            raise PlanError("pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering")
+            raise PlanError(
+                "pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering, activations"
+            )
         if not self.levels and not self.depth:
             raise PlanError(
                 "pass 'splitnet': give levels, such as {'layer4.*': 2, 'fc': 4}, or depth and groups: what to split"
             )
+
+        if self.refine < 0:
+            raise PlanError(f"pass 'splitnet': refine counts steps, 0 or more; got {self.refine}")
 
     def take(self, brought: dict[str, Any]) -> None:
         """What the assignment was made for. Raises `PlanError` where the pass asks for something else."""
@@ -102,9 +113,14 @@ class SplitNet(Pass):
         apart = _called_apart(divisions)
         if apart:
             raise PlanError(f"pass 'splitnet': {apart} is called twice with channels that are grouped differently")
+        solved: list[Note] = []
+        if self.calibration is not None:
+            solved = reconstruct(copy_graph(graph, share=True), graph, divisions, {}, self.calibration, self.refine)
+        elif self.refine:
+            solved = [Note("model", "refine has nothing to go by: give calibration", "declined")]
         padding = Padding(found, labels)
         lowering, why = self.lower(found, divisions, padding)
-        notes = [*found.notes, *_told(found, labels, divisions, names), Note("model", why, "info")]
+        notes = [*found.notes, *_told(found, labels, divisions, names), *solved, Note("model", why, "info")]
         reference = masked(graph, divisions)
         if lowering == "padded":
             notes += padding.told()
@@ -113,7 +129,7 @@ class SplitNet(Pass):
         else:
             notes += _carved(graph, found, labels, divisions, lowering)
         plain = {name: tuple(given.tolist()) for name, given in labels.items()}
-        return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering))
+        return Outcome(tuple(notes), reference, replace(self, assignment=plain, lowering=lowering, calibration=None))
 
     def structure(self, known: Facts) -> Structure:
         return Structure(known, self.levels, self.depth, self.groups, self.boundary, self.gating)
@@ -123,10 +139,11 @@ class SplitNet(Pass):
             return random_labels(found, self.seed)
         if self.source == "clustering":
             return clustered_labels(found, self.seed)
-        moments = None
-        if self.calibration is not None:
-            moments = second_moments(found.facts.graph, found, self.calibration)
-        return heaviest(found, self.seed, moments)
+        if self.source == "activations":
+            if self.calibration is None:
+                raise PlanError("pass 'splitnet': source='activations' needs calibration: example inputs")
+            return heaviest(found, self.seed, contributions(found, self.calibration))
+        return heaviest(found, self.seed, masses(found, self.calibration))
 
     def lower(self, found: Structure, divisions: dict[fx.Node, Division], padding: Padding) -> tuple[Lowering, str]:
         """Grouped convs, padded where groups are unequal, or narrow branches, for the whole model; linear layers are

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitfx.analysis import Facts
+    from splitfx.carving.reconstruction.synthetic import draw_inputs
     from splitfx.cli.doctor import diagnose
     from splitfx.compiler.plan import Plan
     from splitfx.compiler.protocol import Outcome, Pass, Promise
@@ -70,6 +71,7 @@ __version__ = "0.2.0"
 _HOME = {
     "splitfx.compiler.transform": ["transform"],
     "splitfx.report.explain": ["explain", "compare", "Explanation", "Comparison"],
+    "splitfx.carving.reconstruction.synthetic": ["draw_inputs"],
     "splitfx.cli.doctor": ["diagnose"],
     "splitfx.errors": [
         "SplitfxError",
@@ -171,6 +173,7 @@ __all__ = [
     "compare_halo",
     "diagnose",
     "diff",
+    "draw_inputs",
     "evaluate",
     "explain",
     "export_branches",

@@ -13,7 +13,7 @@ from splitfx.passes import Group
 
 FACE = """
 plan Plans Choice diff Difference
-trace transform explain compare profile measure save load export_onnx check_onnx inspect_html diagnose
+trace transform explain compare profile measure save load export_onnx check_onnx inspect_html diagnose draw_inputs
 Plan Pass Promise Outcome Note Facts register_op Window
 stream pareto compare_halo session_options RowSource Curve HaloComparison
 export_bundle Bundle export_branches Branches

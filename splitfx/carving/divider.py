@@ -6,6 +6,7 @@ changed: what comes out is a `Division` per node, the fusions' widths, and the n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -42,6 +43,8 @@ class Options(Protocol):
     @property
     def order(self) -> str: ...
     @property
+    def branches(self) -> Mapping[str, tuple[int, ...]] | None: ...
+    @property
     def select(self) -> tuple[str, ...]: ...
     @property
     def exclude(self) -> tuple[str, ...]: ...
@@ -61,6 +64,8 @@ class Divider(Generic[Asked]):
         self.left: dict[int, str] = {}  # blocks that cost more than they save
         self.read, self.tied = read_alone(graph), {path for paths in tied(graph).values() for path in paths}
         self.divisions: dict[fx.Node, Division] = {}
+        self.partitions: dict[int, Partition] = {}  # of the split blocks, by number
+        self.mass: dict[fx.Node, np.ndarray] | None = None
         self.relaxed = gates(facts) if options.gating == "relaxed" else set()
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.inside = {b.index: self.edges_of(b, place) for b in self.blocks}
@@ -124,7 +129,7 @@ class Divider(Generic[Asked]):
             self.note(str(block), f"block {block.index}: {what}", "info")
 
     def divide_all(self) -> None:
-        self.divisions, self.notes = {}, []
+        self.divisions, self.partitions, self.notes = {}, {}, []
         for block in self.blocks:
             self.divide(block)
         self.drop_conflicts()
@@ -137,11 +142,13 @@ class Divider(Generic[Asked]):
             # Left whole it spares its fusion, and the one before it the width that it has for this block.
             if sum(self.cost(b) for b in self.blocks if b.index in (block.index - 1, block.index)) <= saved:
                 continue
-            before, factor, kept = self.weights(), self.factor[block.index], (self.divisions, self.notes)
+            before, factor = self.weights(), self.factor[block.index]
+            kept = self.divisions, self.partitions, self.notes
             self.factor[block.index] = 1
             self.divide_all()
             more = before - self.weights()
-            self.factor[block.index], (self.divisions, self.notes) = factor, kept
+            self.factor[block.index] = factor
+            self.divisions, self.partitions, self.notes = kept
             if more > 0:
                 what = f"its fusion costs {saved + more:,} weights, more than the {saved:,} that {factor} branches save"
                 found.append((more, block, what))
@@ -200,8 +207,11 @@ class Divider(Generic[Asked]):
             self.note(str(block), f"block {block.index}: no layer to divide", "declined")
             return
         found = partition(self.axes, edges, factor, self.whole_axes(block, shared))
-        if self.options.order == "mass":
-            found = self.by_mass(block, edges, found)
+        if self.options.branches is not None:
+            found = self.as_settled(block, found)
+        elif self.options.order != "given":
+            found = self.ordered(block, edges, found)
+        self.partitions[block.index] = found
         for edge in edges:
             division = self.division(edge, found)
             if isinstance(division, str):
@@ -231,17 +241,53 @@ class Divider(Generic[Asked]):
                 whole[axis] = "only undivided layers write its input"
         return whole
 
-    def by_mass(self, block: Block, edges: list[Edge], found: Partition) -> Partition:
-        weighed = [(e, squares(module_of(e.node))) for e in edges if e.groups == 1]
+    def ordered(self, block: Block, edges: list[Edge], found: Partition) -> Partition:
+        """Channels in branches such that these keep the most of what the order goes by."""
+        mass = self.weighed()
+        weighed = [(e, mass[e.node]) for e in edges if e.node in mass]
+        if not weighed:
+            return found
         before = kept_mass(weighed, found.branch)
         best = most_mass(self.axes, weighed, found)
         after = kept_mass(weighed, best.branch)
+        what = "squared weight" if self.options.order == "mass" else "contributions to outputs"
         self.note(
             str(block),
-            f"block {block.index}: channel order keeps {after:.1%} of the squared weight, the given order {before:.1%}",
+            f"block {block.index}: channel order keeps {after:.1%} of the {what}, the given order {before:.1%}",
             "info",
         )
         return best
+
+    def weighed(self) -> dict[fx.Node, np.ndarray]:
+        """What the order goes by, [out, in] of every layer that it counts."""
+        if self.mass is None:
+            edges = [e for inside in self.inside.values() for e in inside if e.groups == 1]
+            self.mass = self.masses(edges)
+        return self.mass
+
+    def masses(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
+        return {e.node: squares(module_of(e.node)) for e in edges}
+
+    def as_settled(self, block: Block, found: Partition) -> Partition:
+        """The branch of every channel as an earlier run wrote it down."""
+        assert self.options.branches is not None
+        given, divided = self.options.branches.get(str(block.index)), np.flatnonzero(found.branch != WHOLE)
+        if given is None:
+            return found
+        if len(given) != len(divided) or set(given) != set(range(found.factor)):
+            raise PlanError(
+                f"pass 'group': branches has {len(given)} channels in {len(set(given))} branches for block "
+                f"{block.index}, which has {len(divided)} in {found.factor}: it was settled for another model"
+            )
+        branch = found.branch.copy()
+        branch[divided] = given
+        return Partition(found.factor, branch, found.whole)
+
+    def settled_branches(self) -> dict[str, tuple[int, ...]]:
+        """The branch of every divided channel, block by block."""
+        return {
+            str(index): tuple(found.branch[found.branch != WHOLE].tolist()) for index, found in self.partitions.items()
+        }
 
     def division(self, edge: Edge, found: Partition) -> Division | str:
         ins, outs = found.branch[edge.ins], found.branch[edge.outs]

@@ -1,9 +1,9 @@
 """SplitNet (Kim et al., ICML 2017): which features and classes belong together.
 
 An `Assignment` is learned (`attach`), or comes from `random` draws, a taxonomy (`semantic`), the classifier's rows
-(`clustering`) or the weights alone (`weights`). `splitfx.passes.SplitNet` carves a model by it. `plot_weights`,
-`plot_classes` and `plot_curves` draw it. `export_branches` writes a carved model's parts as ONNX files, which
-`Branches` runs. The last five load what they need when they are first used.
+(`clustering`), the weights alone (`weights`) or what classes use of them (`activations`). `splitfx.passes.SplitNet`
+carves a model by it. `plot_weights`, `plot_classes` and `plot_curves` draw it. `export_branches` writes a carved
+model's parts as ONNX files, which `Branches` runs. The last five load what they need when they are first used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from splitfx.splitnet.activations import activations
 from splitfx.splitnet.assignment import Assignment, structure
 from splitfx.splitnet.learn import Convergence, Groups, attach
 from splitfx.splitnet.sources import clustering, random, semantic
@@ -26,6 +27,7 @@ __all__ = [
     "Branches",
     "Convergence",
     "Groups",
+    "activations",
     "attach",
     "clustering",
     "export_branches",

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.linalg import eigh
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import fx, nn
 
-from splitfx.carving.calibrate import run_watched
 from splitfx.carving.fusion import squares
 from splitfx.carving.narrow import BatchNorm
+from splitfx.carving.reconstruction.lockstep import Walk, batched
 from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.notes import Note
@@ -31,6 +32,7 @@ from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
 
 Labels = dict[str, np.ndarray]
+Masses = dict[fx.Node, np.ndarray]  # [out, in] of each split layer: what counts of its weights
 STARTS, SWEEPS = 4, 50
 MOST_KICKS, KICKED_ITEMS = 100, 20_000  # kicks, and items that they may sweep over all together
 
@@ -60,48 +62,46 @@ def weights(
     found = structure(graph, levels, **options)
     names = class_names(found, classes) if classes else ()
     known = len(found.notes)
-    labels = heaviest(found, seed, second_moments(graph, found, calibration) if calibration is not None else None)
+    labels = heaviest(found, seed, masses(found, calibration))
     source = "; ".join(["weights", *(note.what for note in found.notes[known:])])
     return Assignment(labels, source, levels=levels, classes=names, **options)
 
 
+def masses(found: Structure, calibration: Any = None) -> Masses:
+    """The squared weights of every split layer; with example inputs, times the mean square of each input channel."""
+    seen = None if calibration is None else second_moments(found.facts.graph, found, calibration)
+    result = {}
+    for split in (s for s in found.splits if s.edge.groups == 1):
+        node = split.edge.node
+        mass = squares(module_of(node))
+        if not np.isfinite(mass).all():
+            raise PlanError(f"{layer(node)}: its weights are not finite, so none of them can be the heaviest")
+        if seen is not None:
+            mass = mass * seen[node]
+            if not np.isfinite(mass).all():
+                raise PlanError(f"{layer(node)}: what it reads in the calibration is not finite")
+        result[node] = mass
+    return result
+
+
 def second_moments(graph: fx.GraphModule, found: Structure, inputs: Any) -> dict[fx.Node, np.ndarray]:
     """E[x²] of every input channel of the split layers, over a batch."""
-    watch = _SquaresOf(graph, {s.edge.node.all_input_nodes[0] for s in found.splits})
-    run_watched(watch, graph, inputs)
-    return {s.edge.node: watch.found[s.edge.node.all_input_nodes[0]] for s in found.splits}
+    wanted = {s.edge.node: s.edge.node.all_input_nodes[0] for s in found.splits}
+    walk, squares_of = Walk(graph, batched(graph, inputs)), dict[fx.Node, np.ndarray]()
+    for node in sorted(set(wanted.values()), key=walk.place.__getitem__):
+        walk.until(node)
+        dim = 2 if walk.of(node)[0].dim() == 3 else 1  # tokens have their channels last
+        rows = torch.cat([value.double().movedim(dim, 0).flatten(1) for value in walk.of(node)], 1)
+        squares_of[node] = rows.square().mean(1).cpu().numpy()
+    return {node: squares_of[operand] for node, operand in wanted.items()}
 
 
-class _SquaresOf(fx.Interpreter):
-    """Keeps the mean square per channel of some nodes' values."""
-
-    def __init__(self, graph: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self.wanted, self.found = wanted, {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            dim = 2 if value.dim() == 3 else 1  # tokens have their channels last
-            over = [d for d in range(value.dim()) if d != dim]
-            self.found[n] = value.double().square().mean(over).cpu().numpy()
-        return value
-
-
-def links(found: Structure, moments: dict[fx.Node, np.ndarray] | None) -> list[Link]:
+def links(found: Structure, masses: Masses) -> list[Link]:
     result = []
     for split in found.splits:
         if split.edge.groups > 1:
             continue  # its blocks lie whole within the groups, whatever the labels
-        mass = squares(module_of(split.edge.node))
-        if not np.isfinite(mass).all():
-            raise PlanError(
-                f"{layer(split.edge.node)}: its weights are not finite, so none of them can be the heaviest"
-            )
-        if moments is not None:
-            mass = mass * moments[split.edge.node]
-            if not np.isfinite(mass).all():
-                raise PlanError(f"{layer(split.edge.node)}: what it reads in the calibration is not finite")
+        mass = masses[split.edge.node]
         if _feeds_a_norm(split.edge.node):
             mass = mass / (mass.sum(1, keepdims=True) + 1e-300)
         mass = mass / (mass.sum() or 1.0)
@@ -118,10 +118,10 @@ def _feeds_a_norm(node: fx.Node) -> bool:
     return bool(readers) and all(isinstance(m, BatchNorm | nn.GroupNorm) for m in readers)
 
 
-def heaviest(found: Structure, seed: int = 0, moments: dict[fx.Node, np.ndarray] | None = None) -> Labels:
+def heaviest(found: Structure, seed: int, masses: Masses) -> Labels:
     """The labels of the most kept mass that the search finds: the best of several starts, then kicked out of its
     optimum again and again (iterated local search), as often as the size of the problem allows."""
-    search = _Search(found, links(found, moments))
+    search = _Search(found, links(found, masses))
     rng = np.random.default_rng(seed)
     best, most = {}, -1.0
     for start in range(STARTS):
