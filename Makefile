@@ -47,7 +47,7 @@ bench-parallel: $(STAMP)
 # Fashion-MNIST is fetched where it is not installed; half an hour on two cores, most of it training.
 bench-accuracy: $(STAMP)
 	benchmarks/fashion_mnist.sh
-	$(PY) -m benchmarks.run reconstruction
+	$(PY) -m benchmarks.run reconstruction reconstruction_epoch
 
 lint: $(STAMP)
 	$(PY) -m ruff check --quiet .

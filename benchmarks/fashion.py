@@ -66,3 +66,7 @@ def trained(sets: Data, seed: int, epochs: int = 4) -> nn.Module:
     kept.parent.mkdir(exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, kept)
     return model
+
+
+def points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
