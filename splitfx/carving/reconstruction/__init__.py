@@ -29,6 +29,7 @@ from splitfx.ir.graph import layer, module_of, set_path
 from splitfx.ir.notes import Note
 
 HELD = 4  # the last of so many parts of the inputs is held out, to choose how strongly solutions are drawn to the start
+FEW = 64  # inputs
 
 Solution = tuple[torch.Tensor, torch.Tensor]  # weight [out, in, ...] and intercept [out], float64
 
@@ -91,6 +92,10 @@ class _Job:
         self.here.divided = {str(n.target): d for n, d in divisions.items()}
         self.generator = torch.Generator().manual_seed(0)
         self.notes: list[Note] = []
+        count = sum(len(next(t for t in some if isinstance(t, torch.Tensor))) for some in given)
+        if count < FEW:
+            what = f"calibration is {count} inputs only: layers fit these and may be far off on others; give hundreds"
+            self.notes.append(Note("model", what, "info"))
 
     def solve(self) -> None:
         for unit in self.units:
