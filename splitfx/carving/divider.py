@@ -261,7 +261,8 @@ class Divider(Generic[Asked]):
     def weighed(self) -> dict[fx.Node, np.ndarray]:
         """What the order goes by, [out, in] of every layer that it counts."""
         if self.mass is None:
-            edges = [e for inside in self.inside.values() for e in inside if e.groups == 1]
+            every = [e for inside in self.inside.values() for e in inside]
+            edges = [e for e in every if e.groups == 1 and module_of(e.node) is not None]
             self.mass = self.masses(edges)
         return self.mass
 
