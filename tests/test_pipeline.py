@@ -174,8 +174,10 @@ def test_unknown_passes_and_plans() -> None:
         Plan.from_toml('format = 1\n[[pass]]\nname = "grouped"\nfactors = [2]\n')
     with pytest.raises(PlanError, match="no input sizes"):
         splitfx.transform(model, Plan([DropIdentity()]))
-    with pytest.raises(PlanError, match="use Plan.load"):
-        splitfx.transform(model, "plan.toml", inputs)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="no such plan file"):
+        splitfx.transform(model, "no such folder/plan.toml", inputs)
+    with pytest.raises(PlanError, match=r"a plan is a splitfx\.Plan.*got 3"):
+        splitfx.transform(model, 3, inputs)  # type: ignore[arg-type]
 
 
 def test_a_transformed_model_is_transformed_again() -> None:
