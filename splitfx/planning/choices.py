@@ -45,6 +45,13 @@ class Choice:
     def keeps(self) -> bool:
         return not self.missed
 
+    @property
+    def function(self) -> str:
+        """What became of the model's function, in words."""
+        if self.same:
+            return "the same"
+        return "to be trained" if self.accuracy is None else "trained"
+
 
 @dataclass(frozen=True)
 class Plans(Shown):
@@ -96,7 +103,7 @@ class Plans(Shown):
         ]
         if now.seconds is not None and best.seconds is not None:
             lines.append(f"time {seconds(now.seconds)} -> {seconds(best.seconds)}, measured where this was written")
-        if not best.same and best.accuracy is None:
+        if best.function == "to be trained":
             lines.append("has fewer connections than the model: train it (splitfx finetune) before you use it")
         others = [one for one in self.choices if one.keeps and one is not best]
         lines += [f"also keeps the budget: {one.name}, {_time(one)}" for one in others]
@@ -146,13 +153,7 @@ class Plans(Shown):
             _time(one),
             *([accuracy] if trained else []),
             keeps,
-            ""
-            if one is self.now
-            else "the same"
-            if one.same
-            else "trained"
-            if one.accuracy is not None
-            else "to be trained",
+            "" if one is self.now else one.function,
         ]
 
 

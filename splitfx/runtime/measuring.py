@@ -14,7 +14,7 @@ import ctypes
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,6 @@ class Measurement(Shown):
     process_why: str
     device: str
     threads: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         process = size(self.process_bytes) if self.process_bytes is not None else f"unknown ({self.process_why})"
