@@ -127,6 +127,8 @@ class _Job(Divider[Group]):
         changes: dict[str, Any] = {}
         if self.options.lowering == "auto":
             changes["lowering"] = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
+            if isinstance(self.options.factors, int):  # a word for each block, so a factor for each
+                changes["factors"] = (self.options.factors,) * len(self.blocks)
         if self.options.order == "solved":
             changes["branches"] = self.settled_branches()
         if dense is not None:
