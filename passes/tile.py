@@ -227,11 +227,11 @@ def _check_grid(candidates: Candidates, grid: tuple[int, int]) -> None:
     if grid == (1, 1):
         return
     stage = candidates.stage(float("inf"))
-    whole = next((k for k in stage.kernels if k.kind is Kind.REDUCE and stage.phases > 1), None)
-    if whole is not None:
+    if not stage.divides:
+        whole = next(k for k in stage.kernels if k.kind is Kind.REDUCE or any(o.dims is not None for o in k.takes))
         raise PlanError(
             f"pass 'tile': a grid needs every tile to stand alone, but {layer(whole.node)} ({op_name(whole.node)}) "
-            "reduces over the whole map and layers behind it read the result: use rows, or until=... before it"
+            "reads the whole map and layers behind it read the result: use rows, or until=... before it"
         )
     for kernel in stage.exits:
         if kernel.dims is not None and any(n > size for n, size in zip(grid, kernel.sizes, strict=True)):

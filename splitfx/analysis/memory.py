@@ -58,7 +58,7 @@ def memory(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Memory:
     for storage, last in dies.items():
         leaving[last] += size[storage]
     inputs = sum(new[node] for node in nodes if node.op == "placeholder")
-    temporary = _Temporaries(shapes)
+    temporary = Temporaries(shapes)
     alive, live, inside = inputs, {}, {}
     for node in nodes:
         alive += 0 if node.op == "placeholder" else new[node]
@@ -104,7 +104,7 @@ def _lifetimes(
     return born, {storage: last for storage, last in dies.items() if storage not in kept}
 
 
-class _Temporaries:
+class Temporaries:
     """Bytes that an operator allocates and frees before it returns, found by running it on fake tensors.
 
     Only operators that are made of others can allocate such tensors; equal calls are run once.

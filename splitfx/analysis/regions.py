@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from splitfx.analysis.shapes import shape
-from splitfx.ir.ops import Spatial, Window, bind, is_size, op, op_name, per_channel, window
+from splitfx.ir.ops import Channel, Spatial, Window, bind, is_size, op, op_name, per_channel, window
 from splitfx.ir.ops.row import At, Dims, Placed, Taps
 
 NCHW: Dims = (2, 3)  # also of a volume, whose third axis is whole in every piece
@@ -75,6 +75,9 @@ class Regions:
         self.dims: dict[fx.Node, Dims | None] = {}
         self._why: dict[fx.Node, str] = {}
         self._constant: dict[fx.Node, bool] = {}
+        self._leads: dict[fx.Node, bool] = {}
+        for node in reversed(values):
+            self.leads(node)
         self._edges: dict[tuple[fx.Node, fx.Node, int], Edge] = {}
         for node in values:
             self.dims[node], self._why[node] = _placed(node, self)
@@ -100,6 +103,19 @@ class Regions:
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The operands that are feature maps; parameters, numbers and plain vectors are read whole."""
         return [n for n in node.all_input_nodes if self.dims[n] is not None]
+
+    def leads(self, node: fx.Node) -> bool:
+        """Some operation that knows of rows and columns reads the value, perhaps behind others that keep them."""
+        if node not in self._leads:
+            self._leads[node] = any(self._asks(user, len(self.sizes(node))) for user in node.users)
+        return self._leads[node]
+
+    def _asks(self, user: fx.Node, rank: int) -> bool:
+        row = op(user)
+        if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD) or row.reduces == "moments":
+            return True
+        keeps = row.spatial in (Spatial.POINTWISE, Spatial.MOVE) and user in self.values
+        return keeps and rank == len(self.sizes(user)) and self.leads(user)
 
     def placed(self, node: fx.Node) -> Placed:
         """What the row of a node that reads a map is asked with."""
@@ -147,8 +163,8 @@ CONSTANT = "constant__"  # begins the names of inputs of a stage that follow fro
 
 def is_weight(node: fx.Node) -> bool:
     """A computed tensor that convolutions read as their weight: no map, even where it has four dims."""
-    reads = lambda user: op(user).macs is not None and node not in user.args[:1] and node in user.args[1:2]  # noqa: E731
-    return any(map(reads, node.users))
+    mixes = [user for user in node.users if op(user).channel is Channel.MIXES]
+    return any(node not in user.args[:1] and node in user.args[1:2] for user in mixes)
 
 
 def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
@@ -164,7 +180,8 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if node.op in ("get_attr", "output") or not isinstance(known.values[node], torch.Tensor | list | tuple):
         return None, f"{name or node.op} returns no feature map"
     maps = known.maps(node)
-    whole = NCHW if len(sizes) in MAPS else None  # what a barrier returns is a new map, complete at once
+    leads = row.reduces == "moments" or known.leads(node)
+    whole = NCHW if len(sizes) in MAPS and leads else None  # a new map, complete at once
     if not maps:
         return whole, f"{name or node.target} reads no feature map"
     dims = known.dims[maps[0]]

@@ -263,7 +263,7 @@ def test_a_grid_larger_than_the_map() -> None:
 
 def test_a_grid_over_a_gate() -> None:
     graph, x = squeeze()
-    with pytest.raises(PlanError, match=r"body.1 \(mean\) reduces over the whole map.*until"):
+    with pytest.raises(PlanError, match=r"body.1 \(mean\) reads the whole map.*until"):
         run_pass(graph, Tile(grid=(2, 2)))
     with pytest.raises(SplitfxError, match="grid"):
         run_pass(graph, Tile(mode="grid", budget="least"))

@@ -30,7 +30,7 @@ from splitfx.tiling.plan.instructions import (
     Take,
 )
 from splitfx.tiling.plan.schedule import Scheduler
-from splitfx.tiling.plan.stage import Kernel, Stage, compile_stage
+from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
 
 FIRST = 20_000
 
@@ -62,9 +62,9 @@ class _Checked:
         if isinstance(one, Take | Run | Patch):
             self._require_inside(one.kernel, one.rows, one.columns)
         elif isinstance(one, Store):
-            if one.kernel.dims is not None:
+            if one.kernel.kind is Kind.ROWS:
                 self._require_inside(one.kernel, one.rows, one.columns)
-            self.stored.setdefault(one.exit, []).append((one.rows, one.columns))
+            self.stored.setdefault(one.home, []).append((one.rows, one.columns))
         if isinstance(one, Run | Patch):
             self.there.discard(one.over)
         if isinstance(one, Take | Join | Run | Patch | Finish):
@@ -76,10 +76,10 @@ class _Checked:
 
     def require_whole(self) -> None:
         """Every output has all its rows and columns."""
-        for kernel in self.stage.exits:
-            pieces = self.stored.get(kernel.exit, [])
+        for kernel in self.stage.homes:
+            pieces = self.stored.get(kernel.home, [])
             area = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in set(pieces))
-            whole = kernel.sizes[0] * kernel.sizes[1] if kernel.dims is not None else 0
+            whole = kernel.sizes[0] * kernel.sizes[1] if kernel.kind is Kind.ROWS else 0
             in_source = kernel in self.stage.sources
             if not in_source and (not pieces or area < whole):
                 raise ExportError(f"a stored schedule leaves rows of {kernel.name} without values.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx, nn
 
 from splitfx.analysis.regions import CONSTANT, Regions, constant
@@ -16,7 +17,7 @@ from splitfx.tiling.plan.stage import Kind, Roles
 
 def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]], Roles]:
     """The regions of a graph that can be tiled, in order: each as its nodes, in order, with at least one that works on
-    rows. Between two of them lies something that reads whole maps."""
+    rows. What reads whole maps may lie inside; between two of them lies something that no stage may hold."""
     roles = Roles(graph, regions)
     level: dict[fx.Node, int] = {}
     found: dict[int, list[fx.Node]] = {}
@@ -26,8 +27,26 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
         level[node] = max((level[n] + _crosses(roles, n, inside) for n in before), default=0)
         if inside:
             found.setdefault(level[node], []).append(node)
-    working = [nodes for _, nodes in sorted(found.items()) if any(roles.kind[n] is Kind.ROWS for n in nodes)]
-    return working, roles
+    working = [_trimmed(nodes, roles, regions) for _, nodes in sorted(found.items())]
+    return [nodes for nodes in working if any(roles.kind[n] is Kind.ROWS for n in nodes)], roles
+
+
+def _trimmed(nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
+    """A stage without its ends that run whole anyway, such as the tokens behind a last map: they stay as they are."""
+    beyond: set[fx.Node] = set()  # follows from a whole map, or from no map at all
+    for node in nodes:
+        operands = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
+        reads = not operands or any(
+            n in beyond or roles.kind[n] is Kind.SOURCE or roles.is_map(n, regions) for n in operands
+        )
+        if roles.kind[node] is Kind.WHOLE and reads:
+            beyond.add(node)
+    kept: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node not in beyond or any(user in kept for user in node.users):
+            kept.add(node)
+    parts = {user for node in kept if not isinstance(regions.values[node], torch.Tensor) for user in node.users}
+    return [n for n in nodes if n in kept or n in parts]
 
 
 def _crosses(roles: Roles, operand: fx.Node, inside: bool) -> int:

@@ -79,10 +79,10 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Rows and columns of an output of the stage are there, to be put into its ``memory``; a value without rows is the
-    output itself."""
+    """Rows and columns of a value that is whole in one place (an output, or what is taken whole) are there, to be put
+    into its ``memory``; what was not computed in rows is the output itself."""
 
-    exit: int
+    home: int
     memory: int
     src: int
     kernel: Kernel
@@ -108,9 +108,9 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """The ``memory`` of an output of the stage is taken."""
+    """The ``memory`` of a value that is whole in one place is taken."""
 
-    exit: int
+    home: int
     memory: int
     kernel: Kernel
 

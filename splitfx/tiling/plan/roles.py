@@ -1,9 +1,9 @@
 """Roles: which nodes of a graph a stage may hold, what each of them is there, and why the others may not.
 
 A node is `ROWS` where a piece of it follows from pieces of its operands, `REDUCE` where it takes a map in row by row,
-`WHOLE` where it reads values without rows only, `SOURCE` where it is given. Everything else stays outside. Besides the
-spatial rules (`splitfx.analysis.regions`) two things keep a node out: gradients that are switched another way, and
-writes through views, which are ordered by position alone.
+`WHOLE` where it runs once, on complete values: on vectors, or on maps that it cannot take row by row (attention). What
+is given is `SOURCE`. Everything else stays outside: random numbers, gradients that are switched another way, and writes
+through views, which are ordered by position alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from splitfx.analysis.regions import Regions
-from splitfx.ir.ops import STRUCTURE, UNKNOWN, Spatial, in_place, is_size, op, op_name
+from splitfx.ir.graph import Staged, module_of
+from splitfx.ir.ops import STRUCTURE, UNKNOWN, Spatial, bind, in_place, is_size, op, op_name
 
 
 class Kind(enum.Enum):
@@ -64,23 +65,50 @@ class Roles:
         if node.op in ("get_attr", "output") or is_size(node):
             return None, ""
         operands = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
-        if all(regions.constant(n) and self.kind[n] is Kind.SOURCE for n in operands):
-            return (Kind.SOURCE, "") if _is_constant(node, regions) else (None, "reads no feature map")
-        whole = {Kind.WHOLE, Kind.REDUCE}
         kinds = {self.kind[n] for n in operands}
-        maps = [n for n in operands if regions.dims[n] is not None and self.kind[n] in (Kind.ROWS, Kind.SOURCE)]
         if None in kinds:
-            maps = []  # it reads what is computed outside
-        elif maps and not reduction(node, regions):
+            return None, regions.barrier(node)  # it reads what is computed outside
+        if all(regions.constant(n) and self.kind[n] is Kind.SOURCE for n in operands) and _is_constant(node, regions):
+            return Kind.SOURCE, ""
+        maps = [n for n in operands if self.is_map(n, regions)]
+        if maps and not reduction(node, regions):
             return (Kind.ROWS if is_norm(node) else Kind.REDUCE), ""
-        elif maps and not regions.barrier(node) and not node.meta.get("writes_view"):
-            tall = [n for n in operands if self.kind[n] in whole and max(regions.rows(n, 0), regions.rows(n, 1)) > 1]
-            return (None, "reads a small map that was computed whole") if tall else (Kind.ROWS, "")
-        elif not maps and kinds & whole and kinds <= whole | {Kind.SOURCE} and not _grows(node, operands, regions):
-            return Kind.WHOLE, ""
-        elif not maps and kinds & whole and kinds <= whole and _spreads(node, regions):
+        if maps and not regions.barrier(node) and not node.meta.get("writes_view"):
             return Kind.ROWS, ""
-        return None, reduction(node, regions) if maps else regions.barrier(node)
+        if not maps and operands and kinds <= {Kind.WHOLE, Kind.REDUCE} and _spreads(node, regions):
+            return Kind.ROWS, ""
+        why = reduction(node, regions) if maps else ""
+        return (Kind.WHOLE if runs_whole(node, regions) else None), why
+
+    def is_map(self, node: fx.Node, regions: Regions) -> bool:
+        """A value that is read row by row; what was computed whole and has a single place is read as it is."""
+        if regions.dims[node] is None or self.kind[node] is Kind.REDUCE:
+            return False
+        if self.kind[node] is not Kind.WHOLE:
+            return True
+        return isinstance(regions.values[node], torch.Tensor) and max(regions.rows(node, a) for a in (0, 1)) > 1
+
+
+def runs_whole(node: fx.Node, regions: Regions) -> bool:
+    """A stage may run this node once, on complete values, between its sweeps over rows: it gives tensors, draws
+    nothing, and neither overwrites a value through a view nor is a part that a pass has made."""
+    value, target = regions.values[node], node.target
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not parts or not all(isinstance(part, torch.Tensor) for part in parts) or node.meta.get("writes_view"):
+        return False
+    if node.op == "call_module":
+        row = op(node)
+        return not isinstance(module_of(node), Staged) and row is not UNKNOWN and (row.drops or not row.draws)
+    if isinstance(target, torch._ops.OpOverload):
+        given, draws = bind(node), torch.Tag.nondeterministic_seeded in target.tags
+        draws = draws and bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0))
+        return not draws and (not in_place(node) or _has_twin(node))
+    return op_name(node) == "getitem"
+
+
+def _has_twin(node: fx.Node) -> bool:
+    packet = getattr(torch.ops.aten, op_name(node), None)
+    return packet is not None and getattr(packet, getattr(node.target, "_overloadname", ""), None) is not None
 
 
 def _spreads(node: fx.Node, regions: Regions) -> bool:
@@ -112,8 +140,3 @@ def _out_of_order(graph: fx.GraphModule) -> dict[fx.Node, str]:
         if node.op not in ("placeholder", "get_attr"):
             found[node] = f"{writes[0].name} overwrites a value through a view of it: the order of all nodes matters"
     return found
-
-
-def _grows(node: fx.Node, operands: list[fx.Node], regions: Regions) -> bool:
-    """A map made of fewer rows, such as a pooled value that is resized to a whole map again."""
-    return regions.dims[node] is not None and regions.rows(node, 0) > max(regions.rows(n, 0) for n in operands)

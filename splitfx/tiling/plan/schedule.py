@@ -17,6 +17,7 @@ The same list drives the executor, the ONNX export and the prediction of the pea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from splitfx.tiling.plan.buffers import Buffer, Chunk
@@ -40,18 +41,31 @@ from splitfx.tiling.plan.scratch import scratch
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What one phase holds at most, in bytes, and what it costs."""
+
+    peak: int
+    cost: CostMeter
+
+
 class Scheduler:
-    """Makes the instructions of a stage under a schedule. What its ``registers`` hold at most and what the schedule has
-    as ``cost`` is known once `instructions` is exhausted."""
+    """Makes the instructions of a stage under a schedule. What its ``registers`` hold at most, what each phase has
+    ``spent`` and the ``calls`` of kernels are known once `instructions` is exhausted."""
 
     def __init__(self, stage: Stage, schedule: Schedule, sources_counted: bool = True) -> None:
         self.stage, self.schedule = stage, schedule
         self.registers, self.cost = Registers(stage, sources_counted), CostMeter()
+        self.spent: list[Spent] = []
+        self.calls = 0
+        self.buffers: dict[Kernel, Buffer] = {}
+        self.takers = {k: set(k.takers) for k in stage.kernels if k.takers}
 
     # ------------------------------------------------------------ tiles and phases
 
     def instructions(self) -> Iterator[Instruction]:
         across, down = self.schedule.tiles[1], self.schedule.tiles[0]
+        yield from self._finish_phase(-1)
         for r in range(down):
             for c in range(across):
                 yield from self._tile(r, c)
@@ -62,14 +76,17 @@ class Scheduler:
             self._hull(axis, n, i) for axis, (n, i) in enumerate(zip(self.schedule.tiles, (r, c), strict=True))
         ]
         self.buffers = {k: Buffer(done=self._start(k)) for k in self.stage.kernels}
-        for kernel in self.stage.sources:
+        for kernel, register in self.registers.whole.items():
             if kernel.dims is not None:
-                self.buffers[kernel].chunks = [Chunk(0, kernel.rows, self.registers.whole[kernel], 0, whole=True)]
+                self.buffers[kernel] = _complete(kernel, register)
         tiled = self.schedule.tiles != (1, 1)
         for phase in range(self.stage.phases):
             yield from self._phase(phase)
             if not tiled:
                 yield from self._finish_phase(phase)
+            self.spent.append(Spent(self.registers.mark(), self.cost))
+            self.calls += self.cost.calls
+            self.cost = CostMeter()
 
     def _hull(self, axis: int, parts: int, part: int) -> dict[Kernel, Interval]:
         """Rows (or columns) of every kernel that this tile of the stage's results needs."""
@@ -84,6 +101,8 @@ class Scheduler:
             size = kernel.sizes[axis]
             if kernel.exit >= 0 or kernel.kind is Kind.REDUCE:
                 want(kernel, size * part // parts, size * (part + 1) // parts)
+            if kernel.home >= 0 and kernel.exit < 0:
+                want(kernel, 0, size)
             if kernel in found and kernel.kind in (Kind.ROWS, Kind.REDUCE):
                 low, high = found[kernel]
                 for operand, *edges in kernel.reads:
@@ -106,13 +125,13 @@ class Scheduler:
             return
         inside = {k for kernels in parts.values() for k in kernels}
         sources = {k for kernel in inside for k, _, _ in kernel.reads if k not in inside}
-        steps = self._steps(sources)
-        for step in range(steps):
-            released = {k: self._released(k, step + 1, steps) for k in sources}
-            for (group, _), kernels in sorted(parts.items()):
-                every = self.schedule.every[group] if group < len(self.schedule.every) else 1
-                if step == steps - 1 or (step + 1) % every == 0:
-                    yield from self._fire_group(kernels, released)
+        steps, every = self._steps(sources), self.schedule.every
+        order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
+        for step in range(1, steps + 1):
+            due = [kernels for pause, kernels in order if step == steps or step % pause == 0]
+            released = {k: self._released(k, step, steps) for k in sources} if due else {}
+            for kernels in due:
+                yield from self._fire_group(kernels, released)
 
     def _steps(self, sources: set[Kernel]) -> int:
         if not self.schedule.rows:
@@ -147,7 +166,7 @@ class Scheduler:
             ready[kernel] = max(limit, self.buffers[kernel].done)
         target = {k: self.buffers[k].done for k in kernels}
         for kernel in reversed(kernels):  # backward: how far each has to go
-            if kernel.kind is Kind.REDUCE or kernel.exit >= 0 or any(u not in inside for u, _, _ in kernel.users):
+            if kernel.kind is Kind.REDUCE or kernel.home >= 0 or any(u not in inside for u, _, _ in kernel.users):
                 target[kernel] = max(target[kernel], ready[kernel])
             if target[kernel] > self.buffers[kernel].done:
                 for operand, edge, _ in kernel.reads:
@@ -219,7 +238,7 @@ class Scheduler:
             return -1
         for place in kernel.overwrites:
             base, other = kernel.reads[place][0], kernel.reads[1 - place][0]
-            if not (kernel.reads[0][1].identity and kernel.reads[1][1].identity) or base.exit >= 0:
+            if not (kernel.reads[0][1].identity and kernel.reads[1][1].identity) or base.home >= 0:
                 continue
             chunks = self.buffers[base].within(rows)
             many = len(self.buffers[other].within(rows)) > 1
@@ -252,13 +271,13 @@ class Scheduler:
     def _give(
         self, kernel: Kernel, rows: Interval, columns: Interval, register: int, size: int
     ) -> Iterator[Instruction]:
-        """A piece is there: to the stage's output, to its readers, or nowhere."""
+        """A piece is there: to the memory of its whole value, to its readers, or nowhere."""
         self.cost.count(kernel, rows, columns, size)
-        if kernel.exit >= 0:
+        if kernel.home >= 0:
             memory = self.registers.output(kernel)
             if self.registers.open(kernel):
-                yield Open(kernel.exit, memory, kernel)
-            yield Store(kernel.exit, memory, register, kernel, rows, columns)
+                yield Open(kernel.home, memory, kernel)
+            yield Store(kernel.home, memory, register, kernel, rows, columns)
             yield self.registers.free(register)
             self.buffers[kernel].keep(Chunk(rows[0], rows[1], memory, 0, whole=True))
         elif kernel.users:
@@ -309,7 +328,7 @@ class Scheduler:
 
     def _trim(self, operand: Kernel) -> Iterator[Instruction]:
         """Let go of rows that nobody reads again; what stays of a chunk is copied: no large storage lives on."""
-        if operand.kind is Kind.SOURCE or operand.exit >= 0:
+        if operand.kind is Kind.SOURCE or operand.exit >= 0 or self.takers.get(operand):
             return
         buffer = self.buffers[operand]
         if not buffer.chunks:
@@ -317,7 +336,7 @@ class Scheduler:
         keep = self._needed_from(operand)
         if gone := buffer.drop_before(keep):
             yield self.registers.free(*gone)
-        if not buffer.chunks:
+        if not buffer.chunks or buffer.chunks[0].whole:
             return
         chunk = buffer.chunks[0]
         waste = keep - chunk.start
@@ -347,19 +366,51 @@ class Scheduler:
     # ------------------------------------------------------------ ends of phases
 
     def _finish_phase(self, phase: int) -> Iterator[Instruction]:
-        whole = self.registers.whole
         for kernel in self.stage.kernels:
-            if kernel.phase != phase or kernel.kind not in (Kind.REDUCE, Kind.WHOLE):
+            if kernel.phase != phase or kernel.kind is Kind.SOURCE:
                 continue
-            register = self.registers.allocate(kernel.row_bytes, kernel)
-            yield Finish(register, kernel)
-            whole[kernel] = register
-            if kernel.exit >= 0 and self.registers.claim(kernel):
-                yield Store(kernel.exit, self.registers.output(kernel), register, kernel, (0, 0), (0, 0))
-        late = {k for kernel in self.stage.kernels if kernel.phase > phase for k in kernel.takes}
-        dead = [k for k in whole if k.kind is not Kind.SOURCE and k.phase <= phase and k not in late and k.exit < 0]
-        if dead:
-            yield self.registers.free(*(whole.pop(k) for k in dead))
+            if kernel.kind is not Kind.ROWS:
+                yield from self._finish(kernel)
+            yield from self._taken(kernel)
+
+    def _finish(self, kernel: Kernel) -> Iterator[Instruction]:
+        """The value of a reduction, or of a kernel that runs once."""
+        register = self._view(kernel)
+        if register < 0:
+            self.registers.touch(kernel.bytes + kernel.temporary_bytes, kernel)
+            register = self.registers.allocate(kernel.bytes, kernel)
+        yield Finish(register, kernel)
+        self.cost.once(kernel)
+        self.registers.whole[kernel] = register
+        if kernel.dims is not None and kernel.kind is Kind.WHOLE:
+            self.buffers[kernel] = _complete(kernel, register)
+        if kernel.exit >= 0 and self.registers.claim(kernel):
+            yield Store(kernel.exit, self.registers.output(kernel), register, kernel, (0, 0), (0, 0))
+        elif kernel.exit < 0 and not kernel.takers and not kernel.users:
+            yield self.registers.free(self.registers.whole.pop(kernel))
+
+    def _view(self, kernel: Kernel) -> int:
+        """A register for a value that lies in the memory of one that it takes; -1 for any other."""
+        inside = kernel.lies_in
+        if inside is None or kernel.exit >= 0:
+            return -1
+        return self.registers.share(self._place(inside))
+
+    def _place(self, kernel: Kernel) -> int:
+        """The register of a complete value."""
+        return self.registers.whole[kernel] if kernel in self.registers.whole else self.registers.output(kernel)
+
+    def _taken(self, kernel: Kernel) -> Iterator[Instruction]:
+        """A kernel does not run again: let go of values that it was the last to take whole."""
+        for operand in kernel.takes:
+            waiting = self.takers[operand]
+            waiting.discard(kernel)
+            if waiting or operand.kind is Kind.SOURCE or operand.exit >= 0:
+                continue
+            if operand.dims is not None:
+                yield from self._trim(operand)
+            elif operand in self.registers.whole:
+                yield self.registers.free(self.registers.whole.pop(operand))
 
     # ------------------------------------------------------------ sizes
 
@@ -375,4 +426,9 @@ class Scheduler:
     def _columns(self, operand: Kernel) -> Interval:
         """The columns that are there of a value."""
         every = (0, operand.sizes[1])
-        return every if operand.kind is Kind.SOURCE or operand.exit >= 0 else self.wanted[1].get(operand, every)
+        return every if operand.complete or operand.home >= 0 else self.wanted[1].get(operand, every)
+
+
+def _complete(kernel: Kernel, register: int) -> Buffer:
+    """A map that is there at once."""
+    return Buffer([Chunk(0, kernel.rows, register, 0, whole=True)], kernel.rows)

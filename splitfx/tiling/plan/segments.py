@@ -132,6 +132,8 @@ def _widen(wanted: dict[Kernel, tuple[int, int]], kernel: Kernel, low: int, high
 
 def _barrier(kernel: Kernel) -> str:
     """Why a segment with this kernel has to be computed again as a whole."""
+    if any(k.dims is not None for k in kernel.takes):
+        return f"{layer(kernel.node)} reads the whole map"
     if kernel.kind is Kind.ROWS and any(k.kind in (Kind.REDUCE, Kind.WHOLE) for k in kernel.takes):
         return f"{layer(kernel.node)} applies to the map what was reduced over it"
     if kernel.kind is Kind.REDUCE and (kernel.role or kernel.row.reduces not in ("mean", "sum")):

@@ -5,25 +5,28 @@ A stage is compiled from its own small graph and the sizes of its values. Its *k
 - ``ROWS``: the output is a feature map, and a piece of it follows from pieces of the operands (`regions`).
 - ``REDUCE``: consumes the rows of one map (global pool, mean over H and W, statistics of a norm); nothing comes out
   before the last row has gone in.
-- ``WHOLE``: reads values without rows only (the squeeze of a gate, a classifier); runs once.
+- ``WHOLE``: runs once, on complete values: the squeeze of a gate, a classifier, an attention over a whole map.
 
-A kernel that reads what a reduction gives belongs to a later *phase* than what the reduction reads: the phase starts
-when the one before it is through. Values that a later phase reads are kept, or, where that is cheaper, their producers
-are run again in the later phase from a smaller value (``recompute``: the two passes of a squeeze-and-excitation).
+A kernel that reads what a reduction or a whole value gives belongs to a later *phase* than what those read: the phase
+starts when the one before it is through. Values that a later phase reads are kept, or, where that is cheaper, their
+producers are run again in the later phase from a smaller value (``recompute``: the two passes of a squeeze-and-
+excitation), or for the first time (`_Builder._delay`). What follows from no map at all has phase -1: it runs first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from splitfx.analysis.live import has_storage, key
+from splitfx.analysis.memory import Temporaries
 from splitfx.analysis.regions import Edge, Regions
 from splitfx.ground.exclusive import kept
-from splitfx.ir.graph import module_of
+from splitfx.ir.graph import module_of, output_node
 from splitfx.ir.ops import Op, Result, Spatial, Window, bind, op, op_name
 from splitfx.ir.ops.families.padding import in_front
 from splitfx.ir.ops.pieces import Job, Read
@@ -47,6 +50,10 @@ class Kernel:
     reads: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
     takes: list[Kernel] = field(default_factory=list)
     users: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
+    takers: list[Kernel] = field(default_factory=list)  # that take it whole
+    home: int = -1  # place of its memory, among those that hold all rows of a value: outputs first
+    lies_in: Kernel | None = None  # a value that runs once and is a view of this one
+    temporary_bytes: int = 0  # of a value that runs once: what its operation allocates and frees
     phase: int = 0
     group: int = 0  # fire at the same steps
     part: int = 0  # fire one part after the other: between two parts lies a single value
@@ -67,6 +74,16 @@ class Kernel:
         """Sizes of the axes of a map behind its rows and columns."""
         value = self.values[self.node]
         return tuple(int(s) for s in value.shape[4:]) if isinstance(value, torch.Tensor) else ()
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole value."""
+        return self.row_bytes * (self.rows if self.dims is not None else 1)
+
+    @property
+    def complete(self) -> bool:
+        """Its map is there at once: it was given, or computed whole."""
+        return self.kind in (Kind.SOURCE, Kind.WHOLE)
 
     @property
     def name(self) -> str:
@@ -99,6 +116,13 @@ class Kernel:
         )
 
     @kept
+    def weight_bytes(self) -> int:
+        """Of the parameters that every call reads."""
+        module = module_of(self.node)
+        held = module.parameters(recurse=False) if module is not None else ()
+        return sum(p.numel() * p.element_size() for p in held)
+
+    @kept
     def overwrites(self) -> tuple[int, ...]:
         return may_overwrite(self)
 
@@ -118,13 +142,19 @@ class Stage:
     kernels: list[Kernel]
     sources: list[Kernel]
     exits: list[Kernel]
+    homes: list[Kernel]  # all their rows lie in one place: the outputs that are maps, and maps that are taken whole
     phases: int
     groups: int
 
     @property
+    def divides(self) -> bool:
+        """Every piece of its results can be made by itself: nothing waits for a whole map."""
+        return self.phases == 1 and len(self.homes) == len(self.exits)
+
+    @property
     def clock(self) -> int:
-        """Rows of the first source, in which strips are counted."""
-        return next((k.rows for k in self.sources if k.dims is not None), 1)
+        """Rows of the first map that is complete at once, in which strips are counted."""
+        return next((k.rows for k in self.kernels if k.dims is not None and k.complete), 1)
 
 
 # ---------------------------------------------------------------- compiling a stage
@@ -148,6 +178,7 @@ class _Builder:
     def __init__(
         self, graph: fx.GraphModule, values: dict[fx.Node, Any], recompute: float, macs: dict[fx.Node, float]
     ) -> None:
+        self.temporary = Temporaries(values)
         self.graph, self.values, self.recompute, self.macs = graph, values, recompute, macs
         self.regions = Regions(values)
         self.roles = Roles(graph, self.regions)
@@ -174,16 +205,18 @@ class _Builder:
                 for operand in dict.fromkeys(n for n in node.all_input_nodes if n in self.of):
                     self._read(kernel, self.of[operand])
         self._place_phases()
+        self._delay()
         if self.recompute < float("inf"):
             self._run_again()
         exits = self._exits()
         self._group()
+        homes = self._homes(exits)
         sources = [k for k in self.kernels if k.kind is Kind.SOURCE]
         for i, kernel in enumerate(self.kernels):
             kernel.index = i
         phases = max((k.phase for k in self.kernels), default=0) + 1
         groups = max((k.group for k in self.kernels), default=0) + 1
-        return Stage(self.graph, self.values, self.regions, self.kernels, sources, exits, phases, groups)
+        return Stage(self.graph, self.values, self.regions, self.kernels, sources, exits, homes, phases, groups)
 
     def _aliased(self, node: fx.Node, kind: Kind) -> Kernel | None:
         """The kernel whose value a node returns as it is, in eval mode, or in parts, of which `getitem` takes one."""
@@ -204,14 +237,14 @@ class _Builder:
 
     def _kernel(self, node: fx.Node, kind: Kind, role: str = "") -> Kernel:
         dims, value = self.regions.dims[node], self.values[node]
-        if kind is Kind.WHOLE or (kind is Kind.SOURCE and dims is None):
+        if kind is Kind.WHOLE and not self.roles.is_map(node, self.regions):
             dims = None
         of = node if kind is not Kind.REDUCE else self.regions.maps(node)[0]
         sizes = (self.regions.rows(of, 0), self.regions.rows(of, 1))
         tensor = value[0] if isinstance(value, list | tuple) else value
         size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
         if isinstance(value, list | tuple) and kind is not Kind.REDUCE:  # parts of a map lie in the map
-            size = sum(t.numel() * t.element_size() for t in value)
+            size = sum(t.numel() * t.element_size() for t in value if isinstance(t, torch.Tensor))
         if role == "statistics":  # a mean and a scale for each group of channels, in float64
             size = 16 * tensor.shape[0] * int(bind(node).get("num_groups") or tensor.shape[1])
         rows = max(1, self.regions.rows(node, 0)) if dims is not None and kind is not Kind.REDUCE else 1
@@ -222,6 +255,8 @@ class _Builder:
             axes = len(tensor.shape) - 2
             kernel.before = (in_front(node, 0, axes, self.values), in_front(node, 1, axes, self.values))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
+        if kind is Kind.WHOLE:
+            kernel.temporary_bytes = self.temporary(node)
         self.kernels.append(kernel)
         return kernel
 
@@ -231,6 +266,8 @@ class _Builder:
             if operand not in kernel.takes:
                 kernel.takes.append(operand)
                 kernel.places |= dict.fromkeys(nodes, -len(kernel.takes))
+            if kernel.kind is Kind.WHOLE and kernel.lies_in is None and self._views(kernel, operand):
+                kernel.lies_in = operand
             return
         if any(operand is known for known, _, _ in kernel.reads):
             return
@@ -241,25 +278,67 @@ class _Builder:
             h, w = (self.regions.edge(kernel.node, nodes[0], axis) for axis in (0, 1))
         kernel.reads.append((operand, h, w))
 
+    def _views(self, kernel: Kernel, operand: Kernel) -> bool:
+        """The value lies in the memory of one that it takes."""
+        row, mine, theirs = op(kernel.node), self.values[kernel.node], self.values[operand.node]
+        if row.result is Result.OPERAND:
+            return True
+        held = [{key(t) for t in (v if isinstance(v, list | tuple) else [v]) if has_storage(t)} for v in (mine, theirs)]
+        return bool(held[0] & held[1])
+
     def _place_phases(self) -> None:
         for kernel in self.kernels:
             waits = (Kind.REDUCE, Kind.WHOLE) if kernel.kind is not Kind.WHOLE else ()
             before = [k.phase + (k.kind in waits) for k in kernel.takes]
-            before += [k.phase for k, _, _ in kernel.reads]
-            kernel.phase = max(before, default=0)
+            before += [k.phase + (k.kind is Kind.WHOLE) for k, _, _ in kernel.reads]
+            first = 0 if kernel.kind in (Kind.ROWS, Kind.REDUCE) else -1
+            kernel.phase = max([first, *before])
+
+    def _readers(self) -> dict[Kernel, list[Kernel]]:
+        readers: dict[Kernel, list[Kernel]] = {k: [] for k in self.kernels}
+        for kernel in self.kernels:
+            for operand in (*(k for k, _, _ in kernel.reads), *kernel.takes):
+                readers[operand].append(kernel)
+        return readers
+
+    def _given(self) -> set[Kernel]:
+        """What the stage gives, and is kept to the end."""
+        return {self.of[n] for n in output_node(self.graph).all_input_nodes}
+
+    def _delay(self) -> None:
+        """Compute maps that only later phases read there, where what they are made of is kept until then anyway or is
+        no larger."""
+        readers, given = self._readers(), self._given()
+        for kernel in reversed(self.kernels):
+            used = [k.phase for k in readers[kernel]]
+            if kernel.kind is not Kind.ROWS or kernel in given or not used:
+                continue
+            for phase in range(min(used), kernel.phase, -1):
+                kept = [k for k, _, _ in kernel.reads if k.kind is not Kind.SOURCE and k not in given]
+                only = [k for k in kept if max((u.phase for u in readers[k] if u is not kernel), default=-1) < phase]
+                if sum(k.bytes for k in only) <= kernel.bytes:
+                    kernel.phase = phase
+                    break
 
     def _run_again(self) -> None:
         """Give later phases their own kernels for large maps that would wait for a reduction."""
+        again: dict[tuple[Kernel, int], Kernel] = {}
+        readers, given = self._readers(), self._given()
         for kernel in list(self.kernels):
-            again: dict[Kernel, Kernel] = {}
             for place, (operand, h, w) in enumerate(kernel.reads):
-                if operand.kind is Kind.SOURCE or operand.phase >= kernel.phase:
+                if operand.complete or operand.phase >= kernel.phase or operand in given:
                     continue
-                if operand.row_bytes * operand.rows < self.recompute:
+                if operand.bytes < self.recompute:
                     continue
-                root = self._smallest_before(operand, kernel.phase)
+                last = {k: max((u.phase for u in users), default=-1) for k, users in readers.items()}
+                root = self._smallest_before(operand, kernel.phase, given, last)
                 if root is not operand:
                     kernel.reads[place] = (self._clone(operand, root, kernel.phase, again), h, w)
+                    readers = self._readers()
+        self._order()
+
+    def _order(self) -> None:
+        """Operands before what reads them, and none that nothing reads."""
         ordered: dict[Kernel, None] = {}
 
         def visit(kernel: Kernel) -> None:
@@ -268,37 +347,52 @@ class _Builder:
                     visit(operand)
                 ordered[kernel] = None
 
-        for kernel in self.kernels:
+        for kernel in (k for k in self.kernels if k.kind is Kind.SOURCE):
             visit(kernel)
-        self.kernels = list(ordered)
+        for node in output_node(self.graph).all_input_nodes:
+            visit(self.of[node])
+        self.kernels = sorted(ordered, key=lambda k: k.kind is not Kind.SOURCE)
 
-    def _smallest_before(self, kernel: Kernel, phase: int) -> Kernel:
-        """The value on the way back from ``kernel`` that is cheapest to keep until a later phase."""
-        best, cost = kernel, kernel.row_bytes * kernel.rows
-        while kernel.kind is Kind.ROWS and len(kernel.reads) == 1 and not kernel.takes:
+    def _smallest_before(self, kernel: Kernel, phase: int, given: set[Kernel], last: dict[Kernel, int]) -> Kernel:
+        """The value on the way back from ``kernel`` that is cheapest to keep until a later phase: what is kept until
+        then anyway costs nothing. Of equals the first."""
+        best, cost = kernel, kernel.bytes
+        while kernel.kind is Kind.ROWS and len(kernel.reads) == 1 and all(k.dims is None for k in kernel.takes):
             kernel = kernel.reads[0][0]
-            size = 0 if kernel.kind is Kind.SOURCE else kernel.row_bytes * kernel.rows
+            free = kernel.kind is Kind.SOURCE or kernel in given or last[kernel] >= phase
+            size = 0 if free else kernel.bytes
             if size < cost:
                 best, cost = kernel, size
+            if free:
+                break
         return best
 
-    def _clone(self, kernel: Kernel, root: Kernel, phase: int, known: dict[Kernel, Kernel]) -> Kernel:
-        if kernel is root:
+    def _clone(self, kernel: Kernel, root: Kernel, phase: int, known: dict[tuple[Kernel, int], Kernel]) -> Kernel:
+        if kernel is root or kernel.complete:
             return kernel
-        if kernel not in known:
+        if (kernel, phase) not in known:
             reads = [(self._clone(k, root, phase, known), h, w) for k, h, w in kernel.reads]
-            twin = Kernel(
-                len(self.kernels), kernel.node, kernel.kind, kernel.dims, kernel.sizes, kernel.row_bytes, kernel.role,
-                reads, list(kernel.takes), phase=phase, macs_per_row=kernel.macs_per_row, again=True,
-                rule=kernel.rule, before=kernel.before, places=kernel.places, values=kernel.values,
-            )  # fmt: skip
-            known[kernel] = twin
+            twin = replace(
+                kernel, index=len(self.kernels), reads=reads, takes=list(kernel.takes), phase=phase, again=True
+            )
+            known[kernel, phase] = twin
             self.kernels.append(twin)
-        return known[kernel]
+        return known[kernel, phase]
+
+    def _homes(self, exits: list[Kernel]) -> list[Kernel]:
+        """Number the memories of values that have to be complete in one place."""
+        for kernel in self.kernels:
+            kernel.takers = []
+        for kernel in self.kernels:
+            for operand in kernel.takes:
+                operand.takers.append(kernel)
+        taken = [k for k in self.kernels if k.takers and k.dims is not None and not k.complete and k.exit < 0]
+        for place, kernel in enumerate([*exits, *taken]):
+            kernel.home = place if kernel.home < 0 else kernel.home
+        return [*exits, *taken]
 
     def _exits(self) -> list[Kernel]:
-        output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
-        exits = [self.of[n] for n in output.all_input_nodes]
+        exits = [self.of[n] for n in output_node(self.graph).all_input_nodes]
         for place, kernel in enumerate(exits):
             if kernel.exit < 0:
                 kernel.exit = place
@@ -313,7 +407,7 @@ class _Builder:
             for kernel in inside:
                 kernel.group = first
                 for operand, _, _ in kernel.reads:
-                    if operand.kind is not Kind.SOURCE and operand.phase == phase:
+                    if not operand.complete and operand.phase == phase:
                         kernel.group = max(kernel.group, operand.group + (operand.rows != kernel.rows))
             last = max((k.group for k in inside), default=last)
             _part(inside)

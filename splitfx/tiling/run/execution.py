@@ -46,7 +46,7 @@ class Program:
             if len(found) <= KEPT:
                 found.append(instruction)
         self.peak, self.binding = counted.registers.peak, counted.registers.binding
-        self.firings = counted.cost.calls
+        self.firings = counted.calls
         if len(found) <= KEPT:
             self._kept = found
 
@@ -77,23 +77,25 @@ class Execution:
         getattr(self, _ACTIONS[type(instruction)])(instruction)
 
     def _result(self, kernel: Kernel) -> torch.Tensor:
-        if kernel.exit in self.results:
-            return self.results[kernel.exit]
+        if kernel.exit not in self.results:
+            self.results[kernel.exit] = self._joined(kernel)
+        return self.results[kernel.exit]
+
+    def _joined(self, kernel: Kernel) -> torch.Tensor:
+        """A value of which the pieces are there."""
         assert kernel.dims is not None
         if kernel.users and self.program.schedule.tiles != (1, 1):  # tiles of it overlap: what is read in them
-            found = self.results[kernel.exit] = self._canvas(kernel)
-            return found
+            return self._canvas(kernel)
         bands: dict[Any, list[torch.Tensor]] = {}
-        for _, columns, piece in self.pieces[kernel.exit]:
+        for _, columns, piece in self.pieces[kernel.home]:
             bands.setdefault(columns, []).append(piece)
         joined = [_cat(pieces, kernel.dims[0]) for pieces in bands.values()]
-        found = self.results[kernel.exit] = _cat(joined, kernel.dims[1])
-        return found
+        return _cat(joined, kernel.dims[1])
 
     def _canvas(self, kernel: Kernel) -> torch.Tensor:
         """The pieces of an output that are there, each in its place."""
         assert kernel.dims is not None
-        pieces, (h, w) = self.pieces[kernel.exit], kernel.dims
+        pieces, (h, w) = self.pieces[kernel.home], kernel.dims
         found = pieces[0][2].new_zeros(tuple(self.stage.values[kernel.node].shape))
         for rows, columns, piece in pieces:
             found.narrow(h, rows[0], rows[1] - rows[0]).narrow(w, columns[0], columns[1] - columns[0]).copy_(piece)
@@ -140,29 +142,37 @@ class Execution:
             return
         value = self.stage.values[one.kernel.node]
         like = next(iter(self.registers.values()))
-        self.results[one.exit] = torch.empty(tuple(value.shape), dtype=value.dtype, device=like.device)
-        self.registers[one.memory] = self.results[one.exit]
+        self.registers[one.memory] = torch.empty(tuple(value.shape), dtype=value.dtype, device=like.device)
+        self._keep(one.kernel, one.memory)
+
+    def _keep(self, kernel: Kernel, memory: int) -> None:
+        """Where a value will be found that has a memory of its own."""
+        if kernel.exit >= 0:
+            self.results[kernel.exit] = self.registers[memory]
+        self.wholes[kernel] = memory
 
     def store(self, one: Store) -> None:
         kernel, piece = one.kernel, self.registers[one.src]
-        if kernel.dims is None:
-            self.results[one.exit] = piece
+        if kernel.kind is not Kind.ROWS:
+            self.results[one.home] = piece
         elif self.functional:
-            self.pieces.setdefault(one.exit, []).append((one.rows, one.columns, piece))
+            self.pieces.setdefault(one.home, []).append((one.rows, one.columns, piece))
             self.registers[one.memory] = self._so_far(one)
+            self.wholes[kernel] = one.memory
         else:
-            place = self.results[one.exit].narrow(kernel.dims[0], one.rows[0], one.rows[1] - one.rows[0])
+            assert kernel.dims is not None
+            place = self.registers[one.memory].narrow(kernel.dims[0], one.rows[0], one.rows[1] - one.rows[0])
             place = place.narrow(kernel.dims[1], one.columns[0], one.columns[1] - one.columns[0])
             place.copy_(piece)
 
     def _so_far(self, one: Store) -> torch.Tensor:
-        """An output that kernels of the stage read again, as far as it is there."""
-        if not one.kernel.users:
+        """A whole value that kernels of the stage read again, as far as it is there."""
+        if not one.kernel.users and not (one.kernel.takers and one.rows[1] == one.kernel.rows):
             return self.registers[one.src]
         assert one.kernel.dims is not None
         if self.program.schedule.tiles != (1, 1):
             return self._canvas(one.kernel)
-        return _cat([piece for _, _, piece in self.pieces[one.exit]], one.kernel.dims[0])
+        return _cat([piece for _, _, piece in self.pieces[one.home]], one.kernel.dims[0])
 
     def reduce(self, one: Reduce) -> None:
         if one.kernel not in self.reductions:
@@ -177,6 +187,8 @@ class Execution:
             wholes = [self.registers[self.wholes[k]] for k in kernel.takes]
             run = Run(one.dst, kernel, (), (), (), (0, 0), (0, 0), -1)
             found = self.program.calls[kernel](run, (), wholes)
+            if kernel.exit >= 0 and kernel.lies_in is not None:  # results own their memory
+                found = found.clone(memory_format=torch.contiguous_format)
         self.registers[one.dst] = found
         self.wholes[kernel] = one.dst
 

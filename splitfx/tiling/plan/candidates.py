@@ -1,0 +1,280 @@
+"""Candidates: the ways to run one stage that are worth a look, with the peak of each and an estimate of its time.
+
+The peak of a schedule is counted from its own instructions (`schedule.Scheduler`), so it is exact; its time is
+estimated from multiply-accumulates, bytes moved, weights read and calls. What a stage holds between two *phases* does
+not depend on how tall the pieces are within them. So the schedules of a family, from the finest pieces to whole maps,
+are counted once each, phase by phase, and every phase takes the one that suits it best: a handful of counts answers all
+budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import fx
+
+from splitfx.analysis import Facts
+from splitfx.ir.graph import layer
+from splitfx.tiling.plan.extract import sources_of, stage_graph
+from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.plan.meter import BYTE, CALL, MAC
+from splitfx.tiling.plan.schedule import Scheduler
+from splitfx.tiling.plan.stage import Kind, Stage, compile_stage
+
+Mode = Literal["auto", "stream", "grid"]
+TARGETS = (2**23, 2**22, 2**21, 2**20, 2**19, 2**18, 2**16, 2**14)  # bytes of a piece of the heaviest map of a group
+WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
+TRIES = 12  # changes of a single group that are counted for one choice
+LEVELS = 4  # thresholds for computing maps twice that are looked at
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run a stage: peak bytes (inputs counted), estimated seconds, the layer where the peak is reached."""
+
+    peak_bytes: int
+    seconds: float
+    schedule: Schedule | None  # None: not tiled
+    layer: str
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What a schedule takes: of the whole, and (peak bytes, seconds) of each phase."""
+
+    point: Point
+    phases: tuple[tuple[int, float], ...]
+
+
+class Candidates:
+    """All ways to run one stage of a graph that are worth a look; counted once each."""
+
+    def __init__(self, graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], outside: int = 0) -> None:
+        """``outside``: bytes that are alive while the stage runs, besides those of ``graph``."""
+        self.graph, self.facts, self.nodes = graph, facts, nodes
+        self.small, _, _, copied = stage_graph(graph, nodes)
+        shapes, cost = facts.shapes, facts.cost
+        self.values = {new: shapes[old] for old, new in copied.items()}
+        self.macs = {new: float(cost.rows[old].macs) for old, new in copied.items() if old in cost.rows}
+        self.beyond = outside
+        self.outside = outside + around(graph, facts, nodes)
+        self._stages: dict[float, Stage] = {}
+        self._known: dict[Schedule, _Count] = {}
+
+    def stage(self, recompute: float) -> Stage:
+        if recompute not in self._stages:
+            self._stages[recompute] = compile_stage(self.small, self.values, recompute, self.macs)
+        return self._stages[recompute]
+
+    # ------------------------------------------------------------ what a schedule takes
+
+    def point(self, schedule: Schedule) -> Point:
+        """Peak and estimated time under a schedule."""
+        return self._count(schedule).point
+
+    def _count(self, schedule: Schedule) -> _Count:
+        if schedule not in self._known:
+            counted = Scheduler(self.stage(schedule.recompute), schedule)
+            for _ in counted.instructions():
+                pass
+            held = counted.registers
+            phases = tuple((one.peak + self.outside, one.cost.seconds) for one in counted.spent)
+            named = layer(held.binding.node) if held.binding is not None else ""
+            point = Point(held.peak + self.outside, sum(s for _, s in phases), schedule, named)
+            self._known[schedule] = _Count(point, phases)
+        return self._known[schedule]
+
+    def untiled(self) -> Point:
+        """The stage as it is."""
+        memory = self.facts.memory
+        tall = max(self.nodes, key=lambda n: memory.live_bytes[n])
+        moved = 2.0 * sum(memory.new_bytes[n] for n in self.nodes)
+        seconds = sum(self.macs.values()) * MAC + moved * BYTE * 2 + CALL * len(self.nodes)
+        return Point(memory.live_bytes[tall] + self.beyond, seconds, None, layer(tall))
+
+    # ------------------------------------------------------------ families of schedules
+
+    def recomputes(self) -> list[float]:
+        """Thresholds for computing maps again, from never to always."""
+        stage = self.stage(float("inf"))
+        later = [k for k in stage.kernels if k.kind is Kind.ROWS and any(u.phase > k.phase for u, _, _ in k.users)]
+        waiting = sorted({float(k.bytes) for k in later}, reverse=True)
+        if not waiting:
+            return [float("inf")]
+        return [float("inf"), *waiting[: LEVELS - 2], 0.0]
+
+    def strips(self, recompute: float, targets: Sequence[int]) -> Schedule:
+        """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
+        stage = self.stage(recompute)
+        rows = 1
+        while len(stage.kernels) * stage.clock / rows > WORK:
+            rows *= 2
+        every = []
+        for group in range(stage.groups):
+            kernels = [k for k in stage.kernels if k.group == group and k.kind is Kind.ROWS]
+            heavy = max(kernels, key=lambda k: k.row_bytes, default=None)
+            count = 1
+            if heavy is not None:
+                step, target = rows * heavy.rows / stage.clock * heavy.row_bytes, targets[heavy.phase]
+                while count * step < target / 1.5 and count * rows < stage.clock:
+                    count *= 2
+            every.append(count)
+        fewest = min(every, default=1)
+        return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), recompute)
+
+    def _family(self, recompute: float) -> Iterator[tuple[int, _Count]]:
+        """(bytes of a piece, what it takes), from the tallest strips to the lowest."""
+        phases, last = self.stage(recompute).phases, None
+        for target in TARGETS:
+            schedule = self.strips(recompute, [target] * phases)
+            if schedule != last:
+                yield target, self._count(schedule)
+            last = schedule
+
+    def grids(self, recompute: float = float("inf")) -> Iterator[Schedule]:
+        stage = self.stage(recompute)
+        if stage.divides:
+            yield from (Schedule(0, (), (n, n), recompute) for n in (1, 2, 3, 4, 6, 8) if self._fits(stage, n))
+
+    def bands(self, schedule: Schedule) -> Iterator[Schedule]:
+        """The same strips in column bands."""
+        stage = self.stage(schedule.recompute)
+        if stage.divides:
+            yield from (replace(schedule, tiles=(1, n)) for n in (2, 4, 8) if self._fits(stage, n))
+
+    def _fits(self, stage: Stage, n: int) -> bool:
+        return all(min(k.sizes) >= n for k in stage.exits if k.dims is not None)
+
+    # ------------------------------------------------------------ choices
+
+    def fastest(self, budget: int, mode: Mode) -> Point | None:
+        """The candidate with the least time within a budget; None where none fits."""
+        best: Point | None = None
+        for recompute in self.recomputes():
+            if mode == "grid":
+                found = [self.point(schedule) for schedule in self.grids(recompute)]
+            else:
+                found = [p for p in [self._within(recompute, budget)] if p is not None]
+            best = min((p for p in [*found, best] if p is not None and p.peak_bytes <= budget), key=fast, default=None)
+            if best is not None:
+                break  # computing values twice is slower than any way of keeping them
+        return best
+
+    def _within(self, recompute: float, budget: int) -> Point | None:
+        """Strips that compute again what ``recompute`` says: for every phase the fastest within the budget."""
+        chosen: list[tuple[float, int] | None] = [None] * self.stage(recompute).phases
+        worse = 0
+        for target, count in self._family(recompute):
+            changed = False
+            for phase, (peak, seconds) in enumerate(count.phases):
+                known = chosen[phase]
+                if peak <= budget and (known is None or seconds < known[0]):
+                    chosen[phase], changed = (seconds, target), True
+            worse = 0 if changed or None in chosen else worse + 1
+            if worse == 2:
+                break
+        targets = [one[1] for one in chosen if one is not None]
+        return self._lowered(recompute, targets, budget) if len(targets) == len(chosen) else None
+
+    def _lowered(self, recompute: float, targets: list[int], budget: int) -> Point | None:
+        """The phases put together; where one takes more beside the others than alone, its pieces are made smaller."""
+        while True:
+            count = self._count(self.strips(recompute, targets))
+            over = [i for i, (peak, _) in enumerate(count.phases) if peak > budget]
+            if not over:
+                return count.point
+            lower = [TARGETS[min(TARGETS.index(t) + (i in over), len(TARGETS) - 1)] for i, t in enumerate(targets)]
+            if lower == targets:
+                return None
+            targets = lower
+
+    def least(self, mode: Mode) -> Point | None:
+        """The candidate with the least peak, and of those the fastest; None where there is none in this mode. Column
+        bands only where they take less than full-width strips."""
+        found: list[Point] = []
+        for recompute in self.recomputes():
+            if mode == "grid":
+                found += [self.point(schedule) for schedule in self.grids(recompute)]
+                continue
+            counts = [count for _, count in self._family(recompute)]
+            peaks = [min(peaks) for peaks in zip(*([p for p, _ in c.phases] for c in counts), strict=True)]
+            found += [c.point for c in counts]
+            together = self._within(recompute, max(peaks, default=0))
+            found += [together] if together is not None else []
+        if not found:
+            return None
+        best = min(found, key=small)
+        if best.schedule is not None and mode != "grid":
+            best = min([best, *(self.point(s) for s in self.bands(best.schedule))], key=small)
+        return best
+
+    def curve(self, mode: Mode = "auto") -> list[Point]:
+        """Bytes against seconds, from the least bytes to not tiled; no point is beaten in both by another."""
+        least = self.least(mode)
+        if least is None or mode == "grid":
+            return front([self.untiled(), *(self.point(schedule) for schedule in self.grids())])
+        found = [self.untiled(), least]
+        for recompute in self.recomputes():
+            for _, count in self._family(recompute):
+                found.append(count.point)
+                found += [p for p in [self._within(recompute, count.point.peak_bytes)] if p is not None]
+        return front(found)
+
+    def improved(self, point: Point, better: Callable[[Point, Point], bool], enough: int = 0) -> Point:
+        """Change one group's firing at a time as long as it is ``better(new, old)``; until ``enough`` bytes."""
+        best, tries = point, TRIES
+        while tries > 0 and best.schedule is not None and best.schedule.rows:
+            start = best
+            for other in self._neighbours(best.schedule):
+                tries -= 1
+                found = self.point(other)
+                if better(found, best):
+                    best = found
+                if tries <= 0 or best.peak_bytes <= enough:
+                    break
+            if best is start:
+                break
+        return best
+
+    def _neighbours(self, schedule: Schedule) -> Iterable[Schedule]:
+        """One group of the phase in which the peak lies fires more or less often."""
+        stage, phases = self.stage(schedule.recompute), self._count(schedule).phases
+        tall = max(range(len(phases)), key=lambda i: phases[i])
+        groups = sorted({k.group for k in stage.kernels if k.kind is Kind.ROWS and k.phase == tall})
+        every = schedule.every or (1,) * stage.groups
+        for group in groups:
+            for changed in (every[group] * 2, every[group] // 2):
+                if 1 <= changed <= 512:
+                    yield replace(schedule, every=(*every[:group], changed, *every[group + 1 :]))
+
+
+def around(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node]) -> int:
+    """Bytes alive across a stage that it does not read: earlier values for later readers, other inputs."""
+    memory, inside = facts.memory, {*nodes, *sources_of(nodes)}
+    order = {n: i for i, n in enumerate(graph.graph.nodes)}
+    first, last = order[nodes[0]], order[nodes[-1]]
+    crossing = [
+        n for n in graph.graph.nodes
+        if n not in inside and order[n] < last
+        and (n.op == "placeholder" or any(order[u] > first and u not in inside for u in n.users))
+    ]  # fmt: skip
+    return sum(memory.new_bytes[n] for n in crossing)
+
+
+def small(point: Point) -> tuple[float, float]:
+    return point.peak_bytes, point.seconds
+
+
+def fast(point: Point) -> tuple[float, float]:
+    return point.seconds, point.peak_bytes
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both bytes and seconds, by rising bytes."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.peak_bytes, p.seconds)):
+        if not found or point.seconds < found[-1].seconds:
+            found.append(point)
+    return found
