@@ -19,6 +19,7 @@ are barriers, with the reason.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from torch import fx
 
 from splitfx.analysis.shapes import shape
 from splitfx.ir.ops import Channel, Spatial, Window, bind, is_size, op, op_name, per_channel, window
-from splitfx.ir.ops.row import At, Dims, Placed, Taps
+from splitfx.ir.ops.families.padding import sides
+from splitfx.ir.ops.row import At, Dims, Laid, Placed, Taps
 
 NCHW: Dims = (2, 3)  # also of a volume, whose third axis is whole in every piece
-MAPS = (4, 5)  # dims of an image and of a volume, batch and channels in front
+NCL: Dims = (2, 2)  # a sequence, whose rows are its places
+MAPS = {3: NCL, 4: NCHW, 5: NCHW}  # by dims, batch and channels in front: a sequence, an image, a volume
 
 
 class Edge:
@@ -73,6 +76,9 @@ class Regions:
     def __init__(self, values: dict[fx.Node, Any]) -> None:
         self.values = values
         self.dims: dict[fx.Node, Dims | None] = {}
+        self.extents: dict[fx.Node, tuple[int, int]] = {}  # rows and columns of the maps
+        self.beside: set[fx.Node] = set()  # windows and pads over other axes than rows and columns
+        self.across: set[fx.Node] = set()  # every column of them follows from all columns
         self._why: dict[fx.Node, str] = {}
         self._constant: dict[fx.Node, bool] = {}
         self._leads: dict[fx.Node, bool] = {}
@@ -80,12 +86,31 @@ class Regions:
             self.leads(node)
         self._edges: dict[tuple[fx.Node, fx.Node, int], Edge] = {}
         for node in values:
-            self.dims[node], self._why[node] = _placed(node, self)
+            dims, self._why[node] = _placed(node, self)
+            if isinstance(dims, Laid) and dims.across:
+                self.across.add(node)
+            self._lie(node, dims)
+
+    def _lie(self, node: fx.Node, dims: Dims | None) -> None:
+        self.dims[node] = tuple(dims) if dims is not None else None
+        if dims is None:
+            return
+        sizes, before = self.sizes(node), next(iter(self.maps(node)), None)
+        columns = self.extents[before][1] if before is not None and not self._why[node] else 1
+        if dims[0] != dims[1]:
+            extent = (sizes[dims[0]], sizes[dims[1]])
+        else:
+            extent = (sizes[dims[0]] // max(1, columns), columns)
+        self.extents[node] = getattr(dims, "extent", None) or extent
 
     def rows(self, node: fx.Node, axis: int) -> int:
         """Size of a feature map along a spatial axis; 1 for values without one."""
-        dims = self.dims[node]
-        return self.sizes(node)[dims[axis]] if dims is not None else 1
+        return self.extents[node][axis] if self.dims[node] is not None else 1
+
+    def taken(self, node: fx.Node) -> Sequence[fx.Node]:
+        """The maps that every piece of a value reads whole."""
+        row = op(node)
+        return row.taken(self.placed(node)) if row.taken is not None and self.maps(node) else ()
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's tensor, or of the first part of a tuple."""
@@ -99,6 +124,12 @@ class Regions:
     def constant(self, node: fx.Node) -> bool:
         """The value follows from parameters and numbers alone."""
         return constant(node, self._constant)
+
+    def lay(self, constant: fx.Node, back: tuple[int, ...]) -> None:
+        """A value that follows from parameters has rows, ``back`` from its last dim."""
+        dims = tuple(d + len(self.sizes(constant)) for d in back)
+        if self.dims[constant] is None and dims[0] != dims[1]:
+            self._lie(constant, dims)
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The operands that are feature maps; parameters, numbers and plain vectors are read whole."""
@@ -124,7 +155,19 @@ class Regions:
         assert dims is not None
         together = all(self.dims[n] == dims for n in node.all_input_nodes)
         operand = first if isinstance(first, fx.Node) else source
-        return Placed(node, bind(node), dims, self.sizes(operand), self.sizes(node), operand, self.values, together)
+        return Placed(
+            node,
+            bind(node),
+            dims,
+            self.sizes(operand),
+            self.sizes(node),
+            operand,
+            self.values,
+            together,
+            self.extents[source],
+            self.dims,
+            self.extents,
+        )
 
     def edge(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
         """The tables of a node that is no barrier and one of its feature maps."""
@@ -136,20 +179,31 @@ class Regions:
     def _made(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
         row, dims = op(node), self.dims[node]
         count, size = self.rows(node, axis), self.rows(operand, axis)
+        if axis == 1 and node in self.across:
+            return Edge(np.zeros(count, int), np.full(count, size), size)
         rule = self.window(node) if row.window is not None else None
         taps = row.taps or (_window_taps if rule is not None else _row_by_row)
-        axes = len(self.sizes(node)) - 2 if dims == NCHW else len(dims or ())
-        low, high = taps(At(node, axis, axes, count, size, self.values, rule))
+        taps = _row_by_row if node in self.beside else taps
+        axes = len(self.sizes(node)) - 2 if dims in (NCHW, NCL) else len(dims or ())
+        low, high = taps(At(node, axis, axes, count, size, self.values, rule, self.dims[operand]))
         return Edge(low, high, size)
 
     def window(self, node: fx.Node) -> Window:
         """The window of a conv or pool, over as many axes as its map has."""
         weight, axes = bind(node).get("weight"), len(self.sizes(node)) - 2
-        return window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
+        found = window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
+        return found if axes > 1 else found.with_column()
+
+
+def reduced_dims(dims: Dims, rank: int) -> Dims:
+    """The dims of a map that a reduction takes in: rows and columns, and of a volume the third axis."""
+    return tuple(range(2, rank)) if dims in (NCHW, NCL) else tuple(dict.fromkeys(dims))
 
 
 def constant(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
     """The value of a node follows from parameters and numbers alone; ``known`` is kept between calls."""
+    if node.op == "placeholder":
+        return str(node.target).startswith(CONSTANT)
     if node not in known:
         made = node.op == "get_attr" or (node.op.startswith("call") and not is_size(node))
         known[node] = made and all(constant(n, known) for n in node.all_input_nodes)
@@ -174,33 +228,41 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
         return None, "the weight of a convolution"
     if node.op == "placeholder":
         is_map = len(sizes) in MAPS and not str(node.target).startswith(CONSTANT)
-        return (NCHW if is_map else None), "an input of the model"
+        is_map = is_map and (len(sizes) > 3 or known.leads(node))
+        return (MAPS[len(sizes)] if is_map else None), "an input of the model"
     if known.constant(node):
         return None, "made of parameters alone"
     if node.op in ("get_attr", "output") or not isinstance(known.values[node], torch.Tensor | list | tuple):
         return None, f"{name or node.op} returns no feature map"
     maps = known.maps(node)
     leads = row.reduces == "moments" or known.leads(node)
-    whole = NCHW if len(sizes) in MAPS and leads else None  # a new map, complete at once
+    whole = MAPS.get(len(sizes)) if leads else None  # a new map, complete at once
     if not maps:
         return whole, f"{name or node.target} reads no feature map"
     dims = known.dims[maps[0]]
     assert dims is not None
     at = known.placed(node)
+    if row.reduces == "exponentials" and row.consumes is not None and not row.consumes(at):
+        return Laid(dims, at.extent), f"{name} runs along the whole map"
     if row.refuses is not None and (why := row.refuses(at)):
         return whole, why
-    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
-        like = dims == NCHW and len(sizes) in MAPS and len(known.sizes(maps[0])) == len(sizes)
+    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD) and not _beside_rows(node, at, known):
+        like = MAPS.get(len(sizes)) == dims and len(known.sizes(maps[0])) == len(sizes)
+        like = like and (len(sizes) > 3 or known.extents[maps[0]][1] == 1)
         why = "" if like else f"{name} does not read a map with channels in front"
-        if like and row.window is not None and len(known.window(node).kernel) != len(sizes) - 2:
+        if like and row.window is not None and len(known.window(node).kernel) != max(2, len(sizes) - 2):
             why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
-        return NCHW if not why else whole, why
+        laid = Laid(dims, (sizes[2], 1) if len(sizes) == 3 else None, across=row.wraps is not None and row.wraps(at))
+        return laid if not why else whole, why
+    if row.spatial in (Spatial.WINDOW, Spatial.PAD) and _beside_rows(node, at, known):
+        known.beside.add(node)
+        return dims, ""
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)
     moved = follows(at) if follows is not None else None
-    if moved is not None and follows is _elementwise and not _alike(node, dims, sizes, known):
-        moved = None
+    if moved is not None and follows is _elementwise:
+        moved = _alike(node, sizes, known)
     if moved is not None:
         return moved, ""
     if row.spatial is Spatial.GLOBAL:
@@ -208,25 +270,53 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     return whole, f"{name or node.target} has no spatial rule"
 
 
+def _beside_rows(node: fx.Node, at: Placed, known: Regions) -> bool:
+    """A pool or a padding that leaves rows and columns alone, such as one over channels that were made an axis."""
+    row = op(node)
+    if row.convolves or len(at.given) != len(at.sizes) or at.joined:
+        return False
+    if row.window is not None:
+        rule = known.window(node)
+        places = [d - len(at.given) + len(rule.kernel) for d in at.dims]
+        return min(places) >= 0 and all(rule.kernel[i] == rule.stride[i] == 1 and not rule.padding[i] for i in places)
+    if row.spatial is not Spatial.PAD or at.dims == MAPS.get(len(at.given)):
+        return False
+    return all(at.given[d] == at.sizes[d] and not any(_sides(node, at, d)) for d in at.dims)
+
+
+def _sides(node: fx.Node, at: Placed, dim: int) -> list[int]:
+    """What a padding puts at both sides of a dim."""
+    given, place = sides(node, at.values), 2 * (at.rank - 1 - dim)
+    return given[place : place + 2]
+
+
 def _elementwise(at: Placed) -> Dims | None:
     return at.dims
 
 
-def _alike(node: fx.Node, dims: Dims, sizes: tuple[int, ...], known: Regions) -> bool:
-    """Every operand is a map in the same place, or has one row and one column (it is broadcast)."""
-    apart = per_channel(node)
+def _alike(node: fx.Node, sizes: tuple[int, ...], known: Regions) -> Dims | None:
+    """Where the rows of an element-by-element result lie: every operand is a map with its rows and columns there, or
+    has one row (it is broadcast). None for anything else."""
+    maps = [n for n in known.maps(node) if n not in per_channel(node)]
+    places = {tuple(d - len(known.sizes(n)) for d in known.dims[n] or ()) for n in maps}
+    if len(places) != 1:
+        return None
+    back = places.pop()
+    dims, across = tuple(d + len(sizes) for d in back), False
+    columns = {known.extents[n][1] for n in maps}
+    if dims[0] == dims[1] and len(columns) > 1:
+        return None
     for operand in node.all_input_nodes:
         given = known.sizes(operand)
-        if not isinstance(known.values[operand], torch.Tensor):
+        if operand in maps or operand in per_channel(node) or not isinstance(known.values[operand], torch.Tensor):
             continue
-        if known.dims[operand] is not None:
-            if len(given) != len(sizes) or known.dims[operand] != dims:
-                return False
-        elif operand not in apart:
-            back = [d - len(sizes) for d in dims]
-            if any(-b <= len(given) and given[b] != 1 for b in back):
-                return False
-    return max(dims) < len(sizes)
+        if -back[0] <= len(given) and given[back[0]] != 1:
+            if given[back[0]] != sizes[dims[0]] or not known.constant(operand) or dims[0] == dims[1]:
+                return None
+            known.lay(operand, back)  # a table of positions: read row by row like any other map
+        elif -back[1] <= len(given) and given[back[1]] != 1:
+            across = True
+    return Laid(dims, across=across)
 
 
 # ---------------------------------------------------------------- tables of operations without one of their own

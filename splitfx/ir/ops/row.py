@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,7 +24,22 @@ if TYPE_CHECKING:
 
 Bound = Mapping[str, Any]  # a node's arguments by name, see `bind`
 Sizes = Callable[[Any], tuple[int, ...]]  # of a node's value, or of a tensor
-Dims = tuple[int, ...]  # where the spatial axes of a map lie, H before W
+# Where the rows and the columns of a map lie. Twice the same axis: rows there are groups of as many places as there are
+# columns, one behind the other, as in tokens [N, H * W, C]; a sequence [N, C, L] has one column.
+Dims = tuple[int, ...]
+
+
+class Laid(tuple[int, ...]):
+    """Dims of a result, with its rows and columns where they do not follow from its sizes. ``across``: every column of
+    it follows from all columns, so it is computed in full rows."""
+
+    extent: tuple[int, int] | None
+    across: bool
+
+    def __new__(cls, dims: Dims, extent: tuple[int, int] | None = None, across: bool = False) -> Laid:
+        made = super().__new__(cls, dims)
+        made.extent, made.across = extent, across
+        return made
 
 
 class Spatial(enum.Enum):
@@ -83,6 +98,11 @@ class Window:
     ceil_mode: bool = False
     transposed: bool = False
 
+    def with_column(self) -> Window:
+        """The window of a sequence as one of a map with a single column."""
+        rest = {"kernel": 1, "stride": 1, "padding": 0, "padding_end": 0, "dilation": 1}
+        return replace(self, **{name: (*getattr(self, name)[:1], one) for name, one in rest.items()})
+
     @staticmethod
     def of(size: int, stride: int = 1, padding: int = 0, dilation: int = 1, axes: int = 2) -> Window:
         """The same along all axes, padded alike on both sides."""
@@ -102,6 +122,7 @@ class At:
     size: int
     values: Mapping[fx.Node, Any]
     window: Window | None = None
+    dims: Dims | None = None  # of the operand
 
     @property
     def rows(self) -> np.ndarray:
@@ -125,6 +146,14 @@ class Placed:
     operand: fx.Node
     values: Mapping[fx.Node, Any]
     together: bool  # all operands are maps whose axes lie there
+    extent: tuple[int, int] = (0, 0)  # rows and columns of the first map
+    where: Mapping[fx.Node, Dims | None] = field(default_factory=dict)  # the axes of all values so far
+    extents: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def joined(self) -> bool:
+        """Rows and columns lie in one axis."""
+        return self.dims[0] == self.dims[1]
 
     @property
     def rank(self) -> int:
@@ -132,12 +161,15 @@ class Placed:
 
     @property
     def channels_first(self) -> bool:
-        """The rows and columns are the first two axes behind the channels; a volume has one more behind them."""
-        return self.dims == (2, 3)
+        """The rows and columns are what lies behind the channels; a volume has one more axis behind them."""
+        return self.dims in ((2, 3), (2, 2))
 
     def outside(self, mixed: Iterable[int]) -> Dims | None:
-        """The axes where they are, if the operation mixes other dims than these."""
-        return self.dims if not {d % self.rank for d in mixed} & set(self.dims) else None
+        """The axes where they are, if the operation does not mix rows."""
+        lost = {d % self.rank for d in mixed}
+        if self.dims[0] in lost:
+            return None
+        return Laid(self.dims, across=True) if self.dims[1] in lost else self.dims
 
 
 @dataclass(frozen=True)
@@ -169,7 +201,7 @@ class CannotCount(Exception):
 
 
 Macs = Callable[[Bound, Sizes, int], int]  # (arguments, sizes of a value, elements of the result) -> how many
-Reduction = Literal["", "sum", "mean", "max", "min", "moments"]
+Reduction = Literal["", "sum", "mean", "max", "min", "moments", "deviation", "norm", "exponentials", "product"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +209,10 @@ class Op:
     """One row. ``per_output`` and ``per_input`` count elementwise operations (semantics B); None: cannot say.
 
     ``follows``: where the spatial axes lie in its result, None where it does not leave every row by itself;
-    ``refuses``: why no piece of this call can be computed; ``taps``: the rows that it reads. ``reduces``: how it takes
-    a map in row by row, and ``consumes``: why this call cannot. ``per_channel``: arguments that hold one value per
+    ``refuses``: why no piece of this call can be computed; ``taps``: the rows that it reads; ``taken``: the maps that
+    any piece reads whole. ``reduces``: how it takes a map in row by row, ``consumes``: why this call cannot, ``over``:
+    the dims that it reduces, of so many. ``first_part``: of its parts only the first is computed. ``per_channel``:
+    arguments that hold one value per
     channel. ``relabels``: the channels of its result as labels, from those of its operand (data movement). ``piece``
     computes a piece of its output; without one the operation is called on pieces as it is. ``workspace``: bytes that
     the piece allocates beside its operands and result. ``draws``: its result may be random.
@@ -206,6 +240,7 @@ class Op:
     stored: bool = True  # may stand in a stored program
     like_operand: bool = False  # one kernel in eval mode, whose result is as large as its operand
     regroups: bool = False  # regroups positions in order: the sizes before and after say all
+    first_part: bool = False
     turns: bool = False  # a piece of the channels is moved as the whole is, by the same arguments
     relays: bool = False  # lays channels anew
     sized: bool = False  # its second argument is a size for every dim
@@ -216,6 +251,9 @@ class Op:
     refuses: Callable[[Placed], str] | None = None
     taps: Callable[[At], Taps] | None = None
     consumes: Callable[[Placed], str] | None = None
+    over: Callable[[Bound, int], set[int]] | None = None
+    taken: Callable[[Placed], Sequence[fx.Node]] | None = None
+    wraps: Callable[[Placed], bool] | None = None  # reads columns from the other end of their row
     relabels: Callable[[fx.Node, torch.Tensor, tuple[int, ...]], torch.Tensor | None] | None = None
     piece: Callable[[Job], Call] | None = None
     workspace: Callable[[Job, Span], int] | None = None

@@ -97,9 +97,9 @@ class _Checked:
 
 
 def _reads(one: Instruction) -> tuple[int, ...]:
-    if isinstance(one, Take | Store | Reduce):
+    if isinstance(one, Take | Store):
         return (one.src,)
-    if isinstance(one, Join | Run):
+    if isinstance(one, Join | Run | Reduce):
         return one.srcs
     if isinstance(one, Patch):
         return (one.over, *(part for part, _, _ in one.parts))

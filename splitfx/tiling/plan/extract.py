@@ -22,7 +22,7 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
     level: dict[fx.Node, int] = {}
     found: dict[int, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        inside = roles.kind[node] not in (None, Kind.SOURCE)
+        inside = roles.kind[node] not in (None, Kind.SOURCE) and node.op != "get_attr"
         before = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
         level[node] = max((level[n] + _crosses(roles, n, inside) for n in before), default=0)
         if inside:

@@ -92,10 +92,10 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """A reduction takes a piece in."""
+    """A reduction takes a piece in, of each value that it reads."""
 
     kernel: Kernel
-    src: int
+    srcs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,16 @@ class Kind(enum.Enum):
 def reduction(node: fx.Node, regions: Regions) -> str:
     """Why a reduction over H and W cannot consume rows; empty where it can. Any other node: why it is none."""
     row, maps = op(node), regions.maps(node)
-    if len(maps) != 1 or row.consumes is None:
+    if row.consumes is None or not regions.barrier(node) or len(maps) not in (1, 1 + (row.reduces == "product")):
         return regions.barrier(node) or f"{op_name(node)} is no reduction"
-    if any(_index_of_part(user) != 0 for user in node.users) and not isinstance(regions.values[node], torch.Tensor):
+    if not only_first(node, regions):
         return f"the places that {op_name(node)} found are read"
     return row.consumes(regions.placed(node))
+
+
+def only_first(node: fx.Node, regions: Regions) -> bool:
+    """Of the parts of a value none but the first is read, such as the maxima without their places."""
+    return isinstance(regions.values[node], torch.Tensor) or all(_index_of_part(user) == 0 for user in node.users)
 
 
 def _index_of_part(node: fx.Node) -> int | None:
@@ -41,8 +46,8 @@ def _index_of_part(node: fx.Node) -> int | None:
 
 
 def is_norm(node: fx.Node) -> bool:
-    """A norm over a map: a reduction to its statistics, which are then applied to every row."""
-    return op(node).reduces == "moments"
+    """A norm or a softmax over a map: a reduction to its statistics, which are then applied to every row."""
+    return op(node).reduces in ("moments", "exponentials")
 
 
 class Roles:
@@ -62,6 +67,8 @@ class Roles:
         if node.op == "placeholder":
             value = regions.values[node]
             return (Kind.SOURCE if regions.dims[node] is not None or isinstance(value, torch.Tensor) else None), ""
+        if node.op == "get_attr" and regions.dims[node] is not None:
+            return Kind.WHOLE, ""  # a table of positions
         if node.op in ("get_attr", "output") or is_size(node):
             return None, ""
         operands = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
@@ -70,10 +77,11 @@ class Roles:
             return None, regions.barrier(node)  # it reads what is computed outside
         if all(regions.constant(n) and self.kind[n] is Kind.SOURCE for n in operands) and _is_constant(node, regions):
             return Kind.SOURCE, ""
-        maps = [n for n in operands if self.is_map(n, regions)]
+        maps = [n for n in node.all_input_nodes if not is_size(n) and self.is_map(n, regions)]
         if maps and not reduction(node, regions):
             return (Kind.ROWS if is_norm(node) else Kind.REDUCE), ""
-        if maps and not regions.barrier(node) and not node.meta.get("writes_view"):
+        first = not op(node).first_part or only_first(node, regions)
+        if maps and first and not regions.barrier(node) and not node.meta.get("writes_view"):
             return Kind.ROWS, ""
         if not maps and operands and kinds <= {Kind.WHOLE, Kind.REDUCE} and _spreads(node, regions):
             return Kind.ROWS, ""

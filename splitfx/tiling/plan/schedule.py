@@ -125,6 +125,7 @@ class Scheduler:
             return
         inside = {k for kernels in parts.values() for k in kernels}
         sources = {k for kernel in inside for k, _, _ in kernel.reads if k not in inside}
+        sources |= {k for k in inside if not k.reads}  # made of whole values, at the pace of the others
         steps, every = self._steps(sources), self.schedule.every
         order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
         for step in range(1, steps + 1):
@@ -153,11 +154,12 @@ class Scheduler:
         inside = set(kernels)
         ready: dict[Kernel, int] = {}
         for kernel in kernels:  # forward: how far each could go
-            limit = self._stop(kernel)
+            limit = released.get(kernel, self._stop(kernel))
             for operand, edge, _ in kernel.reads:
                 there = ready.get(operand)
                 if there is None:
-                    there = released[operand] if operand in released else self.buffers[operand].done
+                    grows = operand not in released or (bool(operand.takes) and operand.kind is Kind.ROWS)
+                    there = self.buffers[operand].done if grows else released[operand]
                     if there >= self._stop(operand):
                         there = operand.rows
                 elif there >= self._stop(operand):
@@ -206,7 +208,7 @@ class Scheduler:
             owned.append(register if own else -1)
         if kernel.kind is Kind.REDUCE:
             self.registers.touch(scratch(kernel, rows, columns, None), kernel)
-            yield Reduce(kernel, srcs[0])
+            yield Reduce(kernel, tuple(srcs))
             self.cost.count(kernel, rows, columns, 0)
         else:
             yield from self._run(kernel, rows, columns, srcs, starts, pads, owned, private)
@@ -330,6 +332,8 @@ class Scheduler:
         """Let go of rows that nobody reads again; what stays of a chunk is copied: no large storage lives on."""
         if operand.kind is Kind.SOURCE or operand.exit >= 0 or self.takers.get(operand):
             return
+        if operand.kind is Kind.WHOLE and self.schedule.tiles != (1, 1):
+            return  # the next tile reads it too
         buffer = self.buffers[operand]
         if not buffer.chunks:
             return

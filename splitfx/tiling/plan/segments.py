@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from torch import fx
 
 from splitfx.analysis.cuts import cuts
+from splitfx.analysis.regions import reduced_dims
 from splitfx.ir.graph import layer
-from splitfx.ir.ops import in_place, is_size, op
+from splitfx.ir.ops import bind, in_place, is_size, op
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage
 
 BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 WORK = 1.25  # the most that bands of a segment may compute, of what the whole segment does
+
+
+def plain_sum(kernel: Kernel) -> bool:
+    """A sum or mean over rows and columns, and nothing else."""
+    read = kernel.reads[0][0]
+    dims = reduced_dims(read.dims or (), kernel.values[read.node].dim())
+    over = set(dims) if kernel.row.over is None else kernel.row.over(bind(kernel.node), kernel.values[read.node].dim())
+    return kernel.row.reduces in ("mean", "sum") and over == set(dims)
 
 
 def is_mean(kernel: Kernel) -> bool:
@@ -136,7 +145,8 @@ def _barrier(kernel: Kernel) -> str:
         return f"{layer(kernel.node)} reads the whole map"
     if kernel.kind is Kind.ROWS and any(k.kind in (Kind.REDUCE, Kind.WHOLE) for k in kernel.takes):
         return f"{layer(kernel.node)} applies to the map what was reduced over it"
-    if kernel.kind is Kind.REDUCE and (kernel.role or kernel.row.reduces not in ("mean", "sum")):
+    other = kernel.kind is Kind.REDUCE and not kernel.role and not plain_sum(kernel)
+    if kernel.kind is Kind.REDUCE and (kernel.role or other):
         return f"{layer(kernel.node)} is no sum over the map"
     return ""
 

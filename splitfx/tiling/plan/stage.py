@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from splitfx.analysis.live import has_storage, key
 from splitfx.analysis.memory import Temporaries
-from splitfx.analysis.regions import Edge, Regions
+from splitfx.analysis.regions import NCHW, Edge, Regions
 from splitfx.ground.exclusive import kept
 from splitfx.ir.graph import module_of, output_node
 from splitfx.ir.ops import Op, Result, Spatial, Window, bind, op, op_name
@@ -47,11 +47,12 @@ class Kernel:
     sizes: tuple[int, int]  # rows and columns of the value; of the map that a reduction consumes
     row_bytes: int  # bytes of one full row; of the whole value where there are no rows
     role: str = ""
-    reads: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
-    takes: list[Kernel] = field(default_factory=list)
-    users: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list)
-    takers: list[Kernel] = field(default_factory=list)  # that take it whole
+    reads: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list, repr=False)
+    takes: list[Kernel] = field(default_factory=list, repr=False)
+    users: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list, repr=False)
+    takers: list[Kernel] = field(default_factory=list, repr=False)  # that take it whole
     home: int = -1  # place of its memory, among those that hold all rows of a value: outputs first
+    plain: bool = False  # called on pieces as it is, whatever its row says of windows
     lies_in: Kernel | None = None  # a value that runs once and is a view of this one
     temporary_bytes: int = 0  # of a value that runs once: what its operation allocates and frees
     phase: int = 0
@@ -73,7 +74,8 @@ class Kernel:
     def rest(self) -> tuple[int, ...]:
         """Sizes of the axes of a map behind its rows and columns."""
         value = self.values[self.node]
-        return tuple(int(s) for s in value.shape[4:]) if isinstance(value, torch.Tensor) else ()
+        volume = isinstance(value, torch.Tensor) and self.dims == NCHW
+        return tuple(int(s) for s in value.shape[4:]) if volume else ()
 
     @property
     def bytes(self) -> int:
@@ -91,7 +93,21 @@ class Kernel:
 
     @kept
     def row(self) -> Op:
-        return op(self.node)
+        row = op(self.node)
+        return replace(row, spatial=Spatial.POINTWISE, piece=None, workspace=None) if self.plain else row
+
+    @property
+    def joined(self) -> bool:
+        """Its rows and columns lie in one axis."""
+        return self.dims is not None and self.dims[0] == self.dims[1]
+
+    def cut(self, x: Any, rows: tuple[int, int] | None, columns: tuple[int, int] | None = None) -> Any:
+        """Rows and columns of the value, or of a piece of it from whose first they are counted."""
+        assert self.dims is not None
+        unit = self.sizes[1] if self.joined else 1
+        if rows is not None:
+            x = x.narrow(self.dims[0], rows[0] * unit, (rows[1] - rows[0]) * unit)
+        return x if columns is None or self.joined else x.narrow(self.dims[1], columns[0], columns[1] - columns[0])
 
     @property
     def spatial(self) -> Spatial:
@@ -114,6 +130,14 @@ class Kernel:
             self.before,
             self.rest,
         )
+
+    @kept
+    def keeps_columns(self) -> bool:
+        """A reduction over rows alone."""
+        row, read = self.row, self.reads[0][0]
+        if row.over is None or read.dims is None or self.role:
+            return False
+        return read.dims[1] not in row.over(bind(self.node), self.values[read.node].dim())
 
     @kept
     def weight_bytes(self) -> int:
@@ -149,12 +173,19 @@ class Stage:
     @property
     def divides(self) -> bool:
         """Every piece of its results can be made by itself: nothing waits for a whole map."""
-        return self.phases == 1 and len(self.homes) == len(self.exits)
+        return self.phases == 1 and len(self.homes) == len(self.exits) and not self.across
+
+    @property
+    def across(self) -> Kernel | None:
+        """A value of which every column follows from all columns, or has no columns of its own."""
+        ways = (k for k in self.kernels if k.kind is not Kind.WHOLE and (k.joined or k.node in self.regions.across))
+        return next(ways, None) or next((k for k in self.kernels if k.kind is Kind.REDUCE and k.keeps_columns), None)
 
     @property
     def clock(self) -> int:
         """Rows of the first map that is complete at once, in which strips are counted."""
-        return next((k.rows for k in self.kernels if k.dims is not None and k.complete), 1)
+        maps = [k for k in self.kernels if k.dims is not None and k.complete and not self.regions.constant(k.node)]
+        return next((k.rows for k in maps), 1)
 
 
 # ---------------------------------------------------------------- compiling a stage
@@ -224,8 +255,8 @@ class _Builder:
         if operand is None or node.op == "placeholder":
             return None
         result = op(node).result
-        if op_name(node) == "getitem" and operand.kind is Kind.REDUCE:
-            return operand  # a max pool over the map, whose second part are places
+        if op_name(node) == "getitem" and (operand.kind is Kind.REDUCE or operand.row.first_part):
+            return operand if operand.kind is not Kind.WHOLE else None  # maxima, whose second part are places
         if kind is Kind.WHOLE or not (result.renames or result is Result.PARTS):
             return None
         if isinstance(module_of(node), nn.RReLU) or (operand.kind is Kind.SOURCE and self._leaves(node)):
@@ -242,14 +273,18 @@ class _Builder:
         of = node if kind is not Kind.REDUCE else self.regions.maps(node)[0]
         sizes = (self.regions.rows(of, 0), self.regions.rows(of, 1))
         tensor = value[0] if isinstance(value, list | tuple) else value
-        size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
-        if isinstance(value, list | tuple) and kind is not Kind.REDUCE:  # parts of a map lie in the map
+        size = (
+            tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) and node.op != "get_attr" else 0
+        )
+        parts = isinstance(value, list | tuple) and kind is not Kind.REDUCE
+        if parts and not (op(node).first_part and kind is Kind.ROWS):  # parts of a map lie in the map
             size = sum(t.numel() * t.element_size() for t in value if isinstance(t, torch.Tensor))
-        if role == "statistics":  # a mean and a scale for each group of channels, in float64
-            size = 16 * tensor.shape[0] * int(bind(node).get("num_groups") or tensor.shape[1])
+        if role == "statistics":  # two numbers for whatever is taken together, in float64
+            size = 16 * _together(node, tensor)
         rows = max(1, self.regions.rows(node, 0)) if dims is not None and kind is not Kind.REDUCE else 1
         dims = dims if kind is not Kind.REDUCE else None
         kernel = Kernel(len(self.kernels), node, kind, dims, sizes, size // rows, role, values=self.values)
+        kernel.plain = node in self.regions.beside
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
         if kernel.spatial is Spatial.PAD and not role:
             axes = len(tensor.shape) - 2
@@ -262,7 +297,8 @@ class _Builder:
 
     def _read(self, kernel: Kernel, operand: Kernel) -> None:
         nodes = [n for n in kernel.node.all_input_nodes if self.of.get(n) is operand]
-        if kernel.kind is Kind.WHOLE or operand.dims is None:
+        taken = self.regions.taken(kernel.node) if kernel.kind is Kind.ROWS and not kernel.role else ()
+        if kernel.kind is Kind.WHOLE or operand.dims is None or any(n in taken for n in nodes):
             if operand not in kernel.takes:
                 kernel.takes.append(operand)
                 kernel.places |= dict.fromkeys(nodes, -len(kernel.takes))
@@ -289,7 +325,8 @@ class _Builder:
     def _place_phases(self) -> None:
         for kernel in self.kernels:
             waits = (Kind.REDUCE, Kind.WHOLE) if kernel.kind is not Kind.WHOLE else ()
-            before = [k.phase + (k.kind in waits) for k in kernel.takes]
+            rows = kernel.kind is Kind.ROWS
+            before = [k.phase + (k.kind in waits or (rows and k.dims is not None)) for k in kernel.takes]
             before += [k.phase + (k.kind is Kind.WHOLE) for k, _, _ in kernel.reads]
             first = 0 if kernel.kind in (Kind.ROWS, Kind.REDUCE) else -1
             kernel.phase = max([first, *before])
@@ -310,7 +347,7 @@ class _Builder:
         no larger."""
         readers, given = self._readers(), self._given()
         for kernel in reversed(self.kernels):
-            used = [k.phase for k in readers[kernel]]
+            used = [k.phase - (k.kind is Kind.ROWS and kernel in k.takes) for k in readers[kernel]]
             if kernel.kind is not Kind.ROWS or kernel in given or not used:
                 continue
             for phase in range(min(used), kernel.phase, -1):
@@ -416,6 +453,14 @@ class _Builder:
         for kernel in self.kernels:
             for operand, h, w in kernel.reads:
                 operand.users.append((kernel, h, w))
+
+
+def _together(node: fx.Node, tensor: torch.Tensor) -> int:
+    """How many statistics a norm has: one for each group of channels; a softmax one for each vector along its dim."""
+    given = bind(node)
+    if op(node).reduces == "exponentials":
+        return tensor.numel() // max(1, int(tensor.shape[given["dim"]]))
+    return int(tensor.shape[0]) * int(given.get("num_groups") or tensor.shape[1])
 
 
 def _part(kernels: list[Kernel]) -> None:

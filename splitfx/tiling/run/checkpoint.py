@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from splitfx.analysis.regions import reduced_dims
 from splitfx.analysis.shapes import shapes
 from splitfx.ground.exclusive import Autocast, autocasts, exclusive, twin
 from splitfx.ir.graph import TensorSpec, attribute, output_node, set_path
@@ -34,7 +35,6 @@ from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.plan.segments import Plan, divided, is_mean, overwrites
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
 from splitfx.tiling.run.execution import Execution, Program
-from splitfx.tiling.run.reductions import reduced_dims
 
 if TYPE_CHECKING:
     from splitfx.tiling.run.executor import Tiled
@@ -334,13 +334,13 @@ class _Band(Execution):
         count = self.work.segment.plan.bands
         first, last = (kernel.rows * part // count for part in (self.number, self.number + 1))
         if last > first:  # rows beyond belong to the next band, which computes them too
-            self.outputs.append(piece.narrow(kernel.dims[0], first - one.rows[0], last - first))
-            self.grads.append(self.work.grads[kernel.exit].narrow(kernel.dims[0], first, last - first))
+            self.outputs.append(kernel.cut(piece, (first - one.rows[0], last - one.rows[0])))
+            self.grads.append(kernel.cut(self.work.grads[kernel.exit], (first, last)))
 
     def reduce(self, one: Reduce) -> None:
         if one.kernel not in self.reduced:
             return
-        x, source = self.registers[one.src], one.kernel.reads[0][0]
+        x, source = self.registers[one.srcs[0]], one.kernel.reads[0][0]
         assert source.dims is not None
         part = x.sum(reduced_dims(source.dims, x.dim()))
         grad = self.reduced[one.kernel].reshape(part.shape).to(part.dtype)
@@ -355,8 +355,4 @@ def _grad_of(source: torch.Tensor) -> torch.Tensor:
 
 
 def _part(whole: torch.Tensor, one: Take) -> torch.Tensor:
-    dims = one.kernel.dims
-    assert dims is not None
-    for dim, span in zip(dims, (one.rows, one.columns), strict=True):
-        whole = whole if span is None else whole.narrow(dim, span[0], span[1] - span[0])
-    return whole
+    return one.kernel.cut(whole, one.rows, one.columns)

@@ -29,7 +29,7 @@ from splitfx.tiling.plan.instructions import (
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting
 from splitfx.tiling.run.kernels import Calls
-from splitfx.tiling.run.reductions import Reduction
+from splitfx.tiling.run.reductions import Reduction, reduction_of
 
 KEPT = 20_000  # instructions of one input size that are kept; longer lists are made anew at every call
 
@@ -95,21 +95,16 @@ class Execution:
     def _canvas(self, kernel: Kernel) -> torch.Tensor:
         """The pieces of an output that are there, each in its place."""
         assert kernel.dims is not None
-        pieces, (h, w) = self.pieces[kernel.home], kernel.dims
+        pieces = self.pieces[kernel.home]
         found = pieces[0][2].new_zeros(tuple(self.stage.values[kernel.node].shape))
         for rows, columns, piece in pieces:
-            found.narrow(h, rows[0], rows[1] - rows[0]).narrow(w, columns[0], columns[1] - columns[0]).copy_(piece)
+            kernel.cut(found, rows, columns).copy_(piece)
         return found
 
     # ------------------------------------------------------------ instructions
 
     def take(self, one: Take) -> None:
-        x, dims = self.registers[one.src], one.kernel.dims
-        assert dims is not None
-        if one.rows is not None:
-            x = x.narrow(dims[0], one.rows[0], one.rows[1] - one.rows[0])
-        if one.columns is not None:
-            x = x.narrow(dims[1], one.columns[0], one.columns[1] - one.columns[0])
+        x = one.kernel.cut(self.registers[one.src], one.rows, one.columns)
         self.registers[one.dst] = x.clone() if one.copy and not self.functional else x
 
     def join(self, one: Join) -> None:
@@ -134,7 +129,7 @@ class Execution:
             self.registers[one.dst] = out_of_place(node.target)(*given)
             return
         for part, first, count in one.parts:
-            overwriting(node)(base.narrow(dims[0], first, count), self.registers[part])
+            overwriting(node)(one.kernel.cut(base, (first, first + count)), self.registers[part])
         self.registers[one.dst] = base
 
     def open(self, one: Open) -> None:
@@ -160,10 +155,7 @@ class Execution:
             self.registers[one.memory] = self._so_far(one)
             self.wholes[kernel] = one.memory
         else:
-            assert kernel.dims is not None
-            place = self.registers[one.memory].narrow(kernel.dims[0], one.rows[0], one.rows[1] - one.rows[0])
-            place = place.narrow(kernel.dims[1], one.columns[0], one.columns[1] - one.columns[0])
-            place.copy_(piece)
+            kernel.cut(self.registers[one.memory], one.rows, one.columns).copy_(piece)
 
     def _so_far(self, one: Store) -> torch.Tensor:
         """A whole value that kernels of the stage read again, as far as it is there."""
@@ -176,8 +168,8 @@ class Execution:
 
     def reduce(self, one: Reduce) -> None:
         if one.kernel not in self.reductions:
-            self.reductions[one.kernel] = Reduction(one.kernel, self.stage)
-        self.reductions[one.kernel].add(self.registers[one.src])
+            self.reductions[one.kernel] = reduction_of(one.kernel, self.stage)
+        self.reductions[one.kernel].add(*(self.registers[src] for src in one.srcs))
 
     def finish(self, one: Finish) -> None:
         kernel = one.kernel

@@ -15,11 +15,22 @@ import torch
 from torch import fx
 
 from splitfx.ir.graph import attribute, module_of
-from splitfx.ir.ops import bind, is_size, op_name, out_of_place
+from splitfx.ir.ops import Spatial, bind, is_size, op_name, out_of_place
 from splitfx.ir.ops.families.norms import applied
+from splitfx.ir.ops.families.products import softened
 from splitfx.ir.ops.pieces import Call, Pieces
 from splitfx.tiling.plan.instructions import Run
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting
+
+
+def _with_column(call: Call) -> Call:
+    """Pieces of sequences as those of maps with a single column."""
+
+    def called(run: Run, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        given = [[x.unsqueeze(3) if x.dim() == 3 else x for x in some] for some in (pieces, wholes)]
+        return call(run, *given).squeeze(3)
+
+    return called
 
 
 class Calls:
@@ -35,10 +46,14 @@ class Calls:
         return self._known[kernel]
 
     def _made(self, kernel: Kernel) -> Call:
+        if kernel.node.op == "get_attr":
+            graph, path = self.stage.graph, str(kernel.node.target)
+            return lambda run, pieces, wholes: attribute(graph, path)
         by_hand = self._by_hand(kernel)
         if by_hand is None:
             return self._plain(kernel)
-        dtype = self.stage.values[kernel.node].dtype
+        value = self.stage.values[kernel.node]
+        dtype = (value[0] if isinstance(value, list | tuple) else value).dtype
         # Under autocast the operation itself would cast here.
         return lambda run, pieces, wholes: by_hand(run, [piece.to(dtype) for piece in pieces], wholes)
 
@@ -46,10 +61,13 @@ class Calls:
         """For what cannot be called on pieces as it is."""
         job = replace(kernel.job, argument=partial(self._argument, kernel))
         if kernel.role == "apply":
-            return applied(job, next(i for i, k in enumerate(kernel.takes) if k.role == "statistics"))
+            place = next(i for i, k in enumerate(kernel.takes) if k.role == "statistics")
+            return (softened if kernel.row.reduces == "exponentials" else applied)(job, place)
         if kernel.kind is Kind.WHOLE or kernel.row.piece is None:
             return None
-        return kernel.row.piece(job)
+        found = kernel.row.piece(job)
+        spatial = kernel.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD)
+        return _with_column(found) if spatial and job.values[kernel.node].dim() == 3 else found
 
     # ------------------------------------------------------------ operands
 

@@ -187,7 +187,7 @@ def _operands(one: Instruction) -> tuple[int, ...]:
     """The registers that an instruction reads as they are."""
     if isinstance(one, Patch):
         return tuple(part for part, _, _ in one.parts)
-    return one.srcs if isinstance(one, Run) else (one.src,) if isinstance(one, Reduce) else ()
+    return one.srcs if isinstance(one, Run | Reduce) else ()
 
 
 # ---------------------------------------------------------------- running

@@ -95,11 +95,14 @@ def _transposed_macs(a: Bound, of: Sizes, out: int) -> int:
 def _piece(job: Job) -> Call:
     weight, bias, given = job.argument("weight"), job.argument("bias"), bind(job.node)
     stride, dilation, groups = given["stride"], given["dilation"], given["groups"]
-    convolve: Any = F.conv3d if job.rest else F.conv2d
+    axes = len(job.values[job.node].shape) - 2
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x, padding = bordered(job, pieces[0], run, 0.0)
         w, b = weight(pieces, wholes), bias(pieces, wholes)
+        if axes == 1:
+            return convolve(x.squeeze(3), w, b, stride, padding[:1], dilation, groups).unsqueeze(3)
         return convolve(x, w, b, stride, padding, dilation, groups)
 
     return call
@@ -127,7 +130,11 @@ def _natural(rule: Window, axis: int, length: int) -> int:
 def _transposed_piece(job: Job) -> Call:
     weight, bias, given = job.argument("weight"), job.argument("bias"), bind(job.node)
     stride, groups, dilation = given["stride"], given["groups"], given["dilation"]
-    convolve: Any = F.conv_transpose3d if job.rest else F.conv_transpose2d
+    axes = len(job.values[job.node].shape) - 2
+    several: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
+
+    def convolve(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        return several(x.squeeze(3), *more).unsqueeze(3) if axes == 1 else several(x, *more)
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         w, b = weight(pieces, wholes), bias(pieces, wholes)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, picked
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, part_bytes, picked
 from splitfx.ir.ops.reading import bind, op_name
 from splitfx.ir.ops.row import At, Channel, Placed, Spatial, Taps, rows
 
@@ -27,14 +27,14 @@ def sides(node: fx.Node, values: Values) -> list[int]:
 def in_front(node: fx.Node, axis: int, axes: int, values: Values) -> int:
     """Rows that a padding operation puts in front along an axis; negative where it cuts them off."""
     given, place = sides(node, values), 2 * (axes - 1 - axis)
-    return given[place] if place < len(given) else 0
+    return given[place] if 0 <= place < len(given) else 0
 
 
 def mode_of(node: fx.Node) -> str:
     """``constant``, ``reflect``, ``replicate`` or ``circular``."""
     name = op_name(node)
-    known = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate", "constant_pad_nd": "constant"}
-    return known.get(name) or bind(node).get("mode") or "constant"
+    known = {"reflection": "reflect", "replication": "replicate", "constant": "constant"}
+    return known.get(name.partition("_")[0]) or bind(node).get("mode") or "constant"
 
 
 def _source_rows(at: At) -> np.ndarray:
@@ -51,9 +51,36 @@ def _taps(at: At) -> Taps:
 
 
 def _refuses(at: Placed) -> str:
-    if mode_of(at.node) == "circular":
-        return "circular padding has no rule"
     return "padding of channels has no rule" if len(sides(at.node, at.values)) > 2 * (at.rank - 2) else ""
+
+
+def _wraps(at: Placed) -> bool:
+    return mode_of(at.node) == "circular"
+
+
+def _from_the_other_end(at: Placed) -> list[fx.Node]:
+    """Rows that are padded in a circle are read at the other end of the map."""
+    around = _wraps(at) and at.given[2] != at.sizes[2]
+    return [at.operand] if around else []
+
+
+def _circle(job: Job) -> Call:
+    """Rows and columns by their number, counted in a circle."""
+    value, node = job.argument("input"), job.node
+    axes = len(job.values[node].shape) - 2
+    given, sizes = job.values[node.args[0]].shape[2:], job.values[node].shape[2:]  # type: ignore[index]
+    tables = [
+        Table((np.arange(count) - in_front(node, axis, axes, job.values)) % size)
+        for axis, (count, size) in enumerate(zip(sizes, given, strict=True))
+    ]
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        x = pieces[0] if pieces else picked(value(pieces, wholes), 2, tables[0], run.rows, 0)
+        for axis in range(1, axes):
+            x = picked(x, 2 + axis, tables[axis], (0, int(sizes[axis])), 0)
+        return x if not pieces and x is not value(pieces, wholes) else x.clone()
+
+    return call
 
 
 def _relabels(node: fx.Node, labels: torch.Tensor, before: tuple[int, ...]) -> torch.Tensor | None:
@@ -66,12 +93,14 @@ def _relabels(node: fx.Node, labels: torch.Tensor, before: tuple[int, ...]) -> t
 
 def _piece(job: Job) -> Call:
     node, mode = job.node, mode_of(job.node)
+    if mode == "circular":
+        return _circle(job)
     given = bind(node).get("value")
     value = float(given) if isinstance(given, int | float) else 0.0
     sizes = job.reads[0].sizes
     both = (job.before[1], job.sizes[1] - sizes[1] - job.before[1])
     rest = list(zip(job.rest, job.reads[0].rest, strict=True))
-    axes = 2 + len(rest)
+    axes = len(job.values[node].shape) - 2
     counts = [*zip(job.sizes, sizes, strict=True), *rest]
     sources = [
         Table(_source_rows(At(node, axis, axes, count, size, job.values))) for axis, (count, size) in enumerate(counts)
@@ -99,10 +128,10 @@ def _piece(job: Job) -> Call:
 
 def _workspace(job: Job, span: Span) -> int:
     """Mirrored rows are taken first, then columns, then the rest, each only where the piece is at a border."""
-    if mode_of(job.node) == "constant":
-        return 0
+    if mode_of(job.node) in ("constant", "circular"):
+        return part_bytes(job.row_bytes, job.sizes[1], *span.count) if mode_of(job.node) == "circular" else 0
     read, lengths, made = job.reads[0], lengths_read(job, span), [0]
-    axes, sizes = 2 + len(job.rest), (*job.reads[0].sizes, *job.reads[0].rest)
+    axes, sizes = len(job.values[job.node].shape) - 2, (*job.reads[0].sizes, *job.reads[0].rest)
     for axis, (start, stop) in enumerate(job.spans(span)):
         before = in_front(job.node, axis, axes, job.values)
         if start < before or stop > before + sizes[axis]:
@@ -112,10 +141,13 @@ def _workspace(job: Job, span: Span) -> int:
 
 
 rows(
-    "pad constant_pad_nd reflection_pad2d replication_pad2d",
+    """pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+        replication_pad3d""",
     spatial=Spatial.PAD,
     channel=Channel.MOVE,
     refuses=_refuses,
+    wraps=_wraps,
+    taken=_from_the_other_end,
     taps=_taps,
     relabels=_relabels,
     piece=_piece,

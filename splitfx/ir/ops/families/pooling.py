@@ -171,7 +171,7 @@ def _cells(at: Placed) -> Dims | None:
     """A pool to more than one value a channel leaves rows by themselves, each with a window of its own."""
     axes = at.rank - 2
     spreads = adaptive_size(at.node, at.values, axes) != (1,) * axes
-    return at.dims if spreads and at.channels_first else None
+    return at.dims if spreads and at.dims == (2, 3) else None
 
 
 def _cell_taps(at: At) -> Taps:
@@ -213,16 +213,38 @@ def _adaptive_workspace(job: Job, span: Span) -> int:
     return 2 * size // max(1, span.count[0])
 
 
+def _covers(at: Placed) -> str:
+    """A pool whose one window is the whole map."""
+    axes = at.rank - 2
+    rule = _window(at.bound, axes, ())
+    one = rule.kernel == at.given[2:] and at.sizes[2:] == (1,) * axes and not any(rule.padding) and at.channels_first
+    return f"{op_name(at.node)} reduces over the whole map" if one and not at.bound.get("divisor_override") else ""
+
+
+def _spares(at: Placed) -> str:
+    """Why a pool over windows cannot take its map in row by row."""
+    return "" if _covers(at) else f"{op_name(at.node)} has many windows"
+
+
 _WINDOWED: dict[str, Any] = {
     "spatial": Spatial.WINDOW,
     "channel": Channel.SAME,
     "per_input": 1,
     "window": _window,
+    "refuses": _covers,
+    "consumes": _spares,
 }
-rows("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices", **_WINDOWED, piece=_max, workspace=_max_workspace)
-rows("avg_pool1d avg_pool2d avg_pool3d", **_WINDOWED, piece=_average, workspace=_average_workspace)
+rows(
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices",
+    **_WINDOWED,
+    reduces="max",
+    piece=_max,
+    workspace=_max_workspace,
+)
+rows("avg_pool1d avg_pool2d avg_pool3d", **_WINDOWED, reduces="mean", piece=_average, workspace=_average_workspace)
 _ADAPTIVE: dict[str, Any] = {"spatial": Spatial.GLOBAL, "channel": Channel.SAME, "per_input": 1}
-rows("adaptive_avg_pool1d adaptive_max_pool1d", **_ADAPTIVE)
+rows("adaptive_avg_pool1d", **_ADAPTIVE, reduces="mean", consumes=_to_one)
+rows("adaptive_max_pool1d", **_ADAPTIVE, reduces="max", consumes=_to_one)
 rows("adaptive_avg_pool3d", **_ADAPTIVE, reduces="mean", consumes=_to_one)
 rows("adaptive_max_pool2d", **_ADAPTIVE, reduces="max", consumes=_to_one)
 rows(

@@ -75,6 +75,8 @@ def given_scale(node: fx.Node, axis: int) -> float | None:
 
 
 def _taps(at: At) -> Taps:
+    if at.axis >= _axes(at.node):
+        return at.rows, at.rows + 1
     read, _ = weighted_taps(at.node, at.axis, at.count, at.size, at.values[at.node].dtype)
     return read.min(0), read.max(0) + 1
 
@@ -103,7 +105,7 @@ def _resize(job: Job) -> Call:
     node, name = job.node, op_name(job.node)
     sizes = job.reads[0].sizes if job.reads else cast(tuple[int, int, int], job.whole)[:2]
     dtype = job.values[node].dtype
-    found = [weighted_taps(node, axis, job.sizes[axis], sizes[axis], dtype) for axis in (0, 1)]
+    found = [weighted_taps(node, axis, job.sizes[axis], sizes[axis], dtype) for axis in range(min(2, _axes(node)))]
     tables = [[(Table(read), Table(share)) for read, share in zip(*both, strict=True)] for both in found]
     scales, corners = [given_scale(node, axis) for axis in range(_axes(node))], bool(bind(node).get("align_corners"))
 
@@ -115,6 +117,8 @@ def _resize(job: Job) -> Call:
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
         x, starts = (pieces[0], run.starts[0]) if pieces else (wholes[0].to(dtype), (0, 0))
         y = _weighted_sum(x, 2, tables[0], run.rows, starts[0])
+        if len(tables) == 1:
+            return y.clone() if y is x else y
         # ONNX has no nearest rows at a given scale that are not those of the sizes, and no nearest-exact ones.
         portable = "nearest" not in name or not torch.compiler.is_exporting()
         if portable and run.columns == (0, job.sizes[1]) and x.shape[3] == sizes[1]:
@@ -205,10 +209,9 @@ def _in_front(labels: torch.Tensor) -> bool:
 
 
 _RESIZES: dict[str, Any] = {"spatial": Spatial.RESIZE, "channel": Channel.SAME, "per_output": 1, "taps": _taps}
-rows("upsample_nearest1d upsample_linear1d", **_RESIZES)
 rows(
-    """upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d upsample_nearest3d
-        upsample_trilinear3d _upsample_nearest_exact3d""",
+    """upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+        _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d""",
     **_RESIZES,
     piece=_resize,
     workspace=_workspace,
