@@ -19,7 +19,7 @@ are barriers, with the reason.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class Regions:
 
     def __init__(self, values: dict[fx.Node, Any]) -> None:
         self.values = values
+        self.before = made_before(values)
         self.dims: dict[fx.Node, Dims | None] = {}
         self.extents: dict[fx.Node, tuple[int, int]] = {}  # rows and columns of the maps
         self.beside: set[fx.Node] = set()  # windows and pads over other axes than rows and columns
@@ -122,8 +123,8 @@ class Regions:
         return self._why[node]
 
     def constant(self, node: fx.Node) -> bool:
-        """The value follows from parameters and numbers alone."""
-        return constant(node, self._constant)
+        """The value follows from parameters and numbers alone, or is made before any stage."""
+        return node in self.before or constant(node, self._constant)
 
     def lay(self, constant: fx.Node, back: tuple[int, ...]) -> None:
         """A value that follows from parameters has rows, ``back`` from its last dim."""
@@ -193,6 +194,23 @@ class Regions:
         weight, axes = bind(node).get("weight"), len(self.sizes(node)) - 2
         found = window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
         return found if axes > 1 else found.with_column()
+
+
+def made_before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What follows from sizes and parameters alone where some of it is written through views, such as the mask of a
+    shifted window: it is computed before a stage, in its own order."""
+    found: set[fx.Node] = set()
+    if any(n.meta.get("writes_view") for n in nodes):
+        for node in nodes:
+            alone = all(n in found or n.op == "get_attr" or is_size(n) for n in node.all_input_nodes)
+            if node.op == "call_function" and not is_size(node) and alone and _repeats(node):
+                found.add(node)
+    return found
+
+
+def _repeats(node: fx.Node) -> bool:
+    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not draws and node.target is not torch._C._set_grad_enabled
 
 
 def reduced_dims(dims: Dims, rank: int) -> Dims:

@@ -25,8 +25,10 @@ from splitfx.tiling.plan.stage import Kind, Stage, compile_stage
 
 Mode = Literal["auto", "stream", "grid"]
 TARGETS = (2**23, 2**22, 2**21, 2**20, 2**19, 2**18, 2**16, 2**14)  # bytes of a piece of the heaviest map of a group
+SMALL = 2**19  # pieces of so many bytes and less are looked at only while they save memory
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
-TRIES = 12  # changes of a single group that are counted for one choice
+TRIES = 12  # changes of a single group that are counted for one choice, at most
+CALLS = 400_000  # calls of kernels that may be counted for them
 LEVELS = 4  # thresholds for computing maps twice that are looked at
 
 
@@ -46,6 +48,7 @@ class _Count:
 
     point: Point
     phases: tuple[tuple[int, float], ...]
+    calls: int
 
 
 class Candidates:
@@ -83,7 +86,7 @@ class Candidates:
             phases = tuple((one.peak + self.outside, one.cost.seconds) for one in counted.spent)
             named = layer(held.binding.node) if held.binding is not None else ""
             point = Point(held.peak + self.outside, sum(s for _, s in phases), schedule, named)
-            self._known[schedule] = _Count(point, phases)
+            self._known[schedule] = _Count(point, phases, counted.calls)
         return self._known[schedule]
 
     def untiled(self) -> Point:
@@ -125,13 +128,20 @@ class Candidates:
         return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), recompute)
 
     def _family(self, recompute: float) -> Iterator[tuple[int, _Count]]:
-        """(bytes of a piece, what it takes), from the tallest strips to the lowest."""
-        phases, last = self.stage(recompute).phases, None
+        """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by."""
+        phases, last, least = self.stage(recompute).phases, None, [1 << 62] * self.stage(recompute).phases
+        idle = 0
         for target in TARGETS:
             schedule = self.strips(recompute, [target] * phases)
-            if schedule != last:
-                yield target, self._count(schedule)
-            last = schedule
+            if schedule == last:
+                continue
+            count, last = self._count(schedule), schedule
+            yield target, count
+            gains = [peak < 0.99 * known for (peak, _), known in zip(count.phases, least, strict=True)]
+            least = [min(peak, known) for (peak, _), known in zip(count.phases, least, strict=True)]
+            idle = 0 if gains[_tall(count)] or target > SMALL else idle + 1
+            if idle == 2:
+                return
 
     def grids(self, recompute: float = float("inf")) -> Iterator[Schedule]:
         stage = self.stage(recompute)
@@ -224,7 +234,8 @@ class Candidates:
 
     def improved(self, point: Point, better: Callable[[Point, Point], bool], enough: int = 0) -> Point:
         """Change one group's firing at a time as long as it is ``better(new, old)``; until ``enough`` bytes."""
-        best, tries = point, TRIES
+        calls = self._count(point.schedule).calls if point.schedule is not None else 1
+        best, tries = point, min(TRIES, CALLS // max(1, calls))
         while tries > 0 and best.schedule is not None and best.schedule.rows:
             start = best
             for other in self._neighbours(best.schedule):
@@ -240,14 +251,18 @@ class Candidates:
 
     def _neighbours(self, schedule: Schedule) -> Iterable[Schedule]:
         """One group of the phase in which the peak lies fires more or less often."""
-        stage, phases = self.stage(schedule.recompute), self._count(schedule).phases
-        tall = max(range(len(phases)), key=lambda i: phases[i])
+        stage, tall = self.stage(schedule.recompute), _tall(self._count(schedule))
         groups = sorted({k.group for k in stage.kernels if k.kind is Kind.ROWS and k.phase == tall})
         every = schedule.every or (1,) * stage.groups
         for group in groups:
             for changed in (every[group] * 2, every[group] // 2):
                 if 1 <= changed <= 512:
                     yield replace(schedule, every=(*every[:group], changed, *every[group + 1 :]))
+
+
+def _tall(count: _Count) -> int:
+    """The phase in which the peak lies."""
+    return max(range(len(count.phases)), key=lambda i: count.phases[i])
 
 
 def around(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node]) -> int:

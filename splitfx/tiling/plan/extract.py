@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
-from splitfx.analysis.regions import CONSTANT, Regions, constant
+from splitfx.analysis.regions import CONSTANT, Regions, constant, made_before
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, module_of, set_path
 from splitfx.ir.ops import is_size
@@ -78,8 +78,9 @@ def stage_graph(
     root, small = nn.Module(), fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     known: dict[fx.Node, bool] = {}
+    before = made_before(graph.graph.nodes)
     for node in sources:
-        name = f"{CONSTANT}{node.name}" if constant(node, known) else node.name
+        name = f"{CONSTANT}{node.name}" if node in before or constant(node, known) else node.name
         copied[node] = like(small.placeholder(name), node)
 
     def copy(node: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ import enum
 import torch
 from torch import fx
 
-from splitfx.analysis.regions import Regions
+from splitfx.analysis.regions import Regions, made_before
 from splitfx.ir.graph import Staged, module_of
 from splitfx.ir.ops import STRUCTURE, UNKNOWN, Spatial, bind, in_place, is_size, op, op_name
 
@@ -57,10 +57,12 @@ class Roles:
     def __init__(self, graph: fx.GraphModule, regions: Regions) -> None:
         self.kind: dict[fx.Node, Kind | None] = {}
         self.why: dict[fx.Node, str] = {}
-        apart = _out_of_order(graph)
+        apart, before = _out_of_order(graph), made_before(graph.graph.nodes)
         for node in graph.graph.nodes:
             self.kind[node], self.why[node] = self._role(node, regions)
-            if node in apart and self.kind[node] is not Kind.SOURCE:
+            if node in before:
+                self.kind[node], self.why[node] = Kind.SOURCE if is_source(node, regions) else None, ""
+            elif node in apart and self.kind[node] is not Kind.SOURCE:
                 self.kind[node], self.why[node] = None, apart[node]
 
     def _role(self, node: fx.Node, regions: Regions) -> tuple[Kind | None, str]:
@@ -131,6 +133,10 @@ def _is_constant(node: fx.Node, regions: Regions) -> bool:
     return known and isinstance(regions.values[node], torch.Tensor) and not in_place(node)
 
 
+def is_source(node: fx.Node, regions: Regions) -> bool:
+    return node.op == "call_function" and isinstance(regions.values[node], torch.Tensor)
+
+
 def _out_of_order(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """Nodes that no stage may take along, because more than their operands ties them to their place, and why."""
     nodes, found = list(graph.graph.nodes), dict[fx.Node, str]()
@@ -143,7 +149,8 @@ def _out_of_order(graph: fx.GraphModule) -> dict[fx.Node, str]:
     for node in nodes if section else ():
         if sections[node] != first:
             found[node] = "runs with gradients switched another way than the stage"
-    writes = [n for n in nodes if n.meta.get("writes_view")]
+    before = made_before(graph.graph.nodes)
+    writes = [n for n in nodes if n.meta.get("writes_view") and n not in before]
     for node in nodes if writes else ():
         if node.op not in ("placeholder", "get_attr"):
             found[node] = f"{writes[0].name} overwrites a value through a view of it: the order of all nodes matters"

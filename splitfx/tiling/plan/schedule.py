@@ -128,11 +128,21 @@ class Scheduler:
         sources |= {k for k in inside if not k.reads}  # made of whole values, at the pace of the others
         steps, every = self._steps(sources), self.schedule.every
         order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
-        for step in range(1, steps + 1):
-            due = [kernels for pause, kernels in order if step == steps or step % pause == 0]
+        step = 0
+        while step < steps or any(self.buffers[k].done < self._stop(k) for k in inside):
+            step += 1
+            due = [(pause, kernels) for pause, kernels in order if steps == 1 or step % pause == 0]
             released = {k: self._released(k, step, steps) for k in sources} if due else {}
-            for kernels in due:
-                yield from self._fire_group(kernels, released)
+            for pause, kernels in due:
+                yield from self._fire_group(kernels, released, pause if steps > 1 else 0)
+
+    def _most(self, kernel: Kernel, pause: int) -> int:
+        """The row up to which a kernel may be computed at once: as fast as strips come in, also when the last of them
+        are there and much of what is behind them is not."""
+        if not pause:
+            return self._stop(kernel)
+        pace = -(-pause * self.schedule.rows * kernel.rows // self.stage.clock)
+        return min(self._stop(kernel), self.buffers[kernel].done + max(1, pace))
 
     def _steps(self, sources: set[Kernel]) -> int:
         if not self.schedule.rows:
@@ -150,11 +160,11 @@ class Scheduler:
 
     # ------------------------------------------------------------ one firing of a group
 
-    def _fire_group(self, kernels: list[Kernel], released: dict[Kernel, int]) -> Iterator[Instruction]:
+    def _fire_group(self, kernels: list[Kernel], released: dict[Kernel, int], pause: int) -> Iterator[Instruction]:
         inside = set(kernels)
         ready: dict[Kernel, int] = {}
         for kernel in kernels:  # forward: how far each could go
-            limit = released.get(kernel, self._stop(kernel))
+            limit = min(released.get(kernel, self._stop(kernel)), self._most(kernel, pause))
             for operand, edge, _ in kernel.reads:
                 there = ready.get(operand)
                 if there is None:

@@ -33,6 +33,8 @@ from splitfx.ir.ops.pieces import Job, Read
 from splitfx.ir.ops.row import Dims
 from splitfx.tiling.plan.roles import Kind, Roles, is_norm, reduction
 
+BACK = 80  # kernels that are looked at on the way back to a smaller value
+
 
 @dataclass(eq=False)
 class Kernel:
@@ -181,7 +183,7 @@ class Stage:
         ways = (k for k in self.kernels if k.kind is not Kind.WHOLE and (k.joined or k.node in self.regions.across))
         return next(ways, None) or next((k for k in self.kernels if k.kind is Kind.REDUCE and k.keeps_columns), None)
 
-    @property
+    @kept
     def clock(self) -> int:
         """Rows of the first map that is complete at once, in which strips are counted."""
         maps = [k for k in self.kernels if k.dims is not None and k.complete and not self.regions.constant(k.node)]
@@ -367,10 +369,10 @@ class _Builder:
                     continue
                 if operand.bytes < self.recompute:
                     continue
-                last = {k: max((u.phase for u in users), default=-1) for k, users in readers.items()}
-                root = self._smallest_before(operand, kernel.phase, given, last)
-                if root is not operand:
-                    kernel.reads[place] = (self._clone(operand, root, kernel.phase, again), h, w)
+                kept = {k for k, users in readers.items() if any(u.phase >= kernel.phase for u in users)}
+                roots = self._smallest_before(operand, kept | given)
+                if operand not in roots:
+                    kernel.reads[place] = (self._clone(operand, roots, kernel.phase, again), h, w)
                     readers = self._readers()
         self._order()
 
@@ -390,28 +392,28 @@ class _Builder:
             visit(self.of[node])
         self.kernels = sorted(ordered, key=lambda k: k.kind is not Kind.SOURCE)
 
-    def _smallest_before(self, kernel: Kernel, phase: int, given: set[Kernel], last: dict[Kernel, int]) -> Kernel:
-        """The value on the way back from ``kernel`` that is cheapest to keep until a later phase: what is kept until
-        then anyway costs nothing. Of equals the first."""
-        best, cost = kernel, kernel.bytes
-        while kernel.kind is Kind.ROWS and len(kernel.reads) == 1 and all(k.dims is None for k in kernel.takes):
-            kernel = kernel.reads[0][0]
-            free = kernel.kind is Kind.SOURCE or kernel in given or last[kernel] >= phase
-            size = 0 if free else kernel.bytes
-            if size < cost:
-                best, cost = kernel, size
-            if free:
+    def _smallest_before(self, kernel: Kernel, kept: set[Kernel]) -> set[Kernel]:
+        """The values on the way back from ``kernel`` that are cheapest to keep until a later phase, and that it can be
+        computed from again; those that are ``kept`` until then anyway cost nothing."""
+        order = {k: i for i, k in enumerate(self.kernels)}
+        frontier, best, least = {kernel}, {kernel}, kernel.bytes
+        for _ in range(BACK):
+            paid = [k for k in frontier if k.kind is not Kind.SOURCE and (k is kernel or k not in kept)]
+            cost = sum(k.bytes for k in paid)
+            if cost < least:
+                best, least = set(frontier), cost
+            last = max(paid, key=order.__getitem__, default=None)
+            if last is None or last.kind is not Kind.ROWS or any(k.dims is not None for k in last.takes):
                 break
+            frontier = (frontier - {last}) | {k for k, _, _ in last.reads}
         return best
 
-    def _clone(self, kernel: Kernel, root: Kernel, phase: int, known: dict[tuple[Kernel, int], Kernel]) -> Kernel:
-        if kernel is root or kernel.complete:
+    def _clone(self, kernel: Kernel, roots: set[Kernel], phase: int, known: dict[Any, Kernel]) -> Kernel:
+        if kernel in roots or kernel.complete:
             return kernel
         if (kernel, phase) not in known:
-            reads = [(self._clone(k, root, phase, known), h, w) for k, h, w in kernel.reads]
-            twin = replace(
-                kernel, index=len(self.kernels), reads=reads, takes=list(kernel.takes), phase=phase, again=True
-            )
+            reads = [(self._clone(k, roots, phase, known), h, w) for k, h, w in kernel.reads]
+            twin = replace(kernel, reads=reads, takes=list(kernel.takes), phase=phase, again=True)
             known[kernel, phase] = twin
             self.kernels.append(twin)
         return known[kernel, phase]
