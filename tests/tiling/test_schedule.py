@@ -44,7 +44,9 @@ def stage(name: str, schedule: Schedule) -> Stage:
 
 
 def reads(one: object) -> tuple[int, ...]:
-    if isinstance(one, Take | Store | Reduce):
+    if isinstance(one, Reduce):
+        return one.srcs
+    if isinstance(one, Take | Store):
         return (one.src,)
     if isinstance(one, Join | Run):
         return one.srcs

@@ -128,9 +128,11 @@ class Scheduler:
         sources |= {k for k in inside if not k.reads}  # made of whole values, at the pace of the others
         steps, every = self._steps(sources), self.schedule.every
         order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
-        step = 0
-        while step < steps or any(self.buffers[k].done < self._stop(k) for k in inside):
+        ends = [k for k in inside if _ends(k, inside)]
+        step, longest = 0, max(pause for pause, _ in order)
+        while step < steps or any(self.buffers[k].done < self._stop(k) for k in ends):
             step += 1
+            assert step < 4 * (steps + longest) + 8 * self.stage.clock, "every few steps compute rows of some kernel"
             due = [(pause, kernels) for pause, kernels in order if steps == 1 or step % pause == 0]
             released = {k: self._released(k, step, steps) for k in sources} if due else {}
             for pause, kernels in due:
@@ -164,7 +166,9 @@ class Scheduler:
         inside = set(kernels)
         ready: dict[Kernel, int] = {}
         for kernel in kernels:  # forward: how far each could go
-            limit = min(released.get(kernel, self._stop(kernel)), self._most(kernel, pause))
+            limit = released.get(kernel, self._stop(kernel))
+            if _ends(kernel, inside):
+                limit = min(limit, self._most(kernel, pause))
             for operand, edge, _ in kernel.reads:
                 there = ready.get(operand)
                 if there is None:
@@ -178,7 +182,7 @@ class Scheduler:
             ready[kernel] = max(limit, self.buffers[kernel].done)
         target = {k: self.buffers[k].done for k in kernels}
         for kernel in reversed(kernels):  # backward: how far each has to go
-            if kernel.kind is Kind.REDUCE or kernel.home >= 0 or any(u not in inside for u, _, _ in kernel.users):
+            if _ends(kernel, inside):
                 target[kernel] = max(target[kernel], ready[kernel])
             if target[kernel] > self.buffers[kernel].done:
                 for operand, edge, _ in kernel.reads:
@@ -441,6 +445,11 @@ class Scheduler:
         """The columns that are there of a value."""
         every = (0, operand.sizes[1])
         return every if operand.complete or operand.home >= 0 else self.wanted[1].get(operand, every)
+
+
+def _ends(kernel: Kernel, inside: set[Kernel]) -> bool:
+    """Something beyond these kernels waits for its rows."""
+    return kernel.kind is Kind.REDUCE or kernel.home >= 0 or any(u not in inside for u, _, _ in kernel.users)
 
 
 def _complete(kernel: Kernel, register: int) -> Buffer:

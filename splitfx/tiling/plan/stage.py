@@ -33,7 +33,7 @@ from splitfx.ir.ops.pieces import Job, Read
 from splitfx.ir.ops.row import Dims
 from splitfx.tiling.plan.roles import Kind, Roles, is_norm, reduction
 
-BACK = 80  # kernels that are looked at on the way back to a smaller value
+BACK = 24  # kernels that are looked at on the way back to a smaller value
 
 
 @dataclass(eq=False)
@@ -402,6 +402,8 @@ class _Builder:
             cost = sum(k.bytes for k in paid)
             if cost < least:
                 best, least = set(frontier), cost
+            if least <= kernel.bytes / 2:
+                break  # going on would compute much again for little
             last = max(paid, key=order.__getitem__, default=None)
             if last is None or last.kind is not Kind.ROWS or any(k.dims is not None for k in last.takes):
                 break
