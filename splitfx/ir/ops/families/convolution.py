@@ -141,7 +141,11 @@ def _transposed_piece(job: Job) -> Call:
         ends = _ends(job.rule, job.spans(run), run.starts[0], pieces[0].shape[2:])
         if max(map(max, ends)) <= 0:  # only rows and columns that are cut off
             return padded(convolve(pieces[0], w, b, stride, 0, 0, groups, dilation), ends)
-        y = padded(convolve(pieces[0], w, None, stride, 0, 0, groups, dilation), ends)
+        y = convolve(pieces[0], w, None, stride, 0, 0, groups, dilation)
+        if any(min(one) < 0 < max(one) for one in ends):  # perhaps none of its rows: what lacks is put on first
+            y = padded(y, [(max(before, 0), max(after, 0)) for before, after in ends])
+            ends = [(min(before, 0), min(after, 0)) for before, after in ends]
+        y = padded(y, ends)
         if b is None:
             return y
         b = b.to(y.dtype)[(..., *[None] * len(ends))]
