@@ -18,7 +18,11 @@ def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None
         read = kernel.reads[0][0] if kernel.reads else kernel
         return part_bytes(read.row_bytes, read.sizes[1], *span.count) if kernel.role == "statistics" else 0
     workspace = kernel.row.workspace
-    if workspace is None or kernel.role or (not kernel.reads and kernel.spatial is not Spatial.RESIZE):
+    if (
+        workspace is None
+        or kernel.role
+        or (not kernel.reads and kernel.spatial not in (Spatial.RESIZE, Spatial.PAD, Spatial.MOVE))
+    ):
         return 0
     if kernel.spatial is Spatial.WINDOW and pads is None:
         return 0

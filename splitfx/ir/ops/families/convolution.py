@@ -142,7 +142,7 @@ def _transposed_piece(job: Job) -> Call:
         if max(map(max, ends)) <= 0:  # only rows and columns that are cut off
             return padded(convolve(pieces[0], w, b, stride, 0, 0, groups, dilation), ends)
         y = convolve(pieces[0], w, None, stride, 0, 0, groups, dilation)
-        if any(min(one) < 0 < max(one) for one in ends):  # perhaps none of its rows: what lacks is put on first
+        if any(min(one) < -n for one, n in zip(ends, y.shape[2:], strict=True)):  # none of its rows are wanted
             y = padded(y, [(max(before, 0), max(after, 0)) for before, after in ends])
             ends = [(min(before, 0), min(after, 0)) for before, after in ends]
         y = padded(y, ends)

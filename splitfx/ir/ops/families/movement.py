@@ -300,11 +300,7 @@ def _reshape(job: Job) -> Call:
         y = pieces[0].reshape(wanted)
         if split > 1 and y.shape[dims[0]] != count:
             y = y.narrow(dims[0], first, count)
-        return (
-            y
-            if run.over >= 0 and y.shape[dims[0]] == count * unit and y._base is None
-            else y.clone(memory_format=torch.contiguous_format)
-        )
+        return y if run.over >= 0 else y.clone(memory_format=torch.contiguous_format)
 
     return call
 
