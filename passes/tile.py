@@ -228,7 +228,8 @@ def _check_grid(candidates: Candidates, grid: tuple[int, int]) -> None:
         return
     stage = candidates.stage(float("inf"))
     if not stage.divides:
-        whole = next(k for k in stage.kernels if k.kind is Kind.REDUCE or any(o.dims is not None for o in k.takes))
+        waits = (k for k in stage.kernels if k.kind is Kind.REDUCE or any(o.dims is not None for o in k.takes))
+        whole = stage.across or next(waits)
         raise PlanError(
             f"pass 'tile': a grid needs every tile to stand alone, but {layer(whole.node)} ({op_name(whole.node)}) "
             "reads the whole map and layers behind it read the result: use rows, or until=... before it"

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage, has_storage, key
-from splitfx.ground.exclusive import exclusive, twin
+from splitfx.ground.exclusive import Autocast, casting, exclusive, twin
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import Result, op, op_name
 
@@ -107,11 +107,12 @@ def _lifetimes(
 class Temporaries:
     """Bytes that an operator allocates and frees before it returns, found by running it on fake tensors.
 
-    Only operators that are made of others can allocate such tensors; equal calls are run once.
+    Only operators that are made of others can allocate such tensors; equal calls are run once, under the ``autocast``
+    that the values are of.
     """
 
-    def __init__(self, shapes: dict[fx.Node, Any]) -> None:
-        self.shapes = shapes
+    def __init__(self, shapes: dict[fx.Node, Any], autocast: Autocast = ()) -> None:
+        self.shapes, self.autocast = shapes, autocast
         self.known: dict[Any, int] = {}
 
     def __call__(self, node: fx.Node) -> int:
@@ -147,7 +148,7 @@ class Temporaries:
             return 0
         module, mode = module_of(node), getattr(given[0], "fake_mode", None)
         assert mode is not None, f"{node.name} has no fake operands"
-        with exclusive(), torch.no_grad(), mode:
+        with exclusive(), casting(self.autocast), torch.no_grad(), mode:
             call: Any = node.target if module is None else twin(module, _fake)
             state = () if module is None else (*call.parameters(), *call.buffers())
             with LiveStorage(state=[*given, *state]) as watch:

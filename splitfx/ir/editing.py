@@ -61,42 +61,53 @@ def tidy(graph: fx.GraphModule) -> None:
     used_modules = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
     used_values = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     kept = used_modules | used_values | _kept_aliases(graph, used_modules | used_values)
-    _prune(graph, "", kept)
+    above = {path[:end] for path in kept for end in (*(i for i, c in enumerate(path) if c == "."), len(path))}
+    _prune(graph, "", kept, above)
     verify(graph)
     graph.recompile()
 
 
 def _kept_aliases(graph: fx.GraphModule, used: set[str]) -> set[str]:
-    """Second names stay while the first is in use; others are forgotten."""
-    from splitfx.ir.graph import info
+    """Second names stay while the first is in use, which may have moved into a part that a pass has made; others are
+    forgotten."""
+    from splitfx.ir.graph import Staged, info
 
     aliases = info(graph).aliases
+    staged = {path: part for path in used if isinstance(part := graph._modules.get(path), Staged)}
+    moved = {f"{path}.stage.{n.target}" for path, part in staged.items() for n in part.stage.graph.nodes}
     under = lambda path: any(path == u or path.startswith(u + ".") or u.startswith(path + ".") for u in used)  # noqa: E731
-    for alias in [a for a, path in aliases.items() if not under(path)]:
-        del aliases[alias]
+    for alias, path in [(a, path) for a, path in aliases.items() if not under(path)]:
+        there = (f"{part}.stage.{path}" for part in staged)
+        held = next((p for p in there if any(m == p or m.startswith(p + ".") for m in moved)), None)
+        if held is None:
+            del aliases[alias]
+        else:
+            aliases[alias] = held
     return set(aliases)
 
 
-def _prune(module: nn.Module, path: str, kept: set[str]) -> bool:
-    """Whether anything at or under ``path`` is read; what is not is removed."""
-    if path in kept:
-        return True
-    alive = False
-    for name in list(module._modules):
-        child = module._modules[name]
-        below = f"{path}.{name}" if path else name
-        if child is not None and _prune(child, below, kept):
-            alive = True
-        else:
+def _prune(module: nn.Module, path: str, kept: set[str], above: set[str]) -> None:
+    """Remove what is neither ``kept`` nor ``above`` something that is, at and under ``path``."""
+    full = (lambda name: f"{path}.{name}") if path else str
+    for name, child in list(module._modules.items()):
+        if child is None or full(name) not in above:
             del module._modules[name]
-    for table in (module._parameters, module._buffers):
-        for name in [n for n in table if (f"{path}.{n}" if path else n) not in kept]:
-            del table[name]
-        alive = alive or bool(table)
-    for name in [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and n not in module._buffers]:
-        if (f"{path}.{name}" if path else name) not in kept:
+        elif full(name) not in kept:  # a part that a pass has made may hold the same module, with all its tensors
+            module._modules[name] = own = _shallow(child)
+            _prune(own, full(name), kept, above)
+    plain = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    for name in (*module._parameters, *module._buffers, *plain):
+        if full(name) not in kept:
             delattr(module, name)
-    return alive
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The module anew, to take things out of: it shares everything that it holds."""
+    made = object.__new__(type(module))
+    vars(made).update(vars(module))
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(made)[table] = dict(vars(module)[table])
+    return made
 
 
 def readers_of_memory(node: fx.Node) -> set[fx.Node]:

@@ -248,14 +248,8 @@ def test_a_leaf_that_is_not_the_identity() -> None:
 # ---------------------------------------------------------------- roles and phases
 
 REASONS = {
-    "circular": "circular padding",
     "instance norm with running statistics": "running statistics",
-    "softmax over W": "no spatial rule",
-    "mean over H": "reduces over",
-    "flip": "no spatial rule",
-    "concat of rows": "no spatial rule",
     "pad channels": "padding of channels",
-    "pool with indices": "more than a map",
     "group norm channels last": "channels in front",
 }
 

@@ -238,7 +238,7 @@ class Flat(nn.Module):
 @pytest.mark.parametrize("rows", [0, 3, 64])
 def test_results_own_memory_of_exactly_their_size(grad: bool, rows: int) -> None:
     graph = splitfx.trace(Flat().eval(), torch.randn(1, 3, 14, 10))
-    split = run_pass(graph, Tile(rows=rows) if rows else Tile(budget="least"))[0]
+    split = run_pass(graph, Tile(rows=rows) if rows else Tile(grid=(2, 2)))[0]
     x = torch.randn(1, 3, 14, 10)
     with torch.set_grad_enabled(grad):
         found = tiled_of(split)(x)

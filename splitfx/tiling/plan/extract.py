@@ -10,7 +10,7 @@ from torch import fx, nn
 from splitfx.analysis.regions import CONSTANT, Regions, constant, made_before
 from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, module_of, set_path
-from splitfx.ir.ops import is_size
+from splitfx.ir.ops import is_size, op
 from splitfx.ir.walks import ancestors
 from splitfx.tiling.plan.stage import Kind, Roles
 
@@ -32,7 +32,8 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
 
 
 def _trimmed(nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
-    """A stage without its ends that run whole anyway, such as the tokens behind a last map: they stay as they are."""
+    """A stage without its ends that run whole anyway, such as the tokens behind a last map, or that only read the last
+    map in another form: they stay as they are."""
     beyond: set[fx.Node] = set()  # follows from a whole map, or from no map at all
     for node in nodes:
         operands = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
@@ -43,7 +44,8 @@ def _trimmed(nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.No
             beyond.add(node)
     kept: set[fx.Node] = set()
     for node in reversed(nodes):
-        if node not in beyond or any(user in kept for user in node.users):
+        end = node in beyond or op(node).reshapes
+        if not end or any(user in kept for user in node.users):
             kept.add(node)
     parts = {user for node in kept if not isinstance(regions.values[node], torch.Tensor) for user in node.users}
     return [n for n in nodes if n in kept or n in parts]

@@ -25,7 +25,7 @@ from torch import fx, nn
 from splitfx.analysis.live import has_storage, key
 from splitfx.analysis.memory import Temporaries
 from splitfx.analysis.regions import NCHW, Edge, Regions
-from splitfx.ground.exclusive import kept
+from splitfx.ground.exclusive import Autocast, kept
 from splitfx.ir.graph import module_of, output_node
 from splitfx.ir.ops import Op, Result, Spatial, Window, bind, op, op_name
 from splitfx.ir.ops.families.padding import in_front
@@ -198,21 +198,23 @@ def compile_stage(
     values: dict[fx.Node, Any],
     recompute: float = float("inf"),
     macs: dict[fx.Node, float] | None = None,
+    autocast: Autocast = (),
 ) -> Stage:
-    """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values.
+    """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
     ``recompute``: maps of this many bytes or more, that wait for a reduction over themselves, are computed a second
     time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
     """
-    return _Builder(graph, values, recompute, macs or {}).build()
+    return _Builder(graph, values, recompute, macs or {}, Temporaries(values, autocast)).build()
 
 
 class _Builder:
     def __init__(
-        self, graph: fx.GraphModule, values: dict[fx.Node, Any], recompute: float, macs: dict[fx.Node, float]
-    ) -> None:
-        self.temporary = Temporaries(values)
+        self, graph: fx.GraphModule, values: dict[fx.Node, Any], recompute: float, macs: dict[fx.Node, float],
+        temporary: Temporaries,
+    ) -> None:  # fmt: skip
         self.graph, self.values, self.recompute, self.macs = graph, values, recompute, macs
+        self.temporary = temporary
         self.regions = Regions(values)
         self.roles = Roles(graph, self.regions)
         self.of: dict[fx.Node, Kernel] = {}

@@ -87,8 +87,8 @@ def _chain(tiled: Tiled, inputs: Sequence[torch.Tensor]) -> _Chain:
 
 def _made(graph: fx.GraphModule, specs: tuple[TensorSpec, ...], cast: Autocast) -> _Chain:
     values = shapes(graph, specs, cast)
-    plans = divided(graph, compile_stage(graph, values))
-    segments = [Segment.of(graph, values, plan) for plan in plans]
+    plans = divided(graph, compile_stage(graph, values, autocast=cast))
+    segments = [Segment.of(graph, values, plan, cast) for plan in plans]
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     return _Chain(inputs, list(output_node(graph).all_input_nodes), segments)
 
@@ -112,11 +112,11 @@ class Segment:
     lock: Any = field(default_factory=threading.Lock)
 
     @staticmethod
-    def of(graph: fx.GraphModule, values: dict[fx.Node, Any], plan: Plan) -> Segment:
+    def of(graph: fx.GraphModule, values: dict[fx.Node, Any], plan: Plan, cast: Autocast) -> Segment:
         small, sources, exits, copied = stage_graph(graph, plan.nodes)
         for target in {str(n.target) for n in small.graph.nodes if n.op == "call_module"}:
             set_path(small, target, twin(small.get_submodule(target), lambda tensor: tensor))
-        stage = compile_stage(small, {new: values[old] for old, new in copied.items()})
+        stage = compile_stage(small, {new: values[old] for old, new in copied.items()}, autocast=cast)
         program = Program(stage, _schedule(stage))
         parameters = [name for name, _ in small.named_parameters(remove_duplicate=False)]
         buffers = [name for name, _ in small.named_buffers(remove_duplicate=False)]

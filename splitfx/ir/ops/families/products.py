@@ -85,6 +85,8 @@ def _product(at: Placed) -> Dims | None:
     """Rows of the first operand, with the second whole; places of the second, with the first whole; or of both, where
     each has matrices of its own."""
     a, b, rank = _ends(at, at.bound["input"]), _ends(at, _second(at.bound)), len(at.sizes)
+    if at.bound["input"] is _second(at.bound) and not (a is not None and a[0][0] < -2):
+        return None  # it would be read in rows and whole
     if a is not None and b is not None and a[0][0] < -2 and b[0][0] < -2:
         return _batch(a, rank) if _same_rows(a, b) else None
     if a is not None and a[0][0] == -2 and (b is None or b[0][0] >= -2):
@@ -132,6 +134,8 @@ def _attends(at: Placed) -> Dims | None:
     if q[0][0] < -2:
         alike = k is not None and v is not None and _same_rows(q, k) and _same_rows(q, v)
         return _batch(q, rank) if alike else None
+    if at.bound["query"] in (at.bound["key"], at.bound["value"]):
+        return None  # it would be read in rows and whole
     return _queries(q, rank) if q[0][0] == -2 and all(o is None or o[0][0] >= -2 for o in (k, v)) else None
 
 
