@@ -143,3 +143,68 @@ class UNet3d(nn.Module):
 def _pair(ins: int, outs: int) -> nn.Sequential:
     layers = [(nn.Conv3d(i, outs, 3, 1, 1, bias=False), nn.BatchNorm3d(outs), nn.ReLU()) for i in (ins, outs)]
     return nn.Sequential(*layers[0], *layers[1])
+
+
+class CausalConv3d(nn.Module):
+    """A conv over time, height and width that looks back in time only, as video decoders do (Wan, CogVideoX)."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(ins, outs, 3, padding=(0, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 0, 0, 0, 2, 0)))
+
+
+class CausalBlock(nn.Module):
+    """Two causal convs behind norms over channels, with a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = CausalConv3d(width, width), CausalConv3d(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5))
+        return x + self.second(F.silu(F.normalize(y, dim=1) * x.shape[1] ** 0.5))
+
+
+class CausalDecoder(nn.Module):
+    """A decoder of video latents, [N, 8, T, H, W] to [N, 3, T, 8 H, 8 W]: causal in time, norms over channels."""
+
+    def __init__(self, widths: tuple[int, ...] = (64, 48, 32, 16)) -> None:
+        super().__init__()
+        self.first = CausalConv3d(8, widths[0])
+        self.blocks = nn.ModuleList(CausalBlock(width) for width in widths)
+        self.turns = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in pairwise(widths))
+        self.last = CausalConv3d(widths[-1], 3)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = self.first(z)
+        for place, block in enumerate(self.blocks):
+            if place:
+                z = F.interpolate(self.turns[place - 1](z), scale_factor=(1.0, 2.0, 2.0))
+            z = block(z)
+        return self.last(z)
+
+
+class Separator(nn.Module):
+    """A separator of audio, [N, 1, samples]: strided convs down, dilated convs, transposed convs up, with skips."""
+
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__()
+        sizes = [1] + [width * 2**min(i, 2) for i in range(depth)]
+        self.down = nn.ModuleList(nn.Conv1d(a, b, 8, 4, 2) for a, b in pairwise(sizes))
+        self.middle = nn.ModuleList(nn.Conv1d(sizes[-1], sizes[-1], 3, padding=2**i, dilation=2**i) for i in range(4))
+        self.up = nn.ModuleList(nn.ConvTranspose1d(b, a, 8, 4, 2) for a, b in pairwise(sizes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for layer in self.down:
+            kept.append(x)
+            x = F.gelu(layer(x))
+        for layer in self.middle:
+            x = x + F.gelu(layer(x))
+        for layer, before in zip(reversed(self.up), reversed(kept), strict=True):
+            x = layer(x)
+            x = F.gelu(x + before) if before.shape[1] > 1 else x
+        return x

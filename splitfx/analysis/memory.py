@@ -115,14 +115,16 @@ class Temporaries:
         self.shapes, self.autocast = shapes, autocast
         self.known: dict[Any, int] = {}
 
-    def __call__(self, node: fx.Node) -> int:
+    def __call__(self, node: fx.Node, dense: bool = False) -> int:
+        """``dense``: its operands lie in memory without gaps, whatever they are in the graph."""
         if op_name(node) == "tiled":
             return self._tiled(node)
         if node.op not in ("call_function", "call_module") or not is_composite(node):
             return 0
-        signature = self._signature(node)
+        args, kwargs = self._values(node, dense)
+        signature = self._signature(node, (args, kwargs))
         if signature not in self.known:
-            self.known[signature] = self._run(node)
+            self.known[signature] = self._run(node, args, kwargs)
         return self.known[signature]
 
     def _tiled(self, node: fx.Node) -> int:
@@ -132,17 +134,20 @@ class Temporaries:
         apart = [*given, *pytree.tree_leaves(self.shapes[node])]
         return max(0, module.program(given).peak - sum(t.numel() * t.element_size() for t in apart))
 
-    def _values(self, node: fx.Node) -> tuple[Any, Any]:
-        return map_arg((node.args, node.kwargs), lambda n: self.shapes[n])
+    def _values(self, node: fx.Node, dense: bool) -> Any:
+        def value(n: fx.Node) -> Any:
+            held = self.shapes[n]
+            return held.contiguous() if dense and has_storage(held) else held
 
-    def _signature(self, node: fx.Node) -> Any:
+        return map_arg((node.args, node.kwargs), value)
+
+    def _signature(self, node: fx.Node, values: Any) -> Any:
         module = module_of(node)
-        leaves = pytree.tree_leaves(self._values(node))
+        leaves = pytree.tree_leaves(values)
         what = [str(node.target)] if module is None else [repr(module), *map(_form, module.parameters())]
         return tuple(what), tuple(_form(v) if has_storage(v) else str(v) for v in leaves)
 
-    def _run(self, node: fx.Node) -> int:
-        args, kwargs = self._values(node)
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> int:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if has_storage(t)]
         if not given:
             return 0

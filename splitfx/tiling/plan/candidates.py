@@ -26,6 +26,7 @@ from splitfx.tiling.plan.stage import Kind, Stage, compile_stage
 Mode = Literal["auto", "stream", "grid"]
 TARGETS = (2**23, 2**22, 2**21, 2**20, 2**19, 2**18, 2**16, 2**14)  # bytes of a piece of the heaviest map of a group
 SMALL = 2**19  # pieces of so many bytes and less are looked at only while they save memory
+FEW = 8  # and pieces of a map that is cut into so many and more
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
 TRIES = 12  # changes of a single group that are counted for one choice, at most
 CALLS = 400_000  # calls of kernels that may be counted for them
@@ -106,7 +107,8 @@ class Candidates:
         waiting = sorted({float(k.bytes) for k in later}, reverse=True)
         if not waiting:
             return [float("inf")]
-        return [float("inf"), *waiting[: LEVELS - 2], 0.0]
+        places = {round(i * (len(waiting) - 1) / (LEVELS - 2)) for i in range(LEVELS - 2)}
+        return [float("inf"), *(waiting[place] for place in sorted(places)), 0.0]
 
     def strips(self, recompute: float, targets: Sequence[int]) -> Schedule:
         """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
@@ -129,7 +131,8 @@ class Candidates:
 
     def _family(self, recompute: float) -> Iterator[tuple[int, _Count]]:
         """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by."""
-        phases, last, least = self.stage(recompute).phases, None, [1 << 62] * self.stage(recompute).phases
+        stage = self.stage(recompute)
+        phases, last, least = stage.phases, None, [1 << 62] * stage.phases
         idle = 0
         for target in TARGETS:
             schedule = self.strips(recompute, [target] * phases)
@@ -137,9 +140,11 @@ class Candidates:
                 continue
             count, last = self._count(schedule), schedule
             yield target, count
-            gains = [peak < 0.99 * known for (peak, _), known in zip(count.phases, least, strict=True)]
+            before, tall = max(least), _tall(count)
+            gains = count.phases[tall][0] < 0.99 * least[tall]
             least = [min(peak, known) for (peak, _), known in zip(count.phases, least, strict=True)]
-            idle = 0 if gains[_tall(count)] or target > SMALL else idle + 1
+            large = target > SMALL or schedule.rows * max(schedule.every, default=1) * FEW > stage.clock
+            idle = 0 if gains or large or max(least) < 0.99 * before else idle + 1
             if idle == 2:
                 return
 

@@ -1,11 +1,17 @@
-"""The cost of a schedule: what the planner estimates time from, counted while the instructions are made."""
+"""What a schedule costs, and what kernels allocate for themselves: counted while the instructions are made.
+
+The planner estimates time from multiply-accumulates, bytes moved, weights read and calls. What a kernel allocates
+(padded pieces, rows of a pool or a resize) the rows of the operations say (`splitfx.ir.ops`), by the same functions by
+which pieces are computed, so that kernels and the prediction of the peak cannot disagree.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from splitfx.tiling.plan.instructions import Interval
-from splitfx.tiling.plan.stage import Kernel
+from splitfx.ir.ops import Spatial
+from splitfx.ir.ops.pieces import Interval, Pads, Span, part_bytes
+from splitfx.tiling.plan.stage import Kernel, Kind
 
 # Seconds per multiply-accumulate, per byte written or read, per byte of weights read by a call, and per call: one core
 # of a server, measured once. Only their ratios matter: they rank candidates.
@@ -41,3 +47,22 @@ class CostMeter:
         self.macs += kernel.macs_per_row * max(1, kernel.sizes[0])
         self.moved_bytes += kernel.bytes + sum(k.bytes for k in kernel.takes)
         self.fired[kernel] += 1
+
+
+def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None) -> int:
+    """The most bytes that a kernel holds beyond its operands and its result, for one piece of it."""
+    span = Span(rows, columns, pads)
+    if kernel.kind is Kind.REDUCE:
+        read = kernel.reads[0][0] if kernel.reads else kernel
+        return part_bytes(read.row_bytes, read.sizes[1], *span.count) if kernel.role == "statistics" else 0
+    workspace = kernel.row.workspace
+    if workspace is None:
+        return kernel.temporary_bytes * span.count[0] // max(1, kernel.rows)
+    if (
+        kernel.role
+        or (not kernel.reads and kernel.spatial not in (Spatial.RESIZE, Spatial.PAD, Spatial.MOVE))
+    ):
+        return 0
+    if kernel.spatial is Spatial.WINDOW and pads is None:
+        return 0
+    return workspace(kernel.job, span)

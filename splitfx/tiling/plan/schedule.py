@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from splitfx.ir.ops import Spatial
 from splitfx.tiling.plan.buffers import Buffer, Chunk
 from splitfx.tiling.plan.instructions import (
     Finish,
@@ -35,9 +36,8 @@ from splitfx.tiling.plan.instructions import (
     Store,
     Take,
 )
-from splitfx.tiling.plan.meter import CostMeter
+from splitfx.tiling.plan.meter import CostMeter, scratch
 from splitfx.tiling.plan.registers import Registers
-from splitfx.tiling.plan.scratch import scratch
 from splitfx.tiling.plan.stage import Kernel, Kind, Stage
 
 
@@ -59,6 +59,7 @@ class Scheduler:
         self.spent: list[Spent] = []
         self.calls = 0
         self.buffers: dict[Kernel, Buffer] = {}
+        self.totals: dict[Kernel, int] = {}  # what reductions have added up so far
         self.takers = {k: set(k.takers) for k in stage.kernels if k.takers}
 
     # ------------------------------------------------------------ tiles and phases
@@ -221,7 +222,9 @@ class Scheduler:
                 yield from self._trim(operand)  # the piece is a copy: rows behind it can go before the kernel runs
             owned.append(register if own else -1)
         if kernel.kind is Kind.REDUCE:
-            self.registers.touch(scratch(kernel, rows, columns, None), kernel)
+            if kernel not in self.totals:
+                self.totals[kernel] = self.registers.allocate(kernel.total_bytes, kernel)
+            self.registers.touch(scratch(kernel, rows, columns, None) + kernel.total_bytes, kernel)
             yield Reduce(kernel, tuple(srcs))
             self.cost.count(kernel, rows, columns, 0)
         else:
@@ -250,7 +253,8 @@ class Scheduler:
         """The operand that a sum or product of two maps may overwrite where the other lies in several chunks; else -1.
         Joining those first would take the room of a whole piece."""
         node = kernel.node  # addcdiv(x, x, y) reads two maps, but has three operands
-        if len(kernel.reads) != 2 or len(node.args) != 2 or not kernel.overwrites or node.kwargs:
+        two = len(kernel.reads) == len(node.args) == 2 and kernel.spatial is Spatial.POINTWISE
+        if not two or not kernel.overwrites or node.kwargs:
             return -1
         for place in kernel.overwrites:
             base, other = kernel.reads[place][0], kernel.reads[1 - place][0]
@@ -398,6 +402,8 @@ class Scheduler:
             self.registers.touch(kernel.bytes + kernel.temporary_bytes, kernel)
             register = self.registers.allocate(kernel.bytes, kernel)
         yield Finish(register, kernel)
+        if kernel in self.totals:
+            yield self.registers.free(self.totals.pop(kernel))
         self.cost.once(kernel)
         self.registers.whole[kernel] = register
         if kernel.dims is not None and kernel.kind is Kind.WHOLE:

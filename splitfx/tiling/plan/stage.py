@@ -56,7 +56,8 @@ class Kernel:
     home: int = -1  # place of its memory, among those that hold all rows of a value: outputs first
     plain: bool = False  # called on pieces as it is, whatever its row says of windows
     lies_in: Kernel | None = None  # a value that runs once and is a view of this one
-    temporary_bytes: int = 0  # of a value that runs once: what its operation allocates and frees
+    temporary_bytes: int = 0  # what an operation that is made of others allocates and frees, for the whole value
+    total_bytes: int = 0  # of the running totals of a reduction, in float64
     phase: int = 0
     group: int = 0  # fire at the same steps
     part: int = 0  # fire one part after the other: between two parts lies a single value
@@ -294,8 +295,10 @@ class _Builder:
             axes = len(tensor.shape) - 2
             kernel.before = (in_front(node, 0, axes, self.values), in_front(node, 1, axes, self.values))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
-        if kind is Kind.WHOLE:
-            kernel.temporary_bytes = self.temporary(node)
+        if kind is Kind.REDUCE:
+            kernel.total_bytes = size if role else tensor.numel() * 8
+        elif kind is Kind.WHOLE or (node.op == "call_function" and kernel.spatial is Spatial.MOVE):
+            kernel.temporary_bytes = self.temporary(node, dense=kind is not Kind.WHOLE)
         self.kernels.append(kernel)
         return kernel
 
@@ -363,7 +366,7 @@ class _Builder:
 
     def _run_again(self) -> None:
         """Give later phases their own kernels for large maps that would wait for a reduction."""
-        again: dict[tuple[Kernel, int], Kernel] = {}
+        again: dict[tuple[fx.Node, str, int], Kernel] = {(k.node, k.role, k.phase): k for k in self.kernels}
         readers, given = self._readers(), self._given()
         for kernel in list(self.kernels):
             for place, (operand, h, w) in enumerate(kernel.reads):
@@ -412,15 +415,16 @@ class _Builder:
             frontier = (frontier - {last}) | {k for k, _, _ in last.reads}
         return best
 
-    def _clone(self, kernel: Kernel, roots: set[Kernel], phase: int, known: dict[Any, Kernel]) -> Kernel:
+    def _clone(self, kernel: Kernel, roots: set[Kernel], phase: int, known: dict[tuple[fx.Node, str, int], Kernel]) -> Kernel:
         if kernel in roots or kernel.complete:
             return kernel
-        if (kernel, phase) not in known:
+        key = (kernel.node, kernel.role, phase)
+        if key not in known:
             reads = [(self._clone(k, roots, phase, known), h, w) for k, h, w in kernel.reads]
             twin = replace(kernel, reads=reads, takes=list(kernel.takes), phase=phase, again=True)
-            known[kernel, phase] = twin
+            known[key] = twin
             self.kernels.append(twin)
-        return known[kernel, phase]
+        return known[key]
 
     def _homes(self, exits: list[Kernel]) -> list[Kernel]:
         """Number the memories of values that have to be complete in one place."""

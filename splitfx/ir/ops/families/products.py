@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, joins_by_hand
 from splitfx.ir.ops.reading import op_name
 from splitfx.ir.ops.row import Bound, CannotCount, Channel, Dims, Laid, Placed, Raised, Sizes, Spatial, rows
 
@@ -56,7 +56,9 @@ def softened(job: Job, statistics: int) -> Call:
         most, sums = wholes[statistics].unbind(0)
         x = pieces[0]
         y = x - most.to(x.dtype)
-        return y - sums.log().to(x.dtype) if logs else y.exp() / sums.to(x.dtype)
+        if joins_by_hand():
+            return y - sums.log().to(x.dtype) if logs else y.exp() / sums.to(x.dtype)
+        return y.sub_(sums.log().to(x.dtype)) if logs else y.exp_().div_(sums.to(x.dtype))
 
     return call
 
