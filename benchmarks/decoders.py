@@ -166,7 +166,7 @@ def _plain(name: str, image: int) -> nn.Module:
 
 
 def measured(name: str, shape: tuple[int, ...], shares: tuple[float, ...], runs: int) -> list[dict[str, Any]]:
-    """Rows of one network: as it is, tiled at each share of its peak and at the least, and the peer where there is one."""
+    """Rows of one network: as it is, tiled at each share of its peak and at the least, and a peer if there is one."""
     torch.manual_seed(0)
     try:
         model = network(name, shape[-1])

@@ -192,7 +192,7 @@ class Separator(nn.Module):
 
     def __init__(self, width: int = 32, depth: int = 4) -> None:
         super().__init__()
-        sizes = [1] + [width * 2**min(i, 2) for i in range(depth)]
+        sizes = [1] + [width * 2 ** min(i, 2) for i in range(depth)]
         self.down = nn.ModuleList(nn.Conv1d(a, b, 8, 4, 2) for a, b in pairwise(sizes))
         self.middle = nn.ModuleList(nn.Conv1d(sizes[-1], sizes[-1], 3, padding=2**i, dilation=2**i) for i in range(4))
         self.up = nn.ModuleList(nn.ConvTranspose1d(b, a, 8, 4, 2) for a, b in pairwise(sizes))

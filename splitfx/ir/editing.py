@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from copy import copy
 from itertools import pairwise
 
 import torch
 from torch import fx, nn
 
-from splitfx.ir.graph import set_path
+from splitfx.ir.graph import resolve, set_path
 from splitfx.ir.ops import in_place
 from splitfx.ir.schema import sharing
 from splitfx.ir.verifier import verify
@@ -60,30 +61,36 @@ def tidy(graph: fx.GraphModule) -> None:
     """Drop modules, parameters and buffers that no node reads, verify the graph (`IllegalGraph`), compile it again."""
     used_modules = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
     used_values = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
-    kept = used_modules | used_values | _kept_aliases(graph, used_modules | used_values)
+    second, moved = _aliases(graph, used_modules | used_values)
+    kept = used_modules | used_values | second
     above = {path[:end] for path in kept for end in (*(i for i, c in enumerate(path) if c == "."), len(path))}
     _prune(graph, "", kept, above)
+    for alias, path in moved.items():
+        set_path(graph, alias, resolve(graph, path))
     verify(graph)
     graph.recompile()
 
 
-def _kept_aliases(graph: fx.GraphModule, used: set[str]) -> set[str]:
-    """Second names stay while the first is in use, which may have moved into a part that a pass has made; others are
-    forgotten."""
+def _aliases(graph: fx.GraphModule, used: set[str]) -> tuple[set[str], dict[str, str]]:
+    """(the second names that stay, those whose layer has moved into a part that a pass has made and its path there);
+    names of what is in use nowhere are forgotten."""
     from splitfx.ir.graph import Staged, info
 
     aliases = info(graph).aliases
     staged = {path: part for path in used if isinstance(part := graph._modules.get(path), Staged)}
     moved = {f"{path}.stage.{n.target}" for path, part in staged.items() for n in part.stage.graph.nodes}
     under = lambda path: any(path == u or path.startswith(u + ".") or u.startswith(path + ".") for u in used)  # noqa: E731
-    for alias, path in [(a, path) for a, path in aliases.items() if not under(path)]:
+    gone = {a: path for a, path in aliases.items() if not under(path)}
+    new: dict[str, str] = {}
+    for alias, path in gone.items():
+        del aliases[alias]
         there = (f"{part}.stage.{path}" for part in staged)
         held = next((p for p in there if any(m == p or m.startswith(p + ".") for m in moved)), None)
-        if held is None:
-            del aliases[alias]
-        else:
-            aliases[alias] = held
-    return set(aliases)
+        if held is not None:
+            new[alias] = held
+    second = set(aliases)
+    aliases |= new
+    return second, new
 
 
 def _prune(module: nn.Module, path: str, kept: set[str], above: set[str]) -> None:
@@ -102,11 +109,10 @@ def _prune(module: nn.Module, path: str, kept: set[str], above: set[str]) -> Non
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """The module anew, to take things out of: it shares everything that it holds."""
+    """The module anew, to take things out of: it holds the same tensors and modules, in tables of its own."""
     made = object.__new__(type(module))
-    vars(made).update(vars(module))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(made)[table] = dict(vars(module)[table])
+    tables = {name: copy(held) for name, held in vars(module).items() if isinstance(held, dict | set)}
+    vars(made).update(vars(module) | tables)
     return made
 
 

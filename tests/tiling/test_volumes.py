@@ -169,8 +169,12 @@ def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Edge, "need", short)
     for schedule in SCHEDULES[0], SCHEDULES[2]:
-        with torch.no_grad():
-            assert error(oracle.run(tile(graph, schedule).split, inputs), oracle.run(graph, inputs)) > 1e-3
+        try:
+            with torch.no_grad():
+                off = error(oracle.run(tile(graph, schedule).split, inputs), oracle.run(graph, inputs))
+        except RuntimeError:  # a row is asked for that is not there
+            off = float("inf")
+        assert off > 1e-3
 
 
 def test_a_conv_without_a_batch_is_left_whole() -> None:

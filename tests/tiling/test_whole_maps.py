@@ -226,7 +226,9 @@ class Drawn(nn.Module):
     size=st.tuples(st.integers(3, 13), st.integers(2, 11)),
     schedule=st.builds(
         lambda rows, every, again: Schedule(rows, every, (1, 1), again),
-        st.integers(1, 5), st.lists(st.integers(1, 4), max_size=4).map(tuple), st.sampled_from([float("inf"), 2.0**10, 0.0]),
+        st.integers(1, 5),
+        st.lists(st.integers(1, 4), max_size=4).map(tuple),
+        st.sampled_from([float("inf"), 2.0**10, 0.0]),
     ),
 )  # fmt: skip
 def test_random_decoders(seed: int, size: tuple[int, int], schedule: Schedule) -> None:

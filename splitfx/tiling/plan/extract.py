@@ -44,7 +44,8 @@ def _trimmed(nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.No
             beyond.add(node)
     kept: set[fx.Node] = set()
     for node in reversed(nodes):
-        end = node in beyond or op(node).reshapes
+        dims = regions.dims[node]
+        end = node in beyond or (op(node).reshapes and dims is not None and dims[0] == dims[1])
         if not end or any(user in kept for user in node.users):
             kept.add(node)
     parts = {user for node in kept if not isinstance(regions.values[node], torch.Tensor) for user in node.users}

@@ -58,10 +58,7 @@ def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None
     workspace = kernel.row.workspace
     if workspace is None:
         return kernel.temporary_bytes * span.count[0] // max(1, kernel.rows)
-    if (
-        kernel.role
-        or (not kernel.reads and kernel.spatial not in (Spatial.RESIZE, Spatial.PAD, Spatial.MOVE))
-    ):
+    if kernel.role or (not kernel.reads and kernel.spatial not in (Spatial.RESIZE, Spatial.PAD, Spatial.MOVE)):
         return 0
     if kernel.spatial is Spatial.WINDOW and pads is None:
         return 0

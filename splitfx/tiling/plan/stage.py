@@ -297,7 +297,9 @@ class _Builder:
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
         if kind is Kind.REDUCE:
             kernel.total_bytes = size if role else tensor.numel() * 8
-        elif kind is Kind.WHOLE or (node.op == "call_function" and kernel.spatial is Spatial.MOVE):
+        elif kind is Kind.WHOLE or (
+            node.op == "call_function" and kernel.spatial is Spatial.MOVE and not kernel.row.piece
+        ):
             kernel.temporary_bytes = self.temporary(node, dense=kind is not Kind.WHOLE)
         self.kernels.append(kernel)
         return kernel
@@ -415,7 +417,9 @@ class _Builder:
             frontier = (frontier - {last}) | {k for k, _, _ in last.reads}
         return best
 
-    def _clone(self, kernel: Kernel, roots: set[Kernel], phase: int, known: dict[tuple[fx.Node, str, int], Kernel]) -> Kernel:
+    def _clone(
+        self, kernel: Kernel, roots: set[Kernel], phase: int, known: dict[tuple[fx.Node, str, int], Kernel]
+    ) -> Kernel:
         if kernel in roots or kernel.complete:
             return kernel
         key = (kernel.node, kernel.role, phase)

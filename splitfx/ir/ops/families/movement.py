@@ -168,7 +168,11 @@ def _move_around(job: Job) -> Call:
 
 
 def _around_workspace(job: Job, span: Span) -> int:
-    return 0 if job.reads else part_bytes(job.row_bytes, job.sizes[1], *span.count)
+    """Rows that are looked up and then moved along other dims as well."""
+    assert job.dims is not None
+    along = {d % len(job.values[job.node].shape) for d in _dims_of(bind(job.node))}
+    twice = not job.reads and along != {job.dims[0]}
+    return part_bytes(job.row_bytes, job.sizes[1], *span.count) if twice else 0
 
 
 def _indexed(at: Placed) -> Dims | None:
