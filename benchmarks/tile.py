@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,17 @@ def run(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for case in QUICK if quick else CASES:
         found = {name: child(case, name, runs=2 if quick else RUNS.get(case[0], 3)) for name in ALLOCATORS}
-        rows += merged(case, found)
+        rows += merged(case[0], f"{case[1]}²", found)
         print(f"  {case[0]} is done", flush=True)
     return rows
 
 
-def merged(case: tuple[str, int, str, str], found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def merged(model: str, image: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row for each way to run a model, with the times of both allocators."""
     rows = []
     for row in found["stock"]:
         kept = {k: v for k, v in row.items() if k not in ("seconds", "ratio")}
-        out = {"model": case[0], "image": f"{case[1]}²", **kept}
+        out = {"model": model, "image": image, **kept}
         for name, others in found.items():
             same = next((o for o in others if o["how"] == row["how"]), {})
             out |= {f"{key}_{name}": same.get(key) for key in ("seconds", "ratio")}
@@ -83,8 +83,9 @@ def merged(case: tuple[str, int, str, str], found: dict[str, list[dict[str, Any]
     return rows
 
 
-def child(case: tuple[str, int, str, str], allocator: str, runs: int) -> list[dict[str, Any]]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.tile", *map(str, case), str(runs)]
+def child(case: Sequence[Any], allocator: str, runs: int, module: str = "benchmarks.tile") -> list[dict[str, Any]]:
+    """The rows that a benchmark prints for one case, run as a program of its own under an allocator."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, case), str(runs)]
     paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **ALLOCATORS[allocator], "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)

@@ -1,6 +1,7 @@
 """Every example runs, and says what it promises."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ def test_every_example_is_tested() -> None:
         "07_splitnet",
         "08_plan",
         "09_operation",
+        "10_vae_decoder",
     ]
 
 
@@ -137,3 +139,11 @@ def test_an_operation_of_ones_own_is_tiled() -> None:
     found = example("09_operation").main(size=64)
     assert found.max_rel < 1e-5
     assert found.after.peak_bytes < found.before.peak_bytes
+
+
+def test_vae_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("10_vae_decoder").main(tmp_path, side=16) <= 0.4
+    found = re.search(r"largest difference: (\S+);", capsys.readouterr().out)
+    assert found is not None
+    assert float(found[1]) < 1e-4
+    assert (tmp_path / "decoder.html").exists()

@@ -145,7 +145,9 @@ def test_equal_layers_are_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> N
     """Ten times the layers, the same number of fake runs: the analysis stays linear, and cheap."""
     runs: list[fx.Node] = []
     real = memory_module.Temporaries._run
-    monkeypatch.setattr(memory_module.Temporaries, "_run", lambda self, n: runs.append(n) or real(self, n))
+    monkeypatch.setattr(
+        memory_module.Temporaries, "_run", lambda self, n, *given: runs.append(n) or real(self, n, *given)
+    )
     counts = []
     for layers in (5, 50):
         graph = trace(nn.Sequential(*(nn.LayerNorm(8) for _ in range(layers))).eval(), torch.zeros(4, 8))

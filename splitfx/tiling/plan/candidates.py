@@ -29,7 +29,7 @@ SMALL = 2**19  # pieces of so many bytes and less are looked at only while they 
 FEW = 8  # and pieces of a map that is cut into so many and more
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
 TRIES = 12  # changes of a single group that are counted for one choice, at most
-CALLS = 400_000  # calls of kernels that may be counted for them
+CALLS = 100_000  # calls of kernels that may be counted for them
 LEVELS = 4  # thresholds for computing maps twice that are looked at
 
 
@@ -129,23 +129,28 @@ class Candidates:
         fewest = min(every, default=1)
         return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), recompute)
 
-    def _family(self, recompute: float) -> Iterator[tuple[int, _Count]]:
-        """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by."""
+    def _family(self, recompute: float, budget: float = float("inf")) -> Iterator[tuple[int, _Count]]:
+        """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by.
+
+        A peak is about a constant and a number of bytes for every row of a strip, so half the rows gain half of what
+        the last halving gained: where all that is still to gain does not bring a phase within the ``budget``, or is
+        less than a hundredth, lower strips are not looked at.
+        """
         stage = self.stage(recompute)
         phases, last, least = stage.phases, None, [1 << 62] * stage.phases
-        idle = 0
         for target in TARGETS:
             schedule = self.strips(recompute, [target] * phases)
             if schedule == last:
                 continue
             count, last = self._count(schedule), schedule
             yield target, count
-            before, tall = max(least), _tall(count)
-            gains = count.phases[tall][0] < 0.99 * least[tall]
+            gains = [max(0, known - peak) for (peak, _), known in zip(count.phases, least, strict=True)]
             least = [min(peak, known) for (peak, _), known in zip(count.phases, least, strict=True)]
-            large = target > SMALL or schedule.rows * max(schedule.every, default=1) * FEW > stage.clock
-            idle = 0 if gains or large or max(least) < 0.99 * before else idle + 1
-            if idle == 2:
+            if target > SMALL or schedule.rows * max(schedule.every, default=1) * FEW > stage.clock:
+                continue
+            tall = _tall(count)
+            hopeless = any(peak - gain > budget for peak, gain in zip(least, gains, strict=True))
+            if hopeless or gains[tall] < 0.01 * least[tall]:
                 return
 
     def grids(self, recompute: float = float("inf")) -> Iterator[Schedule]:
@@ -181,7 +186,7 @@ class Candidates:
         """Strips that compute again what ``recompute`` says: for every phase the fastest within the budget."""
         chosen: list[tuple[float, int] | None] = [None] * self.stage(recompute).phases
         worse = 0
-        for target, count in self._family(recompute):
+        for target, count in self._family(recompute, budget):
             changed = False
             for phase, (peak, seconds) in enumerate(count.phases):
                 known = chosen[phase]
@@ -213,10 +218,12 @@ class Candidates:
             if mode == "grid":
                 found += [self.point(schedule) for schedule in self.grids(recompute)]
                 continue
-            counts = [count for _, count in self._family(recompute)]
+            below = min((point.peak_bytes for point in found), default=float("inf"))
+            counts = [count for _, count in self._family(recompute, below)]
             peaks = [min(peaks) for peaks in zip(*([p for p, _ in c.phases] for c in counts), strict=True)]
             found += [c.point for c in counts]
-            together = self._within(recompute, max(peaks, default=0))
+            lowest = max(peaks, default=0)
+            together = self._within(recompute, lowest) if lowest < below else None
             found += [together] if together is not None else []
         if not found:
             return None

@@ -59,7 +59,7 @@ class Scheduler:
         self.spent: list[Spent] = []
         self.calls = 0
         self.buffers: dict[Kernel, Buffer] = {}
-        self.totals: dict[Kernel, int] = {}  # what reductions have added up so far
+        self.totals: dict[Kernel, int] = {}  # what reductions have added up so far, which only they read
         self.takers = {k: set(k.takers) for k in stage.kernels if k.takers}
 
     # ------------------------------------------------------------ tiles and phases
@@ -403,7 +403,7 @@ class Scheduler:
             register = self.registers.allocate(kernel.bytes, kernel)
         yield Finish(register, kernel)
         if kernel in self.totals:
-            yield self.registers.free(self.totals.pop(kernel))
+            self.registers.free(self.totals.pop(kernel))
         self.cost.once(kernel)
         self.registers.whole[kernel] = register
         if kernel.dims is not None and kernel.kind is Kind.WHOLE:
