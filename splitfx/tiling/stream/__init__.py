@@ -14,24 +14,23 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.files import written_whole
 from splitfx.ground.table import dims
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
 from splitfx.ir.modes import module_has_mode
 from splitfx.ir.ops import is_size
-from splitfx.tiling.plan.instructions import Instruction, Open, Patch, Reduce, Run, Store, Take
-from splitfx.tiling.plan.stage import Kernel
+from splitfx.tiling.plan.instructions import Finish, Instruction, Open, Patch, Run, Store, Take
+from splitfx.tiling.plan.instructions import Reduce as ReduceRows
 from splitfx.tiling.run.execution import Execution, Program
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stream.rows import Layout
+from splitfx.tiling.stream.sinks import Reduce, Sink, Writer, opened
 from splitfx.tiling.stream.sources import RowSource
 
 Say = Callable[[str], None]
@@ -40,31 +39,35 @@ Say = Callable[[str], None]
 def stream(
     split: fx.GraphModule,
     source: Any,
-    sink: str | os.PathLike[str] | Callable[[int, torch.Tensor], object] | None = None,
+    sink: Sink | None = None,
     *,
+    reduce: Reduce | None = None,
     overwrite: bool = False,
     progress: Say = lambda text: None,
 ) -> Any:
     """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
 
     ``source``: a `RowSource`, or what one is made of (array, memory map, path; floats as they are, 8 bit values
-    divided by 255). Its size may be another one than the traced; the steps stay those that were planned. Returns what
-    the graph returns, for a batch of one.
+    divided by 255). An image, [C, H, W], comes row by row; a volume or a clip, [C, D, H, W], slice by slice; audio,
+    [C, L], sample by sample. Its size may be another one than the traced; the steps stay those that were planned.
+    Returns what the graph returns, for a batch of one.
 
-    ``sink`` takes the map that the stage gives instead, as in ``Tile(until="layer4")``: a path ending in ``.npy``, or
-    a function called with the first row and a tensor [1, C, rows, W], top to bottom. The graph behind the stage is
-    not run then; the path is returned, or None.
+    ``sink`` takes the map that the stage gives instead, as in ``Tile(until="layer4")``: a path ending in ``.npy`` or
+    ``.tif``, or a function called with the first row and a tensor [1, C, rows, ...], top to bottom. The graph behind
+    the stage is not run then; the path is returned, or None. ``reduce`` changes what goes there strip by strip:
+    "argmax" gives the channel with the largest value, [1, 1, rows, ...], or any function of a strip that keeps its
+    places, so that a map of logits never exists.
 
     ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
     """
-    given = source if isinstance(source, RowSource) else RowSource(source)
     call, tiled = _stage_of(split)
+    given = source if isinstance(source, RowSource) else RowSource(source, layout=_layout(split, source))
     image = _Image(given, *_number_type(split))
     _check_channels(split, given)
     program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
     if not given.raw.again:
         image.forget_after = _forgettable(program, given)
-    with torch.no_grad(), _opened(sink, program, overwrite) as writer:
+    with torch.no_grad(), opened(sink, reduce, program, overwrite) as writer:
         results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
         given.raw.finish()
     if sink is not None:
@@ -115,8 +118,16 @@ def _number_type(split: fx.GraphModule) -> tuple[torch.dtype, torch.device]:
 
 def _check_channels(split: fx.GraphModule, source: RowSource) -> None:
     spec = next(s for s in info(split).inputs if isinstance(s, TensorSpec))
-    if len(spec.shape) != 4 or spec.shape[1] != source.shape[0]:
-        raise PlanError(f"the model reads images of {dims(spec.shape)}; {source} has {source.shape[0]} channels")
+    if len(spec.shape) != len(source.shape) + 1 or spec.shape[1] != source.shape[0]:
+        raise PlanError(f"the model reads {dims(spec.shape)}; {source} has {source.shape[0]} channels")
+
+
+def _layout(split: fx.GraphModule, data: Any) -> Layout | None:
+    """How an array lies, where the model's input says it."""
+    rank = len(next(s for s in info(split).inputs if isinstance(s, TensorSpec)).shape)
+    batch = getattr(data, "ndim", 0) == rank  # of one, in front of the channels
+    known: dict[int, Layout] = {3: "CL", 5: "CDHW"}
+    return known.get(rank) if batch or getattr(data, "ndim", 0) == rank - 1 or rank != 4 else None
 
 
 class _Rest(fx.Interpreter):
@@ -179,7 +190,7 @@ def _image_reads(program: Program) -> Iterator[tuple[int, int] | None]:
     for one in program.instructions():
         if isinstance(one, Take) and one.src == 0:
             yield one.rows
-        elif 0 in _operands(one):
+        elif 0 in _operands(one) or _takes_image(program, one):
             yield None
 
 
@@ -187,7 +198,12 @@ def _operands(one: Instruction) -> tuple[int, ...]:
     """The registers that an instruction reads as they are."""
     if isinstance(one, Patch):
         return tuple(part for part, _, _ in one.parts)
-    return one.srcs if isinstance(one, Run | Reduce) else ()
+    return one.srcs if isinstance(one, Run | ReduceRows) else ()
+
+
+def _takes_image(program: Program, one: Instruction) -> bool:
+    """An instruction whose kernel reads the whole image."""
+    return isinstance(one, Run | Finish) and program.stage.sources[0] in one.kernel.takes
 
 
 # ---------------------------------------------------------------- running
@@ -215,8 +231,13 @@ class Streaming(Execution):
             super().take(one)
 
     def compute(self, one: Run) -> None:
-        with self._whole_image(0 in _operands(one)):
+        with self._whole_image(0 in _operands(one) or _takes_image(self.program, one)):
             super().compute(one)
+        self.clock.tick()
+
+    def finish(self, one: Finish) -> None:
+        with self._whole_image(_takes_image(self.program, one)):
+            super().finish(one)
         self.clock.tick()
 
     def patch(self, one: Patch) -> None:
@@ -224,7 +245,7 @@ class Streaming(Execution):
             super().patch(one)
         self.clock.tick()
 
-    def reduce(self, one: Reduce) -> None:
+    def reduce(self, one: ReduceRows) -> None:
         with self._whole_image(0 in _operands(one)):
             super().reduce(one)
         self.clock.tick()
@@ -239,11 +260,11 @@ class Streaming(Execution):
             self.registers[0] = self.image  # type: ignore[assignment]
 
     def open(self, one: Open) -> None:
-        if self.writer is None:
+        if self.writer is None or one.kernel.exit < 0:
             super().open(one)
 
     def store(self, one: Store) -> None:
-        if self.writer is None:
+        if self.writer is None or one.kernel.exit < 0:
             super().store(one)
         else:
             self.writer.write(one.rows, one.columns, self.registers[one.src])
@@ -270,78 +291,3 @@ class _Clock:
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-# ---------------------------------------------------------------- sinks
-
-
-class Writer(Protocol):
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None: ...
-
-
-@contextmanager
-def _opened(sink: Any, program: Program, overwrite: bool) -> Iterator[Writer | None]:
-    if sink is None:
-        yield None
-        return
-    kernel = _the_map(program)
-    shape, dtype = (
-        tuple(int(s) for s in program.stage.values[kernel.node].shape),
-        program.stage.values[kernel.node].dtype,
-    )
-    if callable(sink):
-        if program.schedule.tiles[1] > 1:
-            raise PlanError("a function takes full rows, and this stage runs in columns: give a .npy path as the sink")
-        yield _Handed(sink)
-        return
-    if not isinstance(sink, str | os.PathLike) or Path(sink).suffix != ".npy":
-        raise PlanError(f"a sink is a path ending in .npy or a function of (row, tensor); got {sink!r}")
-    numbers = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
-    if dtype not in numbers:
-        raise UnsupportedError(f"a .npy file cannot hold {dtype}: convert the model to float32, or give a function")
-    with written_whole(sink, overwrite=overwrite) as scratch, scratch.open("w+b", buffering=0) as file:
-        yield _Npy(file, shape, np.dtype(numbers[dtype]), kernel)
-
-
-def _the_map(program: Program) -> Kernel:
-    exits = program.stage.exits
-    if len(exits) != 1 or exits[0].dims != (2, 3):
-        given = ", ".join(layer(k.node) for k in exits)
-        raise PlanError(
-            f"a sink takes one map, and the tiled stage gives {given}: choose where it ends, as in Tile(until='layer4')"
-        )
-    return exits[0]
-
-
-@dataclass
-class _Handed:
-    """Rows for a function of the caller's."""
-
-    function: Callable[[int, torch.Tensor], object]
-
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
-        self.function(rows[0], piece.clone())  # the memory of the piece is used again
-
-
-class _Npy:
-    """Rows into an array file, written and not mapped, so that its pages do not count as memory of the process."""
-
-    def __init__(self, file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], kernel: Kernel) -> None:
-        self.file, self.shape, self.dtype = file, shape, dtype
-        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, head)
-        self.offset = file.tell()
-        file.truncate(self.offset + int(np.prod(shape)) * dtype.itemsize)
-
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
-        _, _, height, width = self.shape
-        for channel, plane in enumerate(piece[0].cpu().contiguous().numpy()):
-            full = columns == (0, width)
-            for first, block in [(rows[0], plane)] if full else enumerate(plane, rows[0]):
-                place = (channel * height + first) * width + columns[0]
-                self.file.seek(self.offset + place * self.dtype.itemsize)
-                self._all(np.ascontiguousarray(block).data.cast("B"))
-
-    def _all(self, data: memoryview) -> None:
-        while data:  # one call of the system may take less than given
-            data = data[self.file.write(data) :]

@@ -19,7 +19,7 @@ import torch
 from splitfx.errors import SplitfxError, UnsupportedError
 from splitfx.ground import limits
 from splitfx.text import shown
-from splitfx.tiling.stream.rows import Layout, Rows, checked, layout_of, tensor_of
+from splitfx.tiling.stream.rows import Layout, Rows, checked, layout_of, sizes_of, tensor_of
 
 
 @dataclass
@@ -33,7 +33,13 @@ class _File:
     height: int
     width: int
     samples: int
+    axes: tuple[int, ...] | None = None  # what a row is made of, where it is no line of pixels
     again: bool = True
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """The sizes of a row."""
+        return (self.width,) if self.axes is None else self.axes
 
     def __post_init__(self) -> None:
         self.name = str(self.path)
@@ -60,9 +66,8 @@ class _File:
                 planes = [tensor_of(self._plane(file, blocks, start, stop)) for blocks in self.planes]
         except OSError as error:  # it was there when its header was read
             raise SplitfxError(f"{self.name}: cannot be read: {error.strerror or error}") from error
-        if len(planes) > 1:
-            return torch.stack([x[:, :, 0] for x in planes])
-        return planes[0].permute(2, 0, 1)
+        joined = torch.stack([x[:, :, 0] for x in planes]) if len(planes) > 1 else planes[0].permute(2, 0, 1)
+        return joined.reshape(len(joined), stop - start, *self.rest)
 
     def _plane(self, file: Any, blocks: list[int], start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, self.width, self.samples), self.stored)
@@ -124,14 +129,16 @@ def _npy(path: Path, file: Any, layout: Layout | None) -> Rows:
     shape, fortran, dtype = header[version](file)
     if fortran:
         raise UnsupportedError(f"{path}: lies column by column; save np.ascontiguousarray(array) instead")
-    shape, offset = (tuple(shape[1:]) if len(shape) == 4 and shape[0] == 1 else tuple(shape)), file.tell()
+    one = len(shape) == (len(layout) if layout is not None else 3) + 1 and shape[0] == 1  # a batch of one
+    shape, offset = tuple(shape[1:] if one else shape), file.tell()
     found = layout_of(shape, layout, str(path))
-    _check_length(path, shape, checked(dtype, str(path)).itemsize, offset, shape[found.index("H")])
-    if found == "CHW":
-        channels, height, width = shape
-        plane = height * width * dtype.itemsize
-        return _File(path, [[offset + i * plane] for i in range(channels)], height, dtype, height, width, 1)
-    return _File(path, [[offset]], shape[0], dtype, shape[0], shape[1], shape[2] if found == "HWC" else 1)
+    channels, height, rest = sizes_of(found, shape)
+    _check_length(path, shape, checked(dtype, str(path)).itemsize, offset, height)
+    if found[0] == "C":
+        width = math.prod(rest)
+        planes = [[offset + i * height * width * dtype.itemsize] for i in range(channels)]
+        return _File(path, planes, height, dtype, height, width, 1, rest)
+    return _File(path, [[offset]], shape[0], dtype, shape[0], shape[1], channels, rest)
 
 
 def _check_length(path: Path, shape: tuple[int, ...], itemsize: int, offset: int, height: int) -> None:

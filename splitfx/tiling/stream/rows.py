@@ -10,24 +10,27 @@ import torch
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.ground.table import dims
 
-Layout = Literal["HWC", "CHW", "HW"]
-LAYOUTS: tuple[Layout, ...] = ("HWC", "CHW", "HW")
+Layout = Literal["HWC", "CHW", "HW", "CDHW", "CL"]
+LAYOUTS: tuple[Layout, ...] = ("HWC", "CHW", "HW", "CDHW", "CL")
 LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # what white is; floats are taken as they are
 FLOATS = tuple(np.dtype(t) for t in (np.float16, np.float32, np.float64))
 
 
 class Rows(Protocol):
-    """Where raw rows come from. ``again``: any rows may be read at any time, not only forward."""
+    """Where raw rows come from: ``height`` of them; ``rest`` are the sizes of a row, of an image one, its width.
+    ``again``: any rows may be read at any time, not only forward."""
 
     channels: int
     height: int
-    width: int
     dtype: np.dtype[Any]
     again: bool
     name: str
 
+    @property
+    def rest(self) -> tuple[int, ...]: ...
+
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) as [channels, rows, width], in a memory of their own or not."""
+        """Rows [start, stop) as [channels, rows, *rest], in a memory of their own or not."""
         ...
 
     def forget(self, before: int) -> None:
@@ -75,6 +78,14 @@ def layout_of(shape: tuple[int, ...], given: Layout | None, name: str) -> Layout
     if last == first:
         raise PlanError(f"{name}: shape {dims(shape)} does not say where the channels are; give layout='HWC' or 'CHW'")
     return "HWC" if last else "CHW"
+
+
+def sizes_of(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """(channels, rows, sizes of a row) of an array."""
+    by_axis = dict(zip(layout, shape, strict=True))
+    channels = by_axis.pop("C", 1)
+    rows, *rest = by_axis.values()
+    return channels, rows, tuple(rest)
 
 
 # ---------------------------------------------------------------- strips as they come

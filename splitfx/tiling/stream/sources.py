@@ -21,14 +21,15 @@ import torch
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.ground.table import dims
 from splitfx.tiling.stream.image_files import file_rows
-from splitfx.tiling.stream.rows import LARGEST, LAYOUTS, Layout, Rows, _dtype_of, layout_of, tensor_of
+from splitfx.tiling.stream.rows import LARGEST, LAYOUTS, Layout, Rows, _dtype_of, layout_of, sizes_of, tensor_of
 
 
 class RowSource:
-    """An image as rows, brought into the numbers that a model was trained on.
+    """An image as rows, a volume as slices, or audio as samples, in the numbers that a model was trained on.
 
-    ``data``: an array [H, W, C], [C, H, W] or [H, W] (numpy, memory map, torch), a path, or an iterable of such strips
-    from top to bottom, for which ``size`` = (H, W) says what is promised. Values are multiplied by ``scale`` (left out:
+    ``data``: an array [H, W, C], [C, H, W] or [H, W] (numpy, memory map, torch), or with that ``layout`` [C, D, H, W]
+    or [C, L]; a path; or an iterable of such strips from first to last, for which ``size`` = (H, W), (D, H, W) or (L,)
+    says what is promised. Values are multiplied by ``scale`` (left out:
     8 and 16 bit integers become 0 to 1, floats stay), then ``mean`` is taken away and ``std`` divides, per channel.
     ``layout`` says where the channels are; left out, the axis of at most 4 values is taken.
     """
@@ -41,7 +42,7 @@ class RowSource:
         std: Sequence[float] | None = None,
         scale: float | None = None,
         layout: Layout | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
     ) -> None:
         if layout is not None and layout not in LAYOUTS:
             raise PlanError(f"a layout is one of {', '.join(LAYOUTS)}; got {layout!r}")
@@ -54,9 +55,9 @@ class RowSource:
             raise PlanError(f"{self.raw.name}: every std must be more than 0; got {list(std)}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, rows, columns)."""
-        return self.raw.channels, self.raw.height, self.raw.width
+    def shape(self) -> tuple[int, ...]:
+        """(channels, rows, and the sizes of a row: of an image its columns)."""
+        return self.raw.channels, self.raw.height, *self.raw.rest
 
     def __repr__(self) -> str:
         return f"RowSource({self.raw.name}, {dims(self.shape)} {self.raw.dtype})"
@@ -69,7 +70,7 @@ class RowSource:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Rows [start, stop) as a batch of one image, [1, C, rows, columns], normalised."""
+        """Rows [start, stop) as a batch of one, [1, C, rows, columns, ...], normalised."""
         raw = self.raw.read(start, stop)
         if columns is not None:
             raw = raw[:, :, columns[0] : columns[1]]
@@ -82,7 +83,7 @@ class RowSource:
             x.div_(LARGEST[self.raw.dtype])  # a product with 1/255 rounds otherwise than torchvision does
         for values, change in ((self.mean, x.sub_), (self.std, x.div_)):
             if values is not None:
-                change(torch.tensor(values, dtype=dtype, device=device)[:, None, None])
+                change(torch.tensor(values, dtype=dtype, device=device).reshape(-1, *[1] * (x.dim() - 2)))
         return x
 
     def whole(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -90,7 +91,7 @@ class RowSource:
         return self.read(0, self.raw.height, None, dtype, device)
 
 
-def _rows(data: Any, layout: Layout | None, size: tuple[int, int] | None) -> Rows:
+def _rows(data: Any, layout: Layout | None, size: tuple[int, ...] | None) -> Rows:
     if isinstance(data, str | os.PathLike):
         if size is not None:
             raise PlanError(f"{data}: size is for strips; a file says its own")
@@ -111,17 +112,17 @@ class _Array:
     again = True
 
     def __init__(self, data: np.ndarray | torch.Tensor, layout: Layout | None, name: str = "the image") -> None:
-        if data.ndim == 4 and data.shape[0] == 1:
+        if data.ndim == (len(layout) if layout is not None else 3) + 1 and data.shape[0] == 1:
             data = data[0]  # a batch of one
         self.name, self.dtype = name, _dtype_of(data, name)
         self.layout: Layout | None = layout_of(tuple(data.shape), layout, name)
         self.data = data
         shape = tuple(int(s) for s in data.shape)
-        self.channels = 1 if self.layout == "HW" else shape[self.layout.index("C")]
-        self.height, self.width = shape[self.layout.index("H")], shape[self.layout.index("W")]
+        self.channels, self.height, self.rest = sizes_of(self.layout, shape)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        part = self.data[:, start:stop] if self.layout == "CHW" else self.data[start:stop]
+        first = self.layout is not None and self.layout[0] == "C"
+        part = self.data[:, start:stop] if first else self.data[start:stop]
         x = part.detach() if isinstance(part, torch.Tensor) else tensor_of(part)
         if self.layout == "HW":
             return x[None]
@@ -139,11 +140,13 @@ class _Strips:
 
     again = False
 
-    def __init__(self, strips: Iterable[Any], layout: Layout | None, size: tuple[int, int] | None) -> None:
+    def __init__(self, strips: Iterable[Any], layout: Layout | None, size: tuple[int, ...] | None) -> None:
         self.name = "the strips"
-        if size is None or len(size) != 2 or min(size) < 1:
-            raise PlanError("strips do not say how many rows will come: give RowSource(strips, size=(rows, columns))")
-        self.height, self.width = size
+        axes = len(layout.replace("C", "")) if layout is not None else 2
+        if size is None or len(size) != axes or min(size) < 1:
+            wanted = {1: "(samples,)", 2: "(rows, columns)", 3: "(slices, rows, columns)"}[axes]
+            raise PlanError(f"strips do not say how many rows will come: give RowSource(strips, size={wanted})")
+        self.height, self.rest = size[0], tuple(size[1:])
         self.layout: Layout | None = layout
         self.strips: Iterator[Any] = iter(strips)
         self.buffer: list[torch.Tensor] = []
@@ -168,14 +171,16 @@ class _Strips:
     def _by_width(self, shape: tuple[int, ...]) -> Layout | None:
         if len(shape) != 3:
             return None
-        last, first = shape[1] == self.width and shape[2] <= 4, shape[2] == self.width and shape[0] <= 4
+        width = self.rest[0]
+        last, first = shape[1] == width and shape[2] <= 4, shape[2] == width and shape[0] <= 4
         return None if last == first else "HWC" if last else "CHW"
 
     def _keep(self, strip: _Array) -> None:
-        if (strip.channels, strip.width, strip.dtype) != (self.channels, self.width, self.dtype):
+        if (strip.channels, strip.rest, strip.dtype) != (self.channels, self.rest, self.dtype):
+            there, wanted = (dims(rest) if rest else "1" for rest in (strip.rest, self.rest))
             raise PlanError(
-                f"{strip.name}: has {strip.channels} channels and {strip.width} columns of {strip.dtype}; "
-                f"promised are {self.channels} and {self.width} of {self.dtype}"
+                f"{strip.name}: has {strip.channels} channels and {there} columns of {strip.dtype}; "
+                f"promised are {self.channels} and {wanted} of {self.dtype}"
             )
         if self.there + strip.height > self.height:
             raise SplitfxError(
