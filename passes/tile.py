@@ -26,12 +26,12 @@ from splitfx.ir.graph import TensorSpec, layer, module_of
 from splitfx.ir.ops import op_name
 from splitfx.text import share, shown
 from splitfx.tiling.plan import planner
-from splitfx.tiling.plan.extract import sources_of, stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Candidates
 from splitfx.tiling.plan.replan import HALF, Goal, sizes_of
-from splitfx.tiling.plan.stage import Kind
 from splitfx.tiling.run.install import install
+from splitfx.tiling.stage.extract import sources_of, stages
+from splitfx.tiling.stage.roles import Kind
 
 Nodes = list[fx.Node]
 

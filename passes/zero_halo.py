@@ -23,7 +23,7 @@ from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
 from splitfx.ir.graph import TensorSpec, layer, module_of
 from splitfx.text import shown
-from splitfx.tiling.plan.extract import sources_of
+from splitfx.tiling.stage.extract import sources_of
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero, leading_to, unrolled
 
 

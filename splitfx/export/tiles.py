@@ -33,9 +33,10 @@ from splitfx.errors import ExportError
 from splitfx.export.strips import Strips, best
 from splitfx.ir import graph as graphs
 from splitfx.tiling.plan.instructions import Instruction, Schedule
-from splitfx.tiling.plan.stage import Stage, compile_stage
 from splitfx.tiling.run.execution import Execution, Program
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stage.compiling import compile_stage
+from splitfx.tiling.stage.kernel import Stage
 
 LIMIT = 3000  # instructions of one stage; the exporter takes about 20 ms for each
 

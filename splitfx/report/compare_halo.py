@@ -29,9 +29,9 @@ from splitfx.ground.table import dims, size, table
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
 from splitfx.report.explain import outputs
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.install import install
+from splitfx.tiling.stage.extract import stages
 from splitfx.tiling.zero import Grid, combine_layers, install_zero, leading_to
 
 STRIPS = 16  # steps in which the exact halo is run

@@ -15,8 +15,8 @@ from splitfx.frontend.trace import trace
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import size, table
 from splitfx.ir.graph import is_canonical
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.planner import Candidates, Mode, Point, front
+from splitfx.tiling.stage.extract import stages
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from splitfx.ir.ops import Channel, bind, in_place, is_size, op, op_name, out_of
 from splitfx.ir.walks import ancestors, descendants
 from splitfx.splitnet import boundary
 from splitfx.splitnet.arguments import arguments_of, bound
-from splitfx.tiling.plan.extract import stage_graph
+from splitfx.tiling.stage.extract import stage_graph
 
 STEM, MERGE = "stem", "merge"
 

@@ -29,10 +29,10 @@ from splitfx.ir.graph import Staged, TensorSpec, copy_graph, layer, set_path
 from splitfx.ir.ops import Spatial, in_place, is_size, op
 from splitfx.ir.schema import sharing
 from splitfx.ir.walks import reached
-from splitfx.tiling.plan.extract import exits_of, sources_of
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.run.install import install
+from splitfx.tiling.stage.extract import exits_of, sources_of
 
 Grid = tuple[int, int]
 

@@ -15,10 +15,10 @@ from splitfx.analysis import facts
 from splitfx.analysis.regions import Edge
 from splitfx.ir.ops.families import pooling, resizing
 from splitfx.tiling.plan.candidates import Candidates
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run import reductions
 from splitfx.tiling.run.execution import Execution
+from splitfx.tiling.stage.extract import stages
 from tests import oracle
 from tests.sampled import sampled
 from tests.tiling import cases

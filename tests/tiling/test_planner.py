@@ -13,9 +13,9 @@ from splitfx.analysis import facts
 from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
 from splitfx.tiling.plan import planner
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front, parse_bytes
 from splitfx.tiling.run.install import install
+from splitfx.tiling.stage.extract import stages
 from tests.tiling.cases import PHASES
 from tests.tiling.test_stage import UNet
 from tests.tiling.trial import peaks

@@ -12,8 +12,9 @@ from torch import nn
 
 from splitfx.tiling.plan.instructions import Finish, Free, Join, Open, Patch, Reduce, Run, Schedule, Store, Take
 from splitfx.tiling.plan.schedule import Scheduler
-from splitfx.tiling.plan.stage import Kind, Stage
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stage.kernel import Stage
+from splitfx.tiling.stage.roles import Kind
 from tests import oracle
 from tests.tiling.cases import PHASES, RULES, Call
 from tests.tiling.test_stage import UNet

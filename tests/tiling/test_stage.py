@@ -15,9 +15,10 @@ from splitfx.analysis.shapes import shapes
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
-from splitfx.tiling.plan.stage import Kind, Roles, compile_stage
+from splitfx.tiling.stage.compiling import compile_stage
+from splitfx.tiling.stage.extract import stages
+from splitfx.tiling.stage.roles import Kind, Roles
 from tests import oracle
 from tests.models import ZOO, image
 from tests.tiling.cases import PHASES, SPLIT, Call, call

@@ -14,8 +14,8 @@ from splitfx.analysis import facts
 from splitfx.errors import SplitfxError
 from splitfx.frontend.trace import trace
 from splitfx.ir.ops import op_name
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
+from splitfx.tiling.stage.extract import stages
 from tests import oracle
 from tests.strategies import ChannelsLast, Resize, networks, schedules, tileable
 from tests.tiling.trial import assert_equal, peaks, tile

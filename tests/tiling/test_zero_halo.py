@@ -22,9 +22,9 @@ from splitfx.ir.graph import copy_graph
 from splitfx.passes import Tile, TileZeroHalo
 from splitfx.report.compare_halo import compare_halo, halo_table
 from splitfx.report.plots.trade_offs import plot_halo, plot_pareto
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Point
+from splitfx.tiling.stage.extract import stages
 from splitfx.tiling.zero import ZeroHalo, combine_layers, install_zero
 from tests import oracle
 from tests.oracle import STRICT

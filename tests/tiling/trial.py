@@ -15,10 +15,10 @@ from splitfx.frontend.trace import trace
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph
 from splitfx.ir.ops import is_size, op_name
-from splitfx.tiling.plan.extract import stages
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.run.install import install
+from splitfx.tiling.stage.extract import stages
 from tests import oracle
 
 STRICT = oracle.STRICT

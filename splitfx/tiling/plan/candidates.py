@@ -17,11 +17,13 @@ from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.ir.graph import layer
-from splitfx.tiling.plan.extract import sources_of, stage_graph
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.meter import BYTE, CALL, MAC
 from splitfx.tiling.plan.schedule import Scheduler
-from splitfx.tiling.plan.stage import Kind, Stage, compile_stage
+from splitfx.tiling.stage.compiling import compile_stage
+from splitfx.tiling.stage.extract import sources_of, stage_graph
+from splitfx.tiling.stage.kernel import Stage
+from splitfx.tiling.stage.roles import Kind
 
 Mode = Literal["auto", "stream", "grid"]
 TARGETS = (2**23, 2**22, 2**21, 2**20, 2**19, 2**18, 2**16, 2**14)  # bytes of a piece of the heaviest map of a group

@@ -30,7 +30,9 @@ from splitfx.tiling.plan.instructions import (
     Take,
 )
 from splitfx.tiling.plan.schedule import Scheduler
-from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
+from splitfx.tiling.stage.compiling import compile_stage
+from splitfx.tiling.stage.kernel import Kernel, Stage
+from splitfx.tiling.stage.roles import Kind
 
 FIRST = 20_000
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitfx.tiling.plan.stage import Kernel
+from splitfx.tiling.stage.kernel import Kernel
 
 Interval = tuple[int, int]
 Pads = tuple[int, int]

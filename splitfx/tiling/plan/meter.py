@@ -8,10 +8,12 @@ which pieces are computed, so that kernels and the prediction of the peak cannot
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from splitfx.ir.ops import Spatial
 from splitfx.ir.ops.pieces import Interval, Pads, Span, part_bytes
-from splitfx.tiling.plan.stage import Kernel, Kind
+from splitfx.tiling.stage.kernel import Kernel
+from splitfx.tiling.stage.roles import Kind
 
 # Seconds per multiply-accumulate, per byte written or read, per byte of weights read by a call, and per call: one core
 # of a server, measured once. Only their ratios matter: they rank candidates.
@@ -47,6 +49,14 @@ class CostMeter:
         self.macs += kernel.macs_per_row * max(1, kernel.sizes[0])
         self.moved_bytes += kernel.bytes + sum(k.bytes for k in kernel.takes)
         self.fired[kernel] += 1
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one phase holds at most, in bytes, and what it costs."""
+
+    peak: int
+    cost: CostMeter
 
 
 def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None) -> int:

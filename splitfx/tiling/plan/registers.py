@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from splitfx.tiling.plan.instructions import Free
-from splitfx.tiling.plan.stage import Kernel, Stage
+from splitfx.tiling.stage.kernel import Kernel, Stage
 
 
 class Registers:

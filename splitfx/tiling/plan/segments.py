@@ -17,7 +17,8 @@ from splitfx.analysis.cuts import cuts
 from splitfx.analysis.regions import reduced_dims
 from splitfx.ir.graph import layer
 from splitfx.ir.ops import bind, in_place, is_size, op
-from splitfx.tiling.plan.stage import Kernel, Kind, Stage
+from splitfx.tiling.stage.kernel import Kernel, Stage
+from splitfx.tiling.stage.roles import Kind
 
 BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 WORK = 1.25  # the most that bands of a segment may compute, of what the whole segment does

@@ -29,12 +29,14 @@ from splitfx.analysis.regions import reduced_dims
 from splitfx.analysis.shapes import shapes
 from splitfx.ground.exclusive import Autocast, autocasts, exclusive, twin
 from splitfx.ir.graph import TensorSpec, attribute, output_node, set_path
-from splitfx.tiling.plan.extract import stage_graph
 from splitfx.tiling.plan.instructions import Finish, Reduce, Schedule, Store, Take
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.plan.segments import Plan, divided, is_mean, overwrites
-from splitfx.tiling.plan.stage import Kernel, Kind, Stage, compile_stage
 from splitfx.tiling.run.execution import Execution, Program
+from splitfx.tiling.stage.compiling import compile_stage
+from splitfx.tiling.stage.extract import stage_graph
+from splitfx.tiling.stage.kernel import Kernel, Stage
+from splitfx.tiling.stage.roles import Kind
 
 if TYPE_CHECKING:
     from splitfx.tiling.run.executor import Tiled

@@ -27,9 +27,10 @@ from splitfx.tiling.plan.instructions import (
     Take,
 )
 from splitfx.tiling.plan.schedule import Scheduler
-from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting
 from splitfx.tiling.run.kernels import Calls
 from splitfx.tiling.run.reductions import Reduction, reduction_of
+from splitfx.tiling.stage.kernel import Kernel, Stage, overwriting
+from splitfx.tiling.stage.roles import Kind
 
 KEPT = 20_000  # instructions of one input size that are kept; longer lists are made anew at every call
 

@@ -24,9 +24,9 @@ from splitfx.tiling.plan.instructions import (
     Schedule,
 )
 from splitfx.tiling.plan.replan import Goal, replanned
-from splitfx.tiling.plan.stage import compile_stage
 from splitfx.tiling.run.checkpoint import checkpointed
 from splitfx.tiling.run.execution import Execution, Program
+from splitfx.tiling.stage.compiling import compile_stage
 
 
 class Tiled(Staged):

@@ -9,10 +9,10 @@ from torch import fx
 
 from splitfx.ir.editing import free_path, like, reorder
 from splitfx.ir.ops import is_size
-from splitfx.tiling.plan.extract import stage_graph
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.replan import Goal
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stage.extract import stage_graph
 
 
 def install(

@@ -20,7 +20,8 @@ from splitfx.ir.ops.families.norms import applied
 from splitfx.ir.ops.families.products import softened
 from splitfx.ir.ops.pieces import Call, Pieces
 from splitfx.tiling.plan.instructions import Run
-from splitfx.tiling.plan.stage import Kernel, Kind, Stage, overwriting
+from splitfx.tiling.stage.kernel import Kernel, Stage, overwriting
+from splitfx.tiling.stage.roles import Kind
 
 
 def _with_column(call: Call) -> Call:

@@ -14,7 +14,7 @@ import torch
 from splitfx.analysis.regions import reduced_dims
 from splitfx.ir.ops import bind
 from splitfx.ir.ops.pieces import joins_by_hand
-from splitfx.tiling.plan.stage import Kernel, Stage
+from splitfx.tiling.stage.kernel import Kernel, Stage
 
 
 class Reduction:

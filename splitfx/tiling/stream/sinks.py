@@ -21,8 +21,8 @@ from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
 from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
-from splitfx.tiling.plan.stage import Kernel
 from splitfx.tiling.run.execution import Program
+from splitfx.tiling.stage.kernel import Kernel
 
 Sink = str | os.PathLike[str] | Callable[[int, torch.Tensor], object]
 Reduce = Literal["argmax"] | Callable[[torch.Tensor], torch.Tensor]

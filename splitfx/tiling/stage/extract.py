@@ -12,7 +12,7 @@ from splitfx.ir.editing import like
 from splitfx.ir.graph import attribute, module_of, set_path
 from splitfx.ir.ops import is_size, op
 from splitfx.ir.walks import ancestors
-from splitfx.tiling.plan.stage import Kind, Roles
+from splitfx.tiling.stage.roles import Kind, Roles
 
 
 def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]], Roles]:
