@@ -135,9 +135,9 @@ class Tile(Pass):
             count = max(1, int(self._share * facts.memory.peak_bytes))
             return replace(self, budget=f"{count} B").run(graph, facts)
         found, roles = stages(graph, facts.regions)
-        notes = [Note(where, f"not tiled: {why}", "declined") for where, why in _declined(graph, roles.why)]
         if self.until:
             found = _until(found, self.until)
+        notes = list(_whole(graph, roles.why, {n for nodes in found for n in nodes}))
         if not found:
             why = next((f" ({reason})" for reason in roles.why.values() if reason), "")
             nothing = f"no layer works on rows of a map: nothing to tile{why}"
@@ -242,12 +242,17 @@ def _check_grid(candidates: Candidates, grid: tuple[int, int]) -> None:
             )
 
 
-def _declined(graph: fx.GraphModule, why: dict[fx.Node, str]) -> Iterator[tuple[str, str]]:
-    """Where a stage ends: the first operations behind tiled ones, with the reason, and not all that follow them."""
+def _whole(graph: fx.GraphModule, why: dict[fx.Node, str], inside: set[fx.Node]) -> Iterator[Note]:
+    """What takes whole maps, in a stage or where one ends: the first operations behind tiled ones, with the reason, and
+    not all that follow them."""
     for node in graph.graph.nodes:
         behind = any(not why.get(n) and n.op not in ("get_attr", "placeholder") for n in node.all_input_nodes)
-        if why.get(node) and node.op != "output" and behind:
-            yield layer(node), why[node]
+        if not why.get(node) or node.op == "output" or not behind:
+            continue
+        if node in inside:
+            yield Note(layer(node), f"runs once, on whole maps: {why[node]}", "info")
+        else:
+            yield Note(layer(node), f"not tiled: {why[node]}", "declined")
 
 
 def _until(found: list[Nodes], last: str) -> list[Nodes]:

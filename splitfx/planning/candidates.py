@@ -57,7 +57,8 @@ def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Ite
     base = run_plan(graph, Plan(fold), verify=False) if fold else graph
     try:
         curve = pareto(base).choices
-    except SplitfxError:
+    except SplitfxError:  # the pass itself says why, where the candidate is tried
+        yield Candidate(name, "the least memory", (*fold, Tile(budget="least")), True)
         return
     tiled = [one for one in curve if one.budget]
     free = [one for one in tiled if one.time <= 1.0]
