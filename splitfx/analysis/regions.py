@@ -202,7 +202,10 @@ def made_before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     if any(n.meta.get("writes_view") for n in nodes):
         for node in nodes:
-            alone = all(n in found or n.op == "get_attr" or is_size(n) for n in node.all_input_nodes)
+            given = node.all_input_nodes
+            if op_name(node).startswith("new_"):
+                given = [n for n in given if n.op != "placeholder"]  # which lends its type only
+            alone = all(n in found or n.op == "get_attr" or is_size(n) for n in given)
             if node.op == "call_function" and not is_size(node) and alone and _repeats(node):
                 found.add(node)
     return found
@@ -262,9 +265,12 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     at = known.placed(node)
     if row.reduces == "exponentials" and row.consumes is not None and not row.consumes(at):
         return Laid(dims, at.extent), f"{name} runs along the whole map"
+    if row.spatial in (Spatial.WINDOW, Spatial.PAD) and _beside_rows(node, at, known):
+        known.beside.add(node)
+        return dims, ""
     if row.refuses is not None and (why := row.refuses(at)):
         return whole, why
-    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD) and not _beside_rows(node, at, known):
+    if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
         like = MAPS.get(len(sizes)) == dims and len(known.sizes(maps[0])) == len(sizes)
         like = like and (len(sizes) > 3 or known.extents[maps[0]][1] == 1)
         why = "" if like else f"{name} does not read a map with channels in front"
@@ -274,9 +280,6 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
             why = f"{name} returns more than a map"
         laid = Laid(dims, (sizes[2], 1) if len(sizes) == 3 else None, across=row.wraps is not None and row.wraps(at))
         return laid if not why else whole, why
-    if row.spatial in (Spatial.WINDOW, Spatial.PAD) and _beside_rows(node, at, known):
-        known.beside.add(node)
-        return dims, ""
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)
     moved = follows(at) if follows is not None else None
     if moved is not None and follows is _elementwise:

@@ -95,6 +95,11 @@ def whole_stages(model: nn.Module) -> Iterator[None]:
             del _STAGES[path]
 
 
+# Tensors that take their type from another one, and views through which such a tensor may be filled.
+_LIKE_TYPE = tuple(getattr(torch.ops.aten, name).default for name in ("new_zeros", "new_ones", "new_full", "new_empty"))
+_VIEWS = (torch.ops.aten.slice.Tensor, torch.ops.aten.select.int, torch.ops.aten.view.default)
+
+
 def canonicalise(
     program: torch.export.ExportedProgram,
     private: nn.Module,
@@ -107,6 +112,7 @@ def canonicalise(
     ``seen`` is how the model behaves in train mode. ``found`` is completed with aliases and notes.
     """
     exported = _unlifted(program, private)
+    _made_at_the_start(exported)
     raiser = Raiser(exported, private, model, seen)
     graph = raiser.run()
     root = nn.Module()
@@ -164,6 +170,29 @@ def _unlifted(program: torch.export.ExportedProgram, private: nn.Module) -> fx.G
         if not _holds(private, path):  # a constant of the model's code
             set_path(exported, path, program.constants[path])
     return exported
+
+
+def _made_at_the_start(exported: fx.GraphModule) -> None:
+    """A tensor that is filled through views, such as the mask of a shifted window, is often made like a map in the
+    middle of the network only for its type. It is made like an input of the same type, so that it depends on no map."""
+    types = lambda node: (getattr(node.meta.get("val"), "dtype", None), getattr(node.meta.get("val"), "device", None))  # noqa: E731
+    inputs = {types(node): node for node in reversed(exported.graph.find_nodes(op="placeholder"))}
+    for target in _LIKE_TYPE:
+        for node in exported.graph.find_nodes(op="call_function", target=target):
+            origin, place = node.args[0], inputs.get(types(node.args[0]))
+            filled = any(u.target in _VIEWS and any(_writes(v) for v in u.users) for u in _within_views(node))
+            if place is not None and origin is not place and filled:
+                node.replace_input_with(origin, place)
+
+
+def _within_views(node: fx.Node) -> list[fx.Node]:
+    """The views of a value, and the views of those."""
+    direct = [user for user in node.users if user.target in _VIEWS]
+    return direct + [below for view in direct for below in _within_views(view)]
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _holds(root: Any, path: str) -> bool:

@@ -191,6 +191,26 @@ def test_it_is_exported_and_runs(name: str, tmp_path: Path) -> None:
     assert splitfx.check_onnx(split, path, runs=1).ok
 
 
+def masked(x: torch.Tensor) -> torch.Tensor:
+    """A mask that is made like the map, and filled through views of it."""
+    mask = x.new_zeros(x.shape[2:])
+    for number, rows in enumerate((slice(0, -5), slice(-5, -2), slice(-2, None))):
+        mask[rows] = number + 1
+        mask[:, rows] = mask[:, rows] * 2
+    return x * mask
+
+
+def test_a_mask_that_is_filled_in_forward() -> None:
+    """It depends on no map, so it is made before the stage, in its own order."""
+    torch.manual_seed(0)
+    graph, inputs = traced(Decoder(call(masked)()), torch.randn(2, 2, 16, 9))
+    for schedule in SCHEDULES:
+        trial = tile(graph, schedule)
+        assert_equal(trial.split, graph, inputs)
+        assert not {"conv2d", "group_norm"} & set(trial.outside)
+        assert {"new_zeros", "fill"} <= {name.rstrip("_") for name in trial.outside}
+
+
 # ---------------------------------------------------------------- random decoders
 
 

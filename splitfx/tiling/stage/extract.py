@@ -27,8 +27,24 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
         level[node] = max((level[n] + _crosses(roles, n, inside) for n in before), default=0)
         if inside:
             found.setdefault(level[node], []).append(node)
-    working = [_trimmed(nodes, roles, regions) for _, nodes in sorted(found.items())]
+    working = [_alone(graph, nodes, roles, regions) for _, nodes in sorted(found.items())]
     return [nodes for nodes in working if any(roles.kind[n] is Kind.ROWS for n in nodes)], roles
+
+
+def _alone(graph: fx.GraphModule, nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
+    """The nodes of a stage that have a role in it by themselves. Whether a value that was computed whole is a map may be
+    known from what reads it outside; in the stage it then is none, and what follows stays outside as well."""
+    while True:
+        nodes = _trimmed(nodes, roles, regions)
+        small, _, _, copied = stage_graph(graph, nodes)
+        inside = Roles(small, Regions({new: regions.values[old] for old, new in copied.items()}))
+        lost = {old for old in nodes if inside.kind[copied[old]] is None}
+        if not lost:
+            return nodes
+        for node in nodes:
+            if any(n in lost for n in node.all_input_nodes):
+                lost.add(node)
+        nodes = [n for n in nodes if n not in lost]
 
 
 def _trimmed(nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
