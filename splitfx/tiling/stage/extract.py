@@ -32,8 +32,8 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
 
 
 def _alone(graph: fx.GraphModule, nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
-    """The nodes of a stage that have a role in it by themselves. Whether a value that was computed whole is a map may be
-    known from what reads it outside; in the stage it then is none, and what follows stays outside as well."""
+    """The nodes of a stage that have a role in it by themselves. Whether a value that was computed whole is a map may
+    be known from what reads it outside; in the stage it then is none, and what follows stays outside as well."""
     while True:
         nodes = _trimmed(nodes, roles, regions)
         small, _, _, copied = stage_graph(graph, nodes)
