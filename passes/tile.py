@@ -76,8 +76,8 @@ class Tile(Pass):
     takes now, or the least that is possible. ``mode``: "stream" keeps
     line buffers, "grid" computes halos twice, "auto" lets the planner choose. By hand instead: ``until`` names the last
     layer that is tiled, ``rows`` the input rows of a step, ``every`` the steps between two firings of each group of
-    layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes from which a map that waits for a reduction is
-    computed twice instead of being kept (-1: never).
+    layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes of maps that may wait for a reduction; where
+    there are more, some are computed twice instead of being kept (-1: never).
 
     ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
     their activations; norms and dropout inside must be in eval mode.

@@ -32,7 +32,8 @@ FEW = 8  # and pieces of a map that is cut into so many and more
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
 TRIES = 12  # changes of a single group that are counted for one choice, at most
 CALLS = 100_000  # calls of kernels that may be counted for them
-LEVELS = 4  # thresholds for computing maps twice that are looked at
+LEVELS = 4  # amounts of what may wait before maps are computed twice that are looked at
+ROOM = (0.9, 0.75, 0.5)  # shares of a budget that may wait
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,19 @@ class Candidates:
 
     # ------------------------------------------------------------ families of schedules
 
-    def recomputes(self) -> list[float]:
-        """Thresholds for computing maps again, from never to always."""
-        stage = self.stage(float("inf"))
-        later = [k for k in stage.kernels if k.kind is Kind.ROWS and any(u.phase > k.phase for u, _, _ in k.users)]
-        waiting = sorted({float(k.bytes) for k in later}, reverse=True)
-        if not waiting:
+    def recomputes(self, budget: float = float("inf")) -> list[float]:
+        """How many bytes of maps may wait for a reduction before some are computed again: any, as many as leave room
+        within a ``budget``, and from what waits behind some phase down to none."""
+        sums = sorted(set(self.stage(float("inf")).waiting_bytes), reverse=True)
+        if not sums[0]:
             return [float("inf")]
-        places = {round(i * (len(waiting) - 1) / (LEVELS - 2)) for i in range(LEVELS - 2)}
-        return [float("inf"), *(waiting[place] for place in sorted(places)), 0.0]
+        lower = [float(size) for size in (*sums[1:], 0) if size < sums[0]]
+        places = {round(i * (len(lower) - 1) / (LEVELS - 2)) for i in range(LEVELS - 1)}
+        levels = {lower[place] for place in places}
+        if budget < float("inf"):
+            room = max(0, budget - self.outside)
+            levels |= {share * room for share in ROOM if share * room < sums[0]}
+        return [float("inf"), *sorted(levels, reverse=True)]
 
     def strips(self, recompute: float, targets: Sequence[int]) -> Schedule:
         """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
@@ -174,7 +179,7 @@ class Candidates:
     def fastest(self, budget: int, mode: Mode) -> Point | None:
         """The candidate with the least time within a budget; None where none fits."""
         best: Point | None = None
-        for recompute in self.recomputes():
+        for recompute in self.recomputes(budget):
             if mode == "grid":
                 found = [self.point(schedule) for schedule in self.grids(recompute)]
             else:

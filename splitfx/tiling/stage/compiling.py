@@ -17,7 +17,7 @@ from splitfx.ground.exclusive import Autocast
 from splitfx.ir.graph import module_of, output_node
 from splitfx.ir.ops import Result, Spatial, bind, op, op_name
 from splitfx.ir.ops.families.padding import in_front
-from splitfx.tiling.stage.kernel import Kernel, Stage
+from splitfx.tiling.stage.kernel import Kernel, Stage, waiting
 from splitfx.tiling.stage.roles import Kind, Roles, is_norm, reduction
 
 BACK = 24  # kernels that are looked at on the way back to a smaller value
@@ -32,7 +32,7 @@ def compile_stage(
 ) -> Stage:
     """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
-    ``recompute``: maps of this many bytes or more, that wait for a reduction over themselves, are computed a second
+    ``recompute``: where maps of more bytes than this wait for a reduction, the largest of them are computed a second
     time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
     """
     return _Builder(graph, values, recompute, macs or {}, Temporaries(values, autocast)).build()
@@ -196,21 +196,46 @@ class _Builder:
                     break
 
     def _run_again(self) -> None:
-        """Give later phases their own kernels for large maps that would wait for a reduction."""
+        """Give later phases their own kernels for maps that would wait for a reduction, where more bytes wait behind a
+        phase than may."""
         again: dict[tuple[fx.Node, str, int], Kernel] = {(k.node, k.role, k.phase): k for k in self.kernels}
-        readers, given = self._readers(), self._given()
-        for kernel in list(self.kernels):
-            for place, (operand, h, w) in enumerate(kernel.reads):
-                if operand.complete or operand.phase >= kernel.phase or operand in given:
-                    continue
-                if operand.bytes < self.recompute:
-                    continue
+        given, tried = self._given(), set[tuple[Kernel, int]]()
+        while (picked := self._too_much(given, tried)) is not None:
+            tried.add(picked)
+            operand, phase = picked
+            for kernel in [k for k in self._readers()[operand] if k.phase > phase and operand not in k.takes]:
+                readers = self._readers()
                 kept = {k for k, users in readers.items() if any(u.phase >= kernel.phase for u in users)}
                 roots = self._smallest_before(operand, kept | given)
                 if operand not in roots:
-                    kernel.reads[place] = (self._clone(operand, roots, kernel.phase, again), h, w)
-                    readers = self._readers()
+                    twin = self._clone(operand, roots, kernel.phase, again)
+                    kernel.reads = [(twin if k is operand else k, h, w) for k, h, w in kernel.reads]
         self._order()
+
+    def _too_much(self, given: set[Kernel], tried: set[tuple[Kernel, int]]) -> tuple[Kernel, int] | None:
+        """Of the maps that wait behind the first phase behind which too much does, the one that is made again with the
+        least work for its bytes."""
+        readers = self._readers()
+        for phase in range(max((k.phase for k in self.kernels), default=0)):
+            waits = waiting(phase, readers)
+            if sum(k.bytes for k in waits) > self.recompute:
+                left = [k for k in waits if k not in given and (k, phase) not in tried]
+                if left:
+                    kept = {k for k, users in readers.items() if any(u.phase > phase for u in users)} | given
+                    return min(left, key=lambda k: self._work(k, kept) / k.bytes), phase
+        return None
+
+    def _work(self, operand: Kernel, kept: set[Kernel]) -> float:
+        """Multiply-accumulates, and bytes, for computing a value again."""
+        roots, seen, waiting_for = self._smallest_before(operand, kept), set[Kernel](), [operand]
+        if operand in roots:
+            return float("inf")
+        while waiting_for:
+            kernel = waiting_for.pop()
+            if kernel not in seen and kernel not in roots and not kernel.complete:
+                seen.add(kernel)
+                waiting_for += [k for k, _, _ in kernel.reads]
+        return sum(k.macs_per_row * k.rows + k.bytes for k in seen)
 
     def _order(self) -> None:
         """Operands before what reads them, and none that nothing reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,10 +167,22 @@ class Stage:
         return next(ways, None) or next((k for k in self.kernels if k.kind is Kind.REDUCE and k.keeps_columns), None)
 
     @kept
+    def waiting_bytes(self) -> list[int]:
+        """Of the maps that wait behind each phase."""
+        readers = {k: [*(user for user, _, _ in k.users), *k.takers] for k in self.kernels}
+        return [sum(k.bytes for k in waiting(phase, readers)) for phase in range(self.phases)]
+
+    @kept
     def clock(self) -> int:
         """Rows of the first map that is complete at once, in which strips are counted."""
         maps = [k for k in self.kernels if k.dims is not None and k.complete and not self.regions.constant(k.node)]
         return next((k.rows for k in maps), 1)
+
+
+def waiting(phase: int, readers: Mapping[Kernel, Iterable[Kernel]]) -> list[Kernel]:
+    """The maps that are there behind a phase because later ones read them."""
+    maps = (k for k in readers if k.dims is not None and not k.complete and k.phase <= phase)
+    return [k for k in maps if any(user.phase > phase for user in readers[k])]
 
 
 def may_overwrite(kernel: Kernel) -> tuple[int, ...]:
