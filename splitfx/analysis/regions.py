@@ -263,6 +263,8 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     dims = known.dims[maps[0]]
     assert dims is not None
     at = known.placed(node)
+    if row.reduces == "moments" and known.sizes(maps[0]) == sizes:
+        whole = Laid(dims, at.extent)  # a norm leaves every value in its place
     if row.reduces == "exponentials" and row.consumes is not None and not row.consumes(at):
         return Laid(dims, at.extent), f"{name} runs along the whole map"
     if row.spatial in (Spatial.WINDOW, Spatial.PAD) and _beside_rows(node, at, known):

@@ -74,6 +74,14 @@ def windows(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
     return x + out(y.reshape(x.shape).roll((2, 1), (2, 3)))
 
 
+def of_tokens(x: torch.Tensor, norm: nn.Module, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
+    """As in diffusers: a norm over groups of the flattened map, heads, linear layers."""
+    y = norm(x.flatten(2)).transpose(1, 2)
+    q, k, v = qkv(y).view(y.shape[0], -1, 2, 3 * C // 2).transpose(1, 2).chunk(3, -1)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(y.shape)
+    return x + out(y).transpose(1, 2).reshape(x.shape)
+
+
 def coordinate(x: torch.Tensor, down: nn.Module, up: nn.Module) -> torch.Tensor:
     """A gate of rows times a gate of columns."""
     joined = down(torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)], 2)).relu()
@@ -85,6 +93,9 @@ QKV: list[Make] = [lambda: nn.Conv2d(C, 3 * C, 1), lambda: nn.Conv2d(C, C, 1)]
 MIDDLE: dict[str, Make] = {
     "attention": call(attention, *QKV),
     "attention in steps": call(in_steps, *QKV),
+    "attention of normed tokens": call(
+        of_tokens, lambda: nn.GroupNorm(2, C), lambda: nn.Linear(C, 3 * C), lambda: nn.Linear(C, C)
+    ),
     "attention of channels": call(of_channels, *QKV),
     "linear attention": call(linear, *QKV),
     "windows": call(windows, *QKV),
