@@ -114,7 +114,7 @@ class Candidates:
         levels = {lower[place] for place in places}
         if budget < float("inf"):
             room = max(0, budget - self.outside)
-            levels |= {share * room for share in ROOM if share * room < sums[0]}
+            levels |= {size for share in ROOM if (size := float(int(share * room))) < sums[0]}
         return [float("inf"), *sorted(levels, reverse=True)]
 
     def strips(self, recompute: float, targets: Sequence[int]) -> Schedule:
