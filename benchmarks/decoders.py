@@ -97,12 +97,12 @@ class First(nn.Module):
         return self.of(self.model(x))
 
 
-def network(name: str, image: int) -> nn.Module:
+def network(name: str) -> nn.Module:
     """A network with random weights. Raises `ImportError` where its library is not installed."""
-    return _made(name, image).eval()
+    return _made(name).eval()
 
 
-def _made(name: str, image: int) -> nn.Module:
+def _made(name: str) -> nn.Module:
     family, _, kind = name.partition(" ")
     if family == "vae":
         from diffusers import AutoencoderKL  # pyright: ignore[reportMissingImports]
@@ -122,7 +122,7 @@ def _made(name: str, image: int) -> nn.Module:
         if kind == "UNet":
             return nets.UNet(3, 1, 2, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
         return nets.DynUNet(3, 1, 2, [3, 3, 3, 3], [1, 2, 2, 2], [2, 2, 2])
-    return _restoring(name) or _plain(name, image)
+    return _restoring(name) or _plain(name)
 
 
 def _restoring(name: str) -> nn.Module | None:
@@ -144,7 +144,7 @@ def _restoring(name: str) -> nn.Module | None:
     return None
 
 
-def _plain(name: str, image: int) -> nn.Module:
+def _plain(name: str) -> nn.Module:
     if name.startswith("causal"):
         return CausalDecoder()
     if name.startswith("separator"):
@@ -173,7 +173,7 @@ def measured(name: str, shape: tuple[int, ...], shares: tuple[float, ...], runs:
     """Rows of one network: as it is, tiled at each share of its peak and at the least, and a peer if there is one."""
     torch.manual_seed(0)
     try:
-        model = network(name, shape[-1])
+        model = network(name)
     except ImportError as why:
         return [{"how": f"not run: {why}"}]
     x = torch.randn(shape)

@@ -180,7 +180,7 @@ def _made_at_the_start(exported: fx.GraphModule) -> None:
     for target in _LIKE_TYPE:
         for node in exported.graph.find_nodes(op="call_function", target=target):
             origin, place = node.args[0], inputs.get(types(node.args[0]))
-            filled = any(u.target in _VIEWS and any(_writes(v) for v in u.users) for u in _within_views(node))
+            filled = any(_writes(user) for view in _within_views(node) for user in view.users)
             if place is not None and origin is not place and filled:
                 node.replace_input_with(origin, place)
 

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import splitfx
-from splitfx.analysis.regions import Edge
 from splitfx.passes import Tile
 from splitfx.tiling.plan.instructions import Schedule
 from tests import oracle
 from tests.tiling.cases import call, pad, resize
-from tests.tiling.test_kernels import gradients
+from tests.tiling.test_kernels import assert_gradients, shorten_halos
 from tests.tiling.trial import STRICT, assert_equal, error, peaks, tile, traced
 
 C = 4
@@ -124,10 +123,7 @@ def test_with_gradients(name: str) -> None:
     graph, inputs = case(name)
     trial = tile(graph, SCHEDULES[0])
     assert_equal(trial.split, graph, inputs, grad=True)
-    found, wanted = gradients(trial.split, inputs), gradients(graph, inputs)
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    assert found.keys() == wanted.keys()
-    assert all(float((found[key] - grad).abs().max()) <= STRICT * largest for key, grad in wanted.items())
+    assert_gradients(trial.split, graph, inputs)
 
 
 class UNet(nn.Module):
@@ -161,13 +157,7 @@ def test_a_unet_below_a_budget_at_other_sizes_saved_and_loaded(tmp_path: Path) -
 
 def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, inputs = case("conv 3x3")
-    honest = Edge.need
-
-    def short(self: Edge, start: int, stop: int) -> tuple[int, int, int, int]:
-        first, last, above, below = honest(self, start, stop)
-        return (first, last - 1, above, below + 1) if last - first > 2 else (first, last, above, below)
-
-    monkeypatch.setattr(Edge, "need", short)
+    shorten_halos(monkeypatch)
     for schedule in SCHEDULES[0], SCHEDULES[2]:
         try:
             with torch.no_grad():

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import splitfx
-from splitfx.analysis.regions import Edge
 from splitfx.passes import Tile
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.schedule import Scheduler
@@ -25,7 +24,7 @@ from splitfx.tiling.run.execution import Execution
 from tests import oracle
 from tests.sampled import sampled
 from tests.tiling.cases import call
-from tests.tiling.test_kernels import gradients
+from tests.tiling.test_kernels import assert_gradients, shorten_halos
 from tests.tiling.trial import STRICT, assert_equal, error, peaks, tile, traced
 
 C = 8
@@ -157,10 +156,7 @@ def test_with_gradients(name: str) -> None:
     graph, inputs = case(name)
     trial = tile(graph, SCHEDULES[0])
     assert_equal(trial.split, graph, inputs, grad=True)
-    found, wanted = gradients(trial.split, inputs), gradients(graph, inputs)
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    assert found.keys() == wanted.keys()
-    assert all(float((found[key] - grad).abs().max()) <= STRICT * largest for key, grad in wanted.items())
+    assert_gradients(trial.split, graph, inputs)
 
 
 @pytest.mark.parametrize("name", ["attention", "global response norm", "running sums"])
@@ -281,13 +277,7 @@ def off(name: str) -> float:
 
 
 def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Edge.need
-
-    def short(self: Edge, start: int, stop: int) -> tuple[int, int, int, int]:
-        first, last, above, below = honest(self, start, stop)
-        return (first, last - 1, above, below + 1) if last - first > 2 else (first, last, above, below)
-
-    monkeypatch.setattr(Edge, "need", short)
+    shorten_halos(monkeypatch)
     assert off("attention") > 1e-3
 
 

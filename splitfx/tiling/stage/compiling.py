@@ -32,8 +32,9 @@ def compile_stage(
 ) -> Stage:
     """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
-    ``recompute``: where maps of more bytes than this wait for a reduction, the largest of them are computed a second
-    time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
+    ``recompute``: where maps of more bytes than this wait behind a phase, those that are cheapest to make again are
+    computed a second time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate
+    of time.
     """
     return _Builder(graph, values, recompute, macs or {}, Temporaries(values, autocast)).build()
 
@@ -276,13 +277,13 @@ class _Builder:
     ) -> Kernel:
         if kernel in roots or kernel.complete:
             return kernel
-        key = (kernel.node, kernel.role, phase)
-        if key not in known:
+        there = (kernel.node, kernel.role, phase)
+        if there not in known:
             reads = [(self._clone(k, roots, phase, known), h, w) for k, h, w in kernel.reads]
             twin = replace(kernel, reads=reads, takes=list(kernel.takes), phase=phase, again=True)
-            known[key] = twin
+            known[there] = twin
             self.kernels.append(twin)
-        return known[key]
+        return known[there]
 
     def _homes(self, exits: list[Kernel]) -> list[Kernel]:
         """Number the memories of values that have to be complete in one place."""

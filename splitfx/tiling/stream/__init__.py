@@ -61,7 +61,7 @@ def stream(
     ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
     """
     call, tiled = _stage_of(split)
-    given = source if isinstance(source, RowSource) else RowSource(source, layout=_layout(split, source))
+    given = source if isinstance(source, RowSource) else RowSource(source, layout=_layout(split))
     image = _Image(given, *_number_type(split))
     _check_channels(split, given)
     program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
@@ -122,12 +122,11 @@ def _check_channels(split: fx.GraphModule, source: RowSource) -> None:
         raise PlanError(f"the model reads {dims(spec.shape)}; {source} has {source.shape[0]} channels")
 
 
-def _layout(split: fx.GraphModule, data: Any) -> Layout | None:
+def _layout(split: fx.GraphModule) -> Layout | None:
     """How an array lies, where the model's input says it."""
     rank = len(next(s for s in info(split).inputs if isinstance(s, TensorSpec)).shape)
-    batch = getattr(data, "ndim", 0) == rank  # of one, in front of the channels
     known: dict[int, Layout] = {3: "CL", 5: "CDHW"}
-    return known.get(rank) if batch or getattr(data, "ndim", 0) == rank - 1 or rank != 4 else None
+    return known.get(rank)
 
 
 class _Rest(fx.Interpreter):
