@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import fx
 
 from splitfx.analysis import Facts
@@ -31,6 +32,7 @@ from splitfx.tiling.plan.planner import Candidates
 from splitfx.tiling.plan.replan import HALF, Goal, sizes_of
 from splitfx.tiling.run.install import install
 from splitfx.tiling.stage.extract import sources_of, stages
+from splitfx.tiling.stage.kernel import Keeping, Spill
 from splitfx.tiling.stage.roles import Kind
 
 Nodes = list[fx.Node]
@@ -38,33 +40,44 @@ Nodes = list[fx.Node]
 
 @dataclass(frozen=True)
 class TileStage:
-    """How one stage runs; every field as the option of `Tile` of that name. ``as_it_is``: it is not tiled."""
+    """How one stage runs; every field as the option of `Tile` of that name. ``as_it_is``: it is not tiled. ``keep``:
+    the bytes of maps that may wait in memory, where others are spilled (-1: all)."""
 
     rows: int = 0
     grid: tuple[int, int] = (1, 1)
     recompute: int = -1
     every: tuple[int, ...] = ()
     as_it_is: bool = False
+    keep: int = -1
 
     def __post_init__(self) -> None:
         options.settle(self, "pass 'tile': {} of a stage")
-        _check_counts(self.rows, self.grid, self.recompute, self.every, f"the stage {shown(options.changed(self))}: ")
+        of = f"the stage {shown(options.changed(self))}: "
+        _check_counts(self.rows, self.grid, self.recompute, self.every, of)
+        _check_bytes("keep", self.keep, of)
         if self.as_it_is and len(options.changed(self)) > 1:
-            raise PlanError("pass 'tile': a stage that stays as_it_is has no rows, grid, recompute or every")
+            raise PlanError("pass 'tile': a stage that stays as_it_is has no rows, grid, recompute, every or keep")
 
     @classmethod
     def of(cls, schedule: Schedule | None) -> Self:
         """The entry of a plan for a schedule; None: the stage stays as it is."""
         if schedule is None:
             return cls(as_it_is=True)
-        recompute = -1 if schedule.recompute == float("inf") else int(schedule.recompute)
-        return cls(schedule.rows, schedule.tiles, recompute, schedule.every)
+        recompute, keep = (
+            -1 if n == float("inf") else int(n) for n in (schedule.keeping.recompute, schedule.keeping.spill)
+        )
+        return cls(schedule.rows, schedule.tiles, recompute, schedule.every, keep=keep)
 
-    @property
-    def schedule(self) -> Schedule | None:
+    def schedule(self, spill: Spill = "") -> Schedule | None:
+        """``spill``: as the option of `Tile`. Raises `PlanError` where it is empty and the stage needs it."""
         if self.as_it_is:
             return None
-        return Schedule(self.rows, self.every, self.grid, float("inf") if self.recompute < 0 else float(self.recompute))
+        if self.keep >= 0 and not spill:
+            raise PlanError(
+                "pass 'tile': a stage with keep spills the other maps: say where to, spill='disk' or 'host'"
+            )
+        recompute, keep = (float("inf") if n < 0 else float(n) for n in (self.recompute, self.keep))
+        return Schedule(self.rows, self.every, self.grid, Keeping(recompute, keep, spill if self.keep >= 0 else ""))
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,10 @@ class Tile(Pass):
     layer that is tiled, ``rows`` the input rows of a step, ``every`` the steps between two firings of each group of
     layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes of maps that may wait for a reduction; where
     there are more, some are computed twice instead of being kept (-1: never).
+
+    ``spill``: maps that wait for a reduction (the statistics of a norm, say) may go elsewhere meanwhile, where the
+    budget asks for it: "host" is the memory beside a GPU, "disk" a file in the folder of temporary files (``TMPDIR``)
+    that is gone when it has been read. Given by hand, all of them do. Where gradients are wanted nothing is spilled.
 
     ``checkpoint``: where gradients are wanted, pieces are computed again in the backward pass instead of keeping
     their activations; norms and dropout inside must be in eval mode.
@@ -103,6 +120,7 @@ class Tile(Pass):
     every: tuple[int, ...] = ()
     recompute: int = -1
     checkpoint: bool = False
+    spill: Spill = ""
     stages: tuple[TileStage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,6 +152,7 @@ class Tile(Pass):
         if self._share is not None:  # of this graph: the settled plan holds the bytes
             count = max(1, int(self._share * facts.memory.peak_bytes))
             return replace(self, budget=f"{count} B").run(graph, facts)
+        self._require_place(facts)
         found, roles = stages(graph, facts.regions)
         if self.until:
             found = _until(found, self.until)
@@ -156,9 +175,18 @@ class Tile(Pass):
         settled = replace(self, stages=tuple(TileStage.of(schedule) for schedule, _ in decided))
         return Outcome(tuple(notes), settled=None if settled == self else settled)
 
+    def _require_place(self, facts: Facts) -> None:
+        """Raise `PlanError` where there is no other memory than the one that is to be spared."""
+        devices = {value.device.type for value in facts.shapes.values() if isinstance(value, torch.Tensor)}
+        if self.spill == "host" and devices <= {"cpu", "meta"}:
+            raise PlanError("pass 'tile': spill='host' spares the memory of a GPU; on a CPU use spill='disk'")
+
+    def _candidates(self, graph: fx.GraphModule, facts: Facts, nodes: Nodes) -> Candidates:
+        return Candidates(graph, facts, nodes, spill=self.spill)
+
     def _goal(self, graph: fx.GraphModule, facts: Facts, nodes: Nodes) -> Goal:
         sizes = sizes_of(tuple(_spec(facts.shapes[n]) for n in sources_of(nodes)))
-        return Goal(str(self.budget) or HALF, self.mode, sizes, planner.around(graph, facts, nodes))
+        return Goal(str(self.budget) or HALF, self.mode, sizes, planner.around(graph, facts, nodes), self.spill)
 
     def _decided(self, graph: fx.GraphModule, facts: Facts, found: list[Nodes]) -> list[tuple[Schedule | None, str]]:
         """For each stage its schedule, None where it stays as it is, and what a note says."""
@@ -168,12 +196,13 @@ class Tile(Pass):
                     f"pass 'tile': the plan was made for {len(self.stages)} stages, this model has {len(found)}: leave "
                     "`stages` out and give a budget"
                 )
-            schedules = [one.schedule for one in self.stages]
+            schedules = [one.schedule(self.spill) for one in self.stages]
             for nodes, schedule in zip(found, schedules, strict=True):
                 _check_grid(Candidates(graph, facts, nodes), schedule.tiles if schedule is not None else (1, 1))
             return [(one, _how(one)) for one in schedules]
         if self.by_hand:
-            schedule = TileStage(self.rows, self.grid, self.recompute, self.every).schedule
+            keep = 0 if self.spill else -1
+            schedule = TileStage(self.rows, self.grid, self.recompute, self.every, keep=keep).schedule(self.spill)
             for nodes in found:
                 _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
@@ -181,7 +210,7 @@ class Tile(Pass):
             return self._within(graph, facts, found, planner.parse_bytes(str(self.budget)))
         decided = []
         for nodes in found:
-            candidates = Candidates(graph, facts, nodes)
+            candidates = self._candidates(graph, facts, nodes)
             goal = (
                 candidates.untiled().peak_bytes
                 if self.budget
@@ -199,13 +228,15 @@ class Tile(Pass):
         whole = [n for n in graph.graph.nodes if n not in inside and n.op not in ("placeholder", "get_attr", "output")]
         tall = max(whole, key=lambda n: memory.live_bytes[n], default=None)
         if tall is not None and memory.live_bytes[tall] > budget:
-            least = [planner.least(Candidates(graph, facts, nodes), self.mode).point.peak_bytes for nodes in found]
+            least = [
+                planner.least(self._candidates(graph, facts, nodes), self.mode).point.peak_bytes for nodes in found
+            ]
             raise PlanError(
                 f"pass 'tile': a budget of {words(budget)} cannot be met: the least is "
                 f"{planner.enough(max(memory.live_bytes[tall], *least))}; {layer(tall)} ({op_name(tall)}) needs "
                 f"{words(memory.live_bytes[tall])} and reads whole maps, so it is not tiled"
             )
-        plans = [planner.plan(Candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
+        plans = [planner.plan(self._candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
         return [(plan.schedule, plan.words()) for plan in plans]
 
 
@@ -218,15 +249,19 @@ def _check_counts(rows: int, grid: Sequence[int], recompute: int, every: Sequenc
     most = max(rows, *every, 0)
     if most > limits.ELEMENTS:
         raise PlanError(f"pass 'tile': {of}rows and every count rows and steps of a map; no map has {shown(most)}")
-    if not -1 <= recompute <= limits.BUDGET_BYTES:
-        raise PlanError(f"pass 'tile': {of}recompute is a number of bytes, or -1 for never; got {shown(recompute)}")
+    _check_bytes("recompute", recompute, of)
+
+
+def _check_bytes(name: str, given: int, of: str) -> None:
+    if not -1 <= given <= limits.BUDGET_BYTES:
+        raise PlanError(f"pass 'tile': {of}{name} is a number of bytes, or -1 for never; got {shown(given)}")
 
 
 def _check_grid(candidates: Candidates, grid: tuple[int, int]) -> None:
     """Raise `PlanError` where a grid cannot be laid over what the stage gives."""
     if grid == (1, 1):
         return
-    stage = candidates.stage(float("inf"))
+    stage = candidates.stage()
     if not stage.divides:
         waits = (k for k in stage.kernels if k.kind is Kind.REDUCE or any(o.dims is not None for o in k.takes))
         whole = stage.across or next(waits)

@@ -309,8 +309,9 @@ def tileable(draw: st.DrawFn, whole: bool, length: int = 6) -> tuple[nn.Module, 
 def schedules(draw: st.DrawFn, grids: bool) -> Any:
     """How to tile: steps, firings, recomputation, and a grid where nothing reduces over the map."""
     from splitfx.tiling.plan.instructions import Schedule
+    from splitfx.tiling.stage.kernel import Keeping
 
     tiles = draw(st.tuples(st.integers(1, 3), st.integers(1, 3))) if grids else (1, 1)
     every = tuple(draw(st.lists(st.integers(1, 4), max_size=6)))
     recompute = draw(st.sampled_from((float("inf"), 0.0, 20_000.0)))
-    return Schedule(draw(st.integers(0 if tiles != (1, 1) else 1, 12)), every, tiles, recompute)
+    return Schedule(draw(st.integers(0 if tiles != (1, 1) else 1, 12)), every, tiles, Keeping(recompute))

@@ -27,6 +27,7 @@ from splitfx.subnetworks.entry import Entry
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.replan import Goal
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stage.kernel import Keeping
 
 Tensors = Mapping[str, tuple[str, torch.Tensor]]  # path -> (kind, tensor)
 Build = Callable[[Any, Tensors, str], fx.GraphModule]
@@ -127,7 +128,8 @@ def _tiled(path: str, layer: Layer, tensors: Tensors, build: Build) -> Tiled:
     if any(inner.nodes or inner.kind in (TILED, ENTRY) for inner in layer.layers.values()):
         raise ExportError(f"the stored program has a graph inside the tiled stage {path}.")
     options = _options(f"tiled stage {path}", layer, stored.TiledOptions)
-    schedule = Schedule(**structs.asdict(options.schedule))
+    keeping = Keeping(**structs.asdict(options.schedule.keeping))
+    schedule = Schedule(**{**structs.asdict(options.schedule), "keeping": keeping})
     goal = Goal(**structs.asdict(options.goal)) if options.goal is not None else None
     tiled = Tiled(build(layer, _own(tensors, f"{path}.stage."), "Stage"), schedule, goal)
     tiled.checkpoint = options.checkpoint

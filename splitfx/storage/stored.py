@@ -21,6 +21,7 @@ from splitfx.storage.operators import LARGEST
 from splitfx.subnetworks.entry import Form as EntryForm
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.replan import HALF
+from splitfx.tiling.stage.kernel import Spill
 
 T = TypeVar("T")
 
@@ -63,17 +64,27 @@ class Layer(Struct, forbid_unknown_fields=True):
         _hold_keys(Name, self.norms)
 
 
+class Keeping(Struct, forbid_unknown_fields=True):
+    """See `splitfx.tiling.stage.kernel.Keeping`."""
+
+    recompute: Annotated[float, Meta(ge=0)] = math.inf
+    spill: Annotated[float, Meta(ge=0)] = math.inf
+    to: Spill = ""
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.recompute) or math.isnan(self.spill):
+            raise ValueError("see recompute and spill: not a number")
+        if self.spill < math.inf and not self.to:
+            raise ValueError("see spill: maps that are spilled go to 'host' or 'disk'")
+
+
 class Schedule(Struct, forbid_unknown_fields=True):
     """See `splitfx.tiling.plan.instructions.Schedule`."""
 
     rows: Count = 0
     every: tuple[Positive, ...] = ()
     tiles: tuple[Positive, Positive] = (1, 1)
-    recompute: Annotated[float, Meta(ge=0)] = math.inf
-
-    def __post_init__(self) -> None:
-        if math.isnan(self.recompute):
-            raise ValueError("see recompute: not a number")
+    keeping: Keeping = msgspec.field(default_factory=Keeping)
 
 
 class Goal(Struct, forbid_unknown_fields=True):
@@ -83,6 +94,7 @@ class Goal(Struct, forbid_unknown_fields=True):
     mode: planner.Mode
     sizes: tuple[tuple[Count, ...], ...]
     outside: Count
+    spill: Spill = ""
 
     def __post_init__(self) -> None:
         if self.budget not in (HALF, "least"):

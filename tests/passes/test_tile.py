@@ -327,7 +327,7 @@ def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
         ({"rows": 2, "as_it_is": True}, "a stage that stays as_it_is has no rows"),
         ({"row": 2}, r"'stages\[1\]' has no key 'row'. Did you mean 'rows'\?"),
         ({"rows": "2"}, r"'stages\[1\].rows' must be an integer; got '2'"),
-        ((2, 1, 1, -1), "'stages' must be a list of .a table of rows, grid, recompute, every, as_it_is.; got"),
+        ((2, 1, 1, -1), "'stages' must be a list of .a table of rows, grid, recompute, every, as_it_is, keep.; got"),
     ],
 )
 def test_a_plan_with_an_odd_stage(stage: Any, message: str) -> None:

@@ -18,6 +18,7 @@ from splitfx.passes import Tile
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.stage.compiling import compile_stage
 from splitfx.tiling.stage.extract import stages
+from splitfx.tiling.stage.kernel import Keeping
 from splitfx.tiling.stage.roles import Kind, Roles
 from tests import oracle
 from tests.models import ZOO, image
@@ -265,7 +266,7 @@ def test_reasons(name: str) -> None:
 def compiled(model: nn.Module, x: torch.Tensor, recompute: float = float("inf")) -> Any:
     graph = trace(model.eval(), x)
     trial = tile(graph, Schedule())
-    return compile_stage(trial.tiled.stage, shapes(trial.tiled.stage, (TensorSpec.of(x),)), recompute)
+    return compile_stage(trial.tiled.stage, shapes(trial.tiled.stage, (TensorSpec.of(x),)), Keeping(recompute))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,9 @@ def test_a_map_behind_its_own_reduction_is_computed_twice() -> None:
     assert sum(k.again for k in once.kernels) == 0
     assert sum(k.again for k in twice.kernels) > 0
     graph = trace(model, x)
-    kept, again = (peaks(tile(graph, Schedule(4, recompute=r)).tiled, (x,)) for r in (float("inf"), 0.0))
+    kept, again = (
+        peaks(tile(graph, Schedule(4, keeping=Keeping(recompute=r))).tiled, (x,)) for r in (float("inf"), 0.0)
+    )
     assert again[1] < kept[1] / 2
 
 

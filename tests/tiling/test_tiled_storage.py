@@ -124,7 +124,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a switch for a number": (option("rows", True), "unusable options: see schedule.rows"),
     "every": (option("every", {"tuple": [0]}), "unusable options: see schedule.every"),
     "tiles": (option("tiles", {"tuple": [1]}), "unusable options: see schedule.tiles"),
-    "recompute": (option("recompute", {"float": "nan"}), "unusable options: see schedule.recompute"),
+    "recompute": (option("keeping", {"recompute": {"float": "nan"}}), "unusable options: see schedule.keeping"),
     "another field": (option("run", "os.system"), "see schedule: object contains unknown field `run`"),
     "another option": (lambda layer: layer["options"].update(__class__=True), "unknown field `__class__`"),
     "no switch": (lambda layer: layer["options"].update(checkpoint="yes"), "unusable options: see checkpoint"),

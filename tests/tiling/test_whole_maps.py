@@ -21,6 +21,7 @@ from splitfx.passes import Tile
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.run.execution import Execution
+from splitfx.tiling.stage.kernel import Keeping
 from tests import oracle
 from tests.sampled import sampled
 from tests.tiling.cases import call
@@ -28,7 +29,20 @@ from tests.tiling.test_kernels import assert_gradients, shorten_halos
 from tests.tiling.trial import STRICT, assert_equal, error, peaks, tile, traced
 
 C = 8
-SCHEDULES = [Schedule(2), Schedule(3, (2, 1, 3)), Schedule(1, (), (1, 1), 0.0), Schedule(5, (1, 4), (1, 1), 2.0**11)]
+KEEPINGS = [
+    Keeping(),
+    Keeping(recompute=0.0),
+    Keeping(recompute=2.0**11),
+    Keeping(spill=0.0, to="disk"),
+    Keeping(2.0**12, 2.0**11, "disk"),
+]
+SCHEDULES = [
+    Schedule(2),
+    *(
+        Schedule(n, every, (1, 1), k)
+        for n, every, k in zip((3, 1, 5, 2, 3), ((2, 1, 3), (), (1, 4), (1, 3), ()), KEEPINGS, strict=True)
+    ),
+]
 Make = Callable[[], nn.Module]
 
 
@@ -252,10 +266,10 @@ class Drawn(nn.Module):
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(3, 13), st.integers(2, 11)),
     schedule=st.builds(
-        lambda rows, every, again: Schedule(rows, every, (1, 1), again),
+        lambda rows, every, keeping: Schedule(rows, every, (1, 1), keeping),
         st.integers(1, 5),
         st.lists(st.integers(1, 4), max_size=4).map(tuple),
-        st.sampled_from([float("inf"), 2.0**10, 0.0]),
+        st.sampled_from(KEEPINGS),
     ),
 )  # fmt: skip
 def test_random_decoders(seed: int, size: tuple[int, int], schedule: Schedule) -> None:

@@ -19,6 +19,7 @@ from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.run.install import install
 from splitfx.tiling.stage.extract import stages
+from splitfx.tiling.stage.kernel import Keeping
 from tests import oracle
 
 STRICT = oracle.STRICT
@@ -28,7 +29,7 @@ STREAMS = [
     Schedule(3, (2, 1, 3)),
     Schedule(5, (1, 2)),
     Schedule(100),
-    Schedule(2, (1, 1, 4, 1, 2), recompute=0.0),
+    Schedule(2, (1, 1, 4, 1, 2), keeping=Keeping(recompute=0.0)),
 ]
 GRIDS = [
     Schedule(0, (), (2, 2)),

@@ -50,6 +50,11 @@ class Buffer:
         else:
             self.chunks.append(chunk)
 
+    @property
+    def complete(self) -> bool:
+        """All rows lie in one place."""
+        return bool(self.chunks) and self.chunks[0].whole
+
     def drop(self, register: int) -> None:
         """Its storage belongs to another value now."""
         self.chunks[:] = [c for c in self.chunks if c.register != register]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from torch import fx
@@ -22,7 +23,7 @@ from splitfx.tiling.plan.meter import BYTE, CALL, MAC
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.stage.compiling import compile_stage
 from splitfx.tiling.stage.extract import sources_of, stage_graph
-from splitfx.tiling.stage.kernel import Stage
+from splitfx.tiling.stage.kernel import KEEP_ALL, Keeping, Spill, Stage
 from splitfx.tiling.stage.roles import Kind
 
 Mode = Literal["auto", "stream", "grid"]
@@ -32,7 +33,7 @@ FEW = 8  # and pieces of a map that is cut into so many and more
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
 TRIES = 12  # changes of a single group that are counted for one choice, at most
 CALLS = 100_000  # calls of kernels that may be counted for them
-LEVELS = 4  # amounts of what may wait before maps are computed twice that are looked at
+LEVELS = 4  # amounts of what may wait before maps are computed twice, or spilled, that are looked at
 ROOM = (0.9, 0.75, 0.5)  # shares of a budget that may wait
 
 
@@ -58,8 +59,11 @@ class _Count:
 class Candidates:
     """All ways to run one stage of a graph that are worth a look; counted once each."""
 
-    def __init__(self, graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], outside: int = 0) -> None:
-        """``outside``: bytes that are alive while the stage runs, besides those of ``graph``."""
+    def __init__(
+        self, graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node], outside: int = 0, spill: Spill = ""
+    ) -> None:
+        """``outside``: bytes that are alive while the stage runs, besides those of ``graph``. ``spill``: where maps
+        that wait may go."""
         self.graph, self.facts, self.nodes = graph, facts, nodes
         self.small, _, _, copied = stage_graph(graph, nodes)
         shapes, cost = facts.shapes, facts.cost
@@ -67,13 +71,14 @@ class Candidates:
         self.macs = {new: float(cost.rows[old].macs) for old, new in copied.items() if old in cost.rows}
         self.beyond = outside
         self.outside = outside + around(graph, facts, nodes)
-        self._stages: dict[float, Stage] = {}
+        self.spill = spill
+        self._stages: dict[Keeping, Stage] = {}
         self._known: dict[Schedule, _Count] = {}
 
-    def stage(self, recompute: float) -> Stage:
-        if recompute not in self._stages:
-            self._stages[recompute] = compile_stage(self.small, self.values, recompute, self.macs)
-        return self._stages[recompute]
+    def stage(self, keeping: Keeping = KEEP_ALL) -> Stage:
+        if keeping not in self._stages:
+            self._stages[keeping] = compile_stage(self.small, self.values, keeping, self.macs)
+        return self._stages[keeping]
 
     # ------------------------------------------------------------ what a schedule takes
 
@@ -83,7 +88,7 @@ class Candidates:
 
     def _count(self, schedule: Schedule) -> _Count:
         if schedule not in self._known:
-            counted = Scheduler(self.stage(schedule.recompute), schedule)
+            counted = Scheduler(self.stage(schedule.keeping), schedule)
             for _ in counted.instructions():
                 pass
             held = counted.registers
@@ -103,23 +108,27 @@ class Candidates:
 
     # ------------------------------------------------------------ families of schedules
 
-    def recomputes(self, budget: float = float("inf")) -> list[float]:
-        """How many bytes of maps may wait for a reduction before some are computed again: any, as many as leave room
-        within a ``budget``, and from what waits behind some phase down to none."""
-        sums = sorted(set(self.stage(float("inf")).waiting_bytes), reverse=True)
+    def keepings(self, budget: float = float("inf")) -> list[list[Keeping]]:
+        """What may become of maps that wait for a reduction, by how many bytes may wait: any; then as many as leave
+        room within a ``budget``, and from what waits behind some phase down to none; the others are computed again, or
+        spilled."""
+        sums = sorted(set(self.stage().waiting_bytes), reverse=True)
         if not sums[0]:
-            return [float("inf")]
+            return [[KEEP_ALL]]
         lower = [float(size) for size in (*sums[1:], 0) if size < sums[0]]
         places = {round(i * (len(lower) - 1) / (LEVELS - 2)) for i in range(LEVELS - 1)}
         levels = {lower[place] for place in places}
         if budget < float("inf"):
             room = max(0, budget - self.outside)
             levels |= {size for share in ROOM if (size := float(int(share * room))) < sums[0]}
-        return [float("inf"), *sorted(levels, reverse=True)]
+        ways = [[Keeping(recompute=size)] for size in sorted(levels, reverse=True)]
+        if self.spill:
+            ways = [[*known, Keeping(spill=known[0].recompute, to=self.spill)] for known in ways]
+        return [[KEEP_ALL], *ways]
 
-    def strips(self, recompute: float, targets: Sequence[int]) -> Schedule:
+    def strips(self, keeping: Keeping, targets: Sequence[int]) -> Schedule:
         """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
-        stage = self.stage(recompute)
+        stage = self.stage(keeping)
         rows = 1
         while len(stage.kernels) * stage.clock / rows > WORK:
             rows *= 2
@@ -134,19 +143,19 @@ class Candidates:
                     count *= 2
             every.append(count)
         fewest = min(every, default=1)
-        return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), recompute)
+        return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), keeping)
 
-    def _family(self, recompute: float, budget: float = float("inf")) -> Iterator[tuple[int, _Count]]:
+    def _family(self, keeping: Keeping, budget: float = float("inf")) -> Iterator[tuple[int, _Count]]:
         """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by.
 
         A peak is about a constant and a number of bytes for every row of a strip, so half the rows gain half of what
         the last halving gained: where all that is still to gain does not bring a phase within the ``budget``, or is
         less than a hundredth, lower strips are not looked at.
         """
-        stage = self.stage(recompute)
+        stage = self.stage(keeping)
         phases, last, least = stage.phases, None, [1 << 62] * stage.phases
         for target in TARGETS:
-            schedule = self.strips(recompute, [target] * phases)
+            schedule = self.strips(keeping, [target] * phases)
             if schedule == last:
                 continue
             count, last = self._count(schedule), schedule
@@ -160,14 +169,14 @@ class Candidates:
             if hopeless or gains[tall] < 0.01 * least[tall]:
                 return
 
-    def grids(self, recompute: float = float("inf")) -> Iterator[Schedule]:
-        stage = self.stage(recompute)
+    def grids(self, keeping: Keeping = KEEP_ALL) -> Iterator[Schedule]:
+        stage = self.stage(keeping)
         if stage.divides:
-            yield from (Schedule(0, (), (n, n), recompute) for n in (1, 2, 3, 4, 6, 8) if self._fits(stage, n))
+            yield from (Schedule(0, (), (n, n), keeping) for n in (1, 2, 3, 4, 6, 8) if self._fits(stage, n))
 
     def bands(self, schedule: Schedule) -> Iterator[Schedule]:
         """The same strips in column bands."""
-        stage = self.stage(schedule.recompute)
+        stage = self.stage(schedule.keeping)
         if stage.divides:
             yield from (replace(schedule, tiles=(1, n)) for n in (2, 4, 8) if self._fits(stage, n))
 
@@ -179,21 +188,23 @@ class Candidates:
     def fastest(self, budget: int, mode: Mode) -> Point | None:
         """The candidate with the least time within a budget; None where none fits."""
         best: Point | None = None
-        for recompute in self.recomputes(budget):
-            if mode == "grid":
-                found = [self.point(schedule) for schedule in self.grids(recompute)]
-            else:
-                found = [p for p in [self._within(recompute, budget)] if p is not None]
-            best = min((p for p in [*found, best] if p is not None and p.peak_bytes <= budget), key=fast, default=None)
+        for ways in self.keepings(budget):
+            found: list[Point | None] = []
+            for keeping in ways:
+                if mode == "grid":
+                    found += [self.point(schedule) for schedule in self.grids(keeping)]
+                else:
+                    found.append(self._within(keeping, budget))
+            best = min((p for p in found if p is not None and p.peak_bytes <= budget), key=fast, default=None)
             if best is not None:
-                break  # computing values twice is slower than any way of keeping them
+                break  # the more has to be computed twice or spilled, the slower
         return best
 
-    def _within(self, recompute: float, budget: int) -> Point | None:
-        """Strips that compute again what ``recompute`` says: for every phase the fastest within the budget."""
-        chosen: list[tuple[float, int] | None] = [None] * self.stage(recompute).phases
+    def _within(self, keeping: Keeping, budget: int) -> Point | None:
+        """Strips that keep of waiting maps what ``keeping`` says: for every phase the fastest within the budget."""
+        chosen: list[tuple[float, int] | None] = [None] * self.stage(keeping).phases
         worse = 0
-        for target, count in self._family(recompute, budget):
+        for target, count in self._family(keeping, budget):
             changed = False
             for phase, (peak, seconds) in enumerate(count.phases):
                 known = chosen[phase]
@@ -203,12 +214,12 @@ class Candidates:
             if worse == 2:
                 break
         targets = [one[1] for one in chosen if one is not None]
-        return self._lowered(recompute, targets, budget) if len(targets) == len(chosen) else None
+        return self._lowered(keeping, targets, budget) if len(targets) == len(chosen) else None
 
-    def _lowered(self, recompute: float, targets: list[int], budget: int) -> Point | None:
+    def _lowered(self, keeping: Keeping, targets: list[int], budget: int) -> Point | None:
         """The phases put together; where one takes more beside the others than alone, its pieces are made smaller."""
         while True:
-            count = self._count(self.strips(recompute, targets))
+            count = self._count(self.strips(keeping, targets))
             over = [i for i, (peak, _) in enumerate(count.phases) if peak > budget]
             if not over:
                 return count.point
@@ -217,27 +228,31 @@ class Candidates:
                 return None
             targets = lower
 
-    def least(self, mode: Mode) -> Point | None:
-        """The candidate with the least peak, and of those the fastest; None where there is none in this mode. Column
-        bands only where they take less than full-width strips."""
+    def least(self, mode: Mode, near: float = 0.0) -> Point | None:
+        """The candidate with the least peak; None where there is none in this mode. Column bands only where they take
+        less than full-width strips. Of all whose peak is ``near`` to it, as a share, the fastest: the last percent
+        costs pieces so low that calls take all the time."""
         found: list[Point] = []
-        for recompute in self.recomputes():
+        for keeping in chain(*self.keepings()):
             if mode == "grid":
-                found += [self.point(schedule) for schedule in self.grids(recompute)]
+                found += [self.point(schedule) for schedule in self.grids(keeping)]
                 continue
             below = min((point.peak_bytes for point in found), default=float("inf"))
-            counts = [count for _, count in self._family(recompute, below)]
+            counts = [count for _, count in self._family(keeping, below)]
             peaks = [min(peaks) for peaks in zip(*([p for p, _ in c.phases] for c in counts), strict=True)]
             found += [c.point for c in counts]
             lowest = max(peaks, default=0)
-            together = self._within(recompute, lowest) if lowest < below else None
+            together = self._within(keeping, lowest) if lowest < below else None
             found += [together] if together is not None else []
         if not found:
             return None
         best = min(found, key=small)
         if best.schedule is not None and mode != "grid":
             best = min([best, *(self.point(s) for s in self.bands(best.schedule))], key=small)
-        return best
+        most = round(best.peak_bytes * (1 + near))
+        if near and best.schedule is not None and mode != "grid" and best.schedule.tiles == (1, 1):
+            self._within(best.schedule.keeping, most)  # what it counts is looked at below
+        return min((c.point for c in self._known.values() if c.point.peak_bytes <= most), key=fast)
 
     def curve(self, mode: Mode = "auto") -> list[Point]:
         """Bytes against seconds, from the least bytes to not tiled; no point is beaten in both by another."""
@@ -245,10 +260,10 @@ class Candidates:
         if least is None or mode == "grid":
             return front([self.untiled(), *(self.point(schedule) for schedule in self.grids())])
         found = [self.untiled(), least]
-        for recompute in self.recomputes():
-            for _, count in self._family(recompute):
+        for keeping in chain(*self.keepings()):
+            for _, count in self._family(keeping):
                 found.append(count.point)
-                found += [p for p in [self._within(recompute, count.point.peak_bytes)] if p is not None]
+                found += [p for p in [self._within(keeping, count.point.peak_bytes)] if p is not None]
         return front(found)
 
     def improved(self, point: Point, better: Callable[[Point, Point], bool], enough: int = 0) -> Point:
@@ -270,7 +285,7 @@ class Candidates:
 
     def _neighbours(self, schedule: Schedule) -> Iterable[Schedule]:
         """One group of the phase in which the peak lies fires more or less often."""
-        stage, tall = self.stage(schedule.recompute), _tall(self._count(schedule))
+        stage, tall = self.stage(schedule.keeping), _tall(self._count(schedule))
         groups = sorted({k.group for k in stage.kernels if k.kind is Kind.ROWS and k.phase == tall})
         every = schedule.every or (1,) * stage.groups
         for group in groups:

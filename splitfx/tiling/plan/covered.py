@@ -39,7 +39,7 @@ FIRST = 20_000
 
 def require_covered(stage: fx.GraphModule, inputs: Sequence[TensorSpec], schedule: Schedule) -> None:
     """Raise `ExportError` for a schedule that does not compute a stage graph on inputs of these sizes."""
-    compiled = compile_stage(stage, shapes(stage, tuple(inputs)), schedule.recompute)
+    compiled = compile_stage(stage, shapes(stage, tuple(inputs)), schedule.keeping)
     most = [max((k.sizes[axis] for k in compiled.kernels), default=1) for axis in (0, 1)]
     if any(parts > max(1, size) for parts, size in zip(schedule.tiles, most, strict=True)):
         raise ExportError(f"a stored schedule cuts maps of {most[0]}x{most[1]} into {schedule.tiles} tiles.")

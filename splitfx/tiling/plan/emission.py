@@ -156,12 +156,25 @@ class Emitter:
             if self.registers.open(kernel):
                 yield Open(kernel.home, memory, kernel)
             yield Store(kernel.home, memory, register, kernel, rows, columns)
+            if kernel.spilled:
+                self.cost.spilled_bytes += size
+                yield from self._keep_or_free(kernel, rows, register, size)
+                return
             yield self.registers.free(register)
             self.buffers[kernel].keep(Chunk(rows[0], rows[1], memory, 0, whole=True))
-        elif kernel.users:
+        else:
+            yield from self._keep_or_free(kernel, rows, register, size)
+
+    def _keep_or_free(self, kernel: Kernel, rows: Interval, register: int, size: int) -> Iterator[Instruction]:
+        """A piece stays for the readers of its phase, or goes."""
+        if any(self._reads_now(user, kernel) for user, _, _ in kernel.users):
             self.buffers[kernel].keep(Chunk(rows[0], rows[1], register, size))
         else:
             yield self.registers.free(register)
+
+    def _reads_now(self, user: Kernel, operand: Kernel) -> bool:
+        """A reader takes pieces of a value as they are made; what was spilled is read back in later phases."""
+        return not operand.spilled or user.phase == operand.phase or self.buffers[operand].complete
 
     def _hand_over(self, kernel: Kernel, register: int, private: list[int]) -> None:
         """A register's storage now belongs to the kernel's own value."""
@@ -179,10 +192,11 @@ class Emitter:
         if len(chunks) == 1:
             chunk = chunks[0]
             local = chunk.local(rows, operand.rows)
-            if local is None and columns is None:
+            if local is None and columns is None and not (operand.spilled and chunk.whole):
                 dead = chunk.bytes > 0 and self._needed_from(operand) >= chunk.stop
                 return chunk.register, dead, False
-            copy = dense
+            copy = dense or (bool(operand.spilled) and chunk.whole)
+            self.cost.spilled_bytes += self._piece(operand, rows, columns) if operand.spilled and chunk.whole else 0
             size = self._piece(operand, rows, columns) if copy else 0
             register = self.registers.allocate(size, kernel)
             yield Take(register, chunk.register, operand, local, columns, copy)
@@ -234,7 +248,7 @@ class Emitter:
             return buffer.needed  # readers only advance, so the one furthest behind still is
         first, waits = operand.rows, None
         for user, edge, _ in operand.users:
-            if user not in self.wanted[0]:
+            if user not in self.wanted[0] or not self._reads_now(user, operand):
                 continue
             reader = self.buffers[user]
             if reader.done < self._stop(user) and (row := edge.first(reader.done)) < first:

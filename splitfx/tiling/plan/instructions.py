@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitfx.tiling.stage.kernel import Kernel
+from splitfx.tiling.stage.kernel import KEEP_ALL, Keeping, Kernel
 
 Interval = tuple[int, int]
 Pads = tuple[int, int]
@@ -17,13 +17,13 @@ Pads = tuple[int, int]
 @dataclass(frozen=True)
 class Schedule:
     """How a stage is run. ``rows``: input rows a step; 0: the whole tile at once. ``every``: for each group of kernels,
-    the steps between two firings (1 where it has no entry). ``tiles``: rows and columns of the grid. ``recompute``: see
-    `stage.compile_stage`; in bytes."""
+    the steps between two firings (1 where it has no entry). ``tiles``: rows and columns of the grid. ``keeping``: what
+    becomes of maps that wait for a reduction."""
 
     rows: int = 0
     every: tuple[int, ...] = ()
     tiles: tuple[int, int] = (1, 1)
-    recompute: float = float("inf")
+    keeping: Keeping = KEEP_ALL
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from splitfx.tiling.stage.roles import Kind
 # Seconds per multiply-accumulate, per byte written or read, per byte of weights read by a call, and per call: one core
 # of a server, measured once. Only their ratios matter: they rank candidates.
 MAC, BYTE, WEIGHT, CALL = 1.1e-11, 1.5e-10, 6e-11, 2.5e-5
+SPILL = 6e-10  # seconds per byte that goes to another memory or comes back
 
 
 class CostMeter:
@@ -26,6 +27,7 @@ class CostMeter:
     def __init__(self) -> None:
         self.macs = 0.0
         self.moved_bytes = 0.0
+        self.spilled_bytes = 0.0
         self.fired: Counter[Kernel] = Counter()
 
     @property
@@ -35,7 +37,8 @@ class CostMeter:
     @property
     def seconds(self) -> float:
         weights = sum(count * kernel.weight_bytes for kernel, count in self.fired.items())
-        return self.macs * MAC + self.moved_bytes * BYTE + weights * WEIGHT + self.calls * CALL
+        seconds = self.macs * MAC + self.moved_bytes * BYTE + weights * WEIGHT + self.calls * CALL
+        return seconds + self.spilled_bytes * SPILL
 
     def count(self, kernel: Kernel, rows: Interval, columns: Interval, size: int) -> None:
         """A kernel has made a piece of ``size`` bytes."""

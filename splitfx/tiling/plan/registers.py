@@ -96,8 +96,9 @@ class Registers:
         """Take the memory of such a value, all its rows; False where that has been done."""
         if not self.claim(kernel):
             return False
-        self._bytes[self.output(kernel)] = kernel.bytes
-        self._grow(kernel.bytes, kernel)
+        size = 0 if kernel.spilled else kernel.bytes
+        self._bytes[self.output(kernel)] = size
+        self._grow(size, kernel)
         return True
 
     def claim(self, kernel: Kernel) -> bool:

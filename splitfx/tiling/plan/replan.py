@@ -22,6 +22,7 @@ from splitfx.ir.ops import is_size
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Candidates
+from splitfx.tiling.stage.kernel import Spill
 
 HALF = "half"
 
@@ -30,12 +31,13 @@ HALF = "half"
 class Goal:
     """What a stage was planned for. ``budget``: a number of bytes as `Tile` takes it, "least" or "half"; ``mode`` as in
     `Tile`. ``sizes``: of each input the bytes of an element, then its shape. ``outside``: bytes alive beside the stage
-    then; at another size they are taken to grow like the inputs."""
+    then; at another size they are taken to grow like the inputs. ``spill``: where maps that wait may go."""
 
     budget: str
     mode: planner.Mode
     sizes: tuple[tuple[int, ...], ...]
     outside: int = 0
+    spill: Spill = ""
 
     def fits(self, specs: Sequence[TensorSpec]) -> bool:
         """Whether these are the inputs that were planned for."""
@@ -52,7 +54,7 @@ def replanned(stage: fx.GraphModule, specs: tuple[TensorSpec, ...], goal: Goal) 
     known.shapes = shapes(stage, specs)
     nodes = [n for n in stage.graph.nodes if n.op in ("call_function", "call_module") and not is_size(n)]
     planned, now = (sum(map(prod, sizes)) for sizes in (goal.sizes, sizes_of(specs)))
-    candidates = Candidates(stage, known, nodes, round(goal.outside * now / max(1, planned)))
+    candidates = Candidates(stage, known, nodes, round(goal.outside * now / max(1, planned)), goal.spill)
     if goal.budget in (HALF, "least"):
         least = goal.budget == "least"
         half = candidates.untiled().peak_bytes // 2

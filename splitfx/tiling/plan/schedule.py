@@ -162,6 +162,10 @@ class Scheduler(Emitter):
         for kernel in self.stage.kernels:
             if kernel.phase != phase or kernel.kind is Kind.SOURCE:
                 continue
+            if kernel.spilled:  # read back from now on
+                if chunks := self.buffers[kernel].chunks:
+                    yield self.registers.free(*(chunk.register for chunk in chunks))
+                self.buffers[kernel] = complete(kernel, self.registers.output(kernel))
             if kernel.kind is not Kind.ROWS:
                 yield from self._finish(kernel)
             yield from self._taken(kernel)

@@ -29,6 +29,7 @@ from splitfx.tiling.plan.instructions import (
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.run.kernels import Calls
 from splitfx.tiling.run.reductions import Reduction, reduction_of
+from splitfx.tiling.run.spill import Spilled
 from splitfx.tiling.stage.kernel import Kernel, Stage, overwriting
 from splitfx.tiling.stage.roles import Kind
 
@@ -65,6 +66,7 @@ class Execution:
         self.reductions: dict[Kernel, Reduction] = {}
         self.results: dict[int, torch.Tensor] = {}
         self.pieces: dict[int, list[tuple[Any, Any, torch.Tensor]]] = {}
+        self.spilled: dict[int, Spilled] = {}  # by register
 
     def run(self, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         for place, (kernel, tensor) in enumerate(zip(self.stage.sources, inputs, strict=True)):
@@ -105,6 +107,9 @@ class Execution:
     # ------------------------------------------------------------ instructions
 
     def take(self, one: Take) -> None:
+        if one.src in self.spilled:
+            self.registers[one.dst] = self.spilled[one.src].read(one.rows, one.columns)
+            return
         x = one.kernel.cut(self.registers[one.src], one.rows, one.columns)
         self.registers[one.dst] = x.clone() if one.copy and not self.functional else x
 
@@ -138,6 +143,9 @@ class Execution:
             return
         value = self.stage.values[one.kernel.node]
         like = next(iter(self.registers.values()))
+        if one.kernel.spilled:
+            self.spilled[one.memory] = Spilled(one.kernel, value, like.device)
+            return
         self.registers[one.memory] = torch.empty(tuple(value.shape), dtype=value.dtype, device=like.device)
         self._keep(one.kernel, one.memory)
 
@@ -155,12 +163,16 @@ class Execution:
             self.pieces.setdefault(one.home, []).append((one.rows, one.columns, piece))
             self.registers[one.memory] = self._so_far(one)
             self.wholes[kernel] = one.memory
+        elif one.memory in self.spilled:
+            self.spilled[one.memory].write(piece, one.rows, one.columns)
         else:
             kernel.cut(self.registers[one.memory], one.rows, one.columns).copy_(piece)
 
     def _so_far(self, one: Store) -> torch.Tensor:
         """A whole value that kernels of the stage read again, as far as it is there."""
-        if not one.kernel.users and not (one.kernel.takers and one.rows[1] == one.kernel.rows):
+        kernel, last = one.kernel, one.rows[1] == one.kernel.rows
+        at_once = kernel.users and not kernel.spilled
+        if not at_once and not (last and (kernel.takers or kernel.spilled)):
             return self.registers[one.src]
         assert one.kernel.dims is not None
         if self.program.schedule.tiles != (1, 1):
@@ -188,6 +200,7 @@ class Execution:
     def free(self, one: Free) -> None:
         for register in one.registers:
             self.registers.pop(register, None)
+            self.spilled.pop(register, None)
 
 
 def _cat(pieces: list[torch.Tensor], dim: int) -> torch.Tensor:

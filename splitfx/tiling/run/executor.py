@@ -133,9 +133,11 @@ class Tiled(Staged):
         return self._schedules[specs]
 
     def _made(self, specs: tuple[TensorSpec, ...], schedule: Schedule, cast: Autocast) -> Program:
-        if self._strips and schedule.recompute < float("inf"):
-            schedule = replace(schedule, recompute=0.0)
-        stage = compile_stage(self.stage, shapes(self.stage, specs, cast), schedule.recompute, autocast=cast)
+        if self._strips and schedule.keeping.recompute < float("inf"):
+            schedule = replace(schedule, keeping=replace(schedule.keeping, recompute=0.0))
+        if self._strips and schedule.keeping.spill < float("inf"):
+            schedule = replace(schedule, keeping=replace(schedule.keeping, spill=0.0))
+        stage = compile_stage(self.stage, shapes(self.stage, specs, cast), schedule.keeping, autocast=cast)
         if self._strips and schedule.rows:
             schedule = replace(schedule, rows=max(1, min(schedule.rows, stage.clock // self._strips)))
         return Program(stage, schedule)

@@ -17,7 +17,7 @@ from splitfx.ground.exclusive import Autocast
 from splitfx.ir.graph import module_of, output_node
 from splitfx.ir.ops import Result, Spatial, bind, op, op_name
 from splitfx.ir.ops.families.padding import in_front
-from splitfx.tiling.stage.kernel import Kernel, Stage, waiting
+from splitfx.tiling.stage.kernel import KEEP_ALL, Keeping, Kernel, Stage, waiting
 from splitfx.tiling.stage.roles import Kind, Roles, is_norm, reduction
 
 BACK = 24  # kernels that are looked at on the way back to a smaller value
@@ -26,25 +26,24 @@ BACK = 24  # kernels that are looked at on the way back to a smaller value
 def compile_stage(
     graph: fx.GraphModule,
     values: dict[fx.Node, Any],
-    recompute: float = float("inf"),
+    keeping: Keeping = KEEP_ALL,
     macs: dict[fx.Node, float] | None = None,
     autocast: Autocast = (),
 ) -> Stage:
     """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
-    ``recompute``: where maps of more bytes than this wait behind a phase, those that are cheapest to make again are
-    computed a second time instead of being kept. ``macs`` are multiply-accumulates by node, for the planner's estimate
-    of time.
+    ``keeping``: which maps that wait for a reduction are computed a second time or spilled instead of being kept.
+    ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
     """
-    return _Builder(graph, values, recompute, macs or {}, Temporaries(values, autocast)).build()
+    return _Builder(graph, values, keeping, macs or {}, Temporaries(values, autocast)).build()
 
 
 class _Builder:
     def __init__(
-        self, graph: fx.GraphModule, values: dict[fx.Node, Any], recompute: float, macs: dict[fx.Node, float],
+        self, graph: fx.GraphModule, values: dict[fx.Node, Any], keeping: Keeping, macs: dict[fx.Node, float],
         temporary: Temporaries,
     ) -> None:  # fmt: skip
-        self.graph, self.values, self.recompute, self.macs = graph, values, recompute, macs
+        self.graph, self.values, self.keeping, self.macs = graph, values, keeping, macs
         self.temporary = temporary
         self.regions = Regions(values)
         self.roles = Roles(graph, self.regions)
@@ -72,9 +71,10 @@ class _Builder:
                     self._read(kernel, self.of[operand])
         self._place_phases()
         self._delay()
-        if self.recompute < float("inf"):
+        if self.keeping.recompute < float("inf"):
             self._run_again()
         exits = self._exits()
+        self._spill()
         self._group()
         homes = self._homes(exits)
         sources = [k for k in self.kernels if k.kind is Kind.SOURCE]
@@ -219,7 +219,7 @@ class _Builder:
         readers = self._readers()
         for phase in range(max((k.phase for k in self.kernels), default=0)):
             waits = waiting(phase, readers)
-            if sum(k.bytes for k in waits) > self.recompute:
+            if sum(k.bytes for k in waits) > self.keeping.recompute:
                 left = [k for k in waits if k not in given and (k, phase) not in tried]
                 if left:
                     kept = {k for k, users in readers.items() if any(u.phase > phase for u in users)} | given
@@ -237,6 +237,19 @@ class _Builder:
                 seen.add(kernel)
                 waiting_for += [k for k, _, _ in kernel.reads]
         return sum(k.macs_per_row * k.rows + k.bytes for k in seen)
+
+    def _spill(self) -> None:
+        """Mark maps that go elsewhere until a later phase reads them, the largest first, where more bytes wait behind a
+        phase than may."""
+        readers = self._readers()
+        taken = {k for kernel in self.kernels for k in kernel.takes}
+        for phase in range(max((k.phase for k in self.kernels), default=0)):
+            waits = [k for k in waiting(phase, readers) if not k.spilled]
+            held = sum(k.bytes for k in waits)
+            for kernel in sorted(waits, key=lambda k: -k.bytes):
+                if held > self.keeping.spill and kernel.exit < 0 and kernel not in taken:
+                    kernel.spilled = self.keeping.to
+                    held -= kernel.bytes
 
     def _order(self) -> None:
         """Operands before what reads them, and none that nothing reads."""
@@ -293,9 +306,10 @@ class _Builder:
             for operand in kernel.takes:
                 operand.takers.append(kernel)
         taken = [k for k in self.kernels if k.takers and k.dims is not None and not k.complete and k.exit < 0]
-        for place, kernel in enumerate([*exits, *taken]):
+        homes = [*exits, *taken, *(k for k in self.kernels if k.spilled)]
+        for place, kernel in enumerate(homes):
             kernel.home = place if kernel.home < 0 else kernel.home
-        return [*exits, *taken]
+        return homes
 
     def _exits(self) -> list[Kernel]:
         exits = [self.of[n] for n in output_node(self.graph).all_input_nodes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -16,6 +16,22 @@ from splitfx.ir.ops import Op, Spatial, Window, bind, op, op_name
 from splitfx.ir.ops.pieces import Job, Read
 from splitfx.ir.ops.row import Dims
 from splitfx.tiling.stage.roles import Kind
+
+Spill = Literal["", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What becomes of maps that wait behind a phase for later ones, in bytes: of more than ``recompute`` those that are
+    cheapest to make again are; of what is still more than ``spill`` the largest go to ``to`` meanwhile: "host", the
+    memory beside a GPU, or "disk"."""
+
+    recompute: float = float("inf")
+    spill: float = float("inf")
+    to: Spill = ""
+
+
+KEEP_ALL = Keeping()
 
 
 @dataclass(eq=False)
@@ -36,6 +52,7 @@ class Kernel:
     users: list[tuple[Kernel, Edge, Edge]] = field(default_factory=list, repr=False)
     takers: list[Kernel] = field(default_factory=list, repr=False)  # that take it whole
     home: int = -1  # place of its memory, among those that hold all rows of a value: outputs first
+    spilled: Spill = ""  # where that memory lies, for later phases; "": beside all others
     plain: bool = False  # called on pieces as it is, whatever its row says of windows
     lies_in: Kernel | None = None  # a value that runs once and is a view of this one
     temporary_bytes: int = 0  # what an operation that is made of others allocates and frees, for the whole value
@@ -151,7 +168,9 @@ class Stage:
     kernels: list[Kernel]
     sources: list[Kernel]
     exits: list[Kernel]
-    homes: list[Kernel]  # all their rows lie in one place: the outputs that are maps, and maps that are taken whole
+    homes: list[
+        Kernel
+    ]  # all their rows lie in one place: outputs that are maps, maps taken whole, maps that are spilled
     phases: int
     groups: int
 
