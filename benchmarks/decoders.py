@@ -45,6 +45,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "SwinIR": ((1, 3, 128, 128), (0.5,)),
     "MONAI DynUNet": ((1, 1, 96, 96, 96), (0.7,)),
 }
+WITH_DISK = ("vae decode", "NAFNet", "MONAI UNet")  # maps that wait may go to the disk as well
 QUICK = {"separator, 10 s": ((1, 1, 4_096), ()), "causal decoder, 16 frames": ((1, 8, 8, 4, 4), ())}
 COLUMNS = (
     *(one for one in tile.COLUMNS if one[0] in ("model", "how", "peak_bytes")),
@@ -181,11 +182,15 @@ def measured(name: str, shape: tuple[int, ...], shares: tuple[float, ...], runs:
     peak = splitfx.profile(graph).peak_bytes
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: model(x)}
     rows: dict[str, dict[str, Any]] = {"eager": {"how": "eager"}}
-    for share in (*shares, 0.0):
-        how, budget = (f"tiled, {share:.2f}", f"{int(peak * share)} B") if share else ("tiled, least", "least")
+    asked = {f"tiled, {share:.2f}": Tile(budget=int(peak * share)) for share in shares}
+    asked["tiled, least"] = Tile(budget="least")
+    if name in WITH_DISK:
+        asked["disk, 0.12"] = Tile(budget=int(peak * 0.12), spill="disk")
+        asked["disk, least"] = Tile(budget="least", spill="disk")
+    for how, plan in asked.items():
         start = time.perf_counter()
         try:
-            split = splitfx.transform(graph, Tile(budget=budget), verify=False)
+            split = splitfx.transform(graph, plan, verify=False)
         except SplitfxError as why:
             rows[how] = {"how": how, "refused": str(why)}
             continue

@@ -23,6 +23,7 @@ from splitfx.passes import Tile
 from splitfx.storage import PROGRAM
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run.executor import Tiled
+from splitfx.tiling.stage.kernel import Keeping
 from tests import oracle
 from tests.traced import made_once
 
@@ -80,7 +81,11 @@ def test_saved_and_loaded_without_the_model(tmp_path: Path) -> None:
 
 def test_every_field_of_a_schedule_is_kept(tmp_path: Path) -> None:
     _, split = net()
-    for schedule in (Schedule(8, (), (1, 1), 0.0), Schedule(0, (), (1, 3)), Schedule(2, (3, 1), (2, 2), 4096.0)):
+    for schedule in (
+        Schedule(8, (), (1, 1), Keeping(0.0)),
+        Schedule(0, (), (1, 3)),
+        Schedule(2, (3, 1), (2, 2), Keeping(4096.0, 100.0, "disk")),
+    ):
         tiled_of(split).schedule = schedule
         folder = splitfx.save(split, tmp_path / "split", overwrite=True)
         assert tiled_of(splitfx.load(folder)).schedule == schedule
@@ -118,13 +123,20 @@ def option(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def kept(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return option("keeping", {"dict": [[key, value]]})
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rows": (option("rows", -1), "unusable options: see schedule.rows"),
     "rows as words": (option("rows", "4"), "unusable options: see schedule.rows"),
     "a switch for a number": (option("rows", True), "unusable options: see schedule.rows"),
     "every": (option("every", {"tuple": [0]}), "unusable options: see schedule.every"),
     "tiles": (option("tiles", {"tuple": [1]}), "unusable options: see schedule.tiles"),
-    "recompute": (option("keeping", {"recompute": {"float": "nan"}}), "unusable options: see schedule.keeping"),
+    "recompute": (kept("recompute", {"float": "nan"}), "unusable options: see schedule.keeping"),
+    "spilled bytes": (kept("spill", -1.0), "unusable options: see schedule.keeping.spill"),
+    "spilled somewhere": (kept("to", "/etc"), "unusable options: see schedule.keeping.to"),
+    "spilled nowhere": (kept("spill", 4.0), "unusable options: see schedule.keeping"),
     "another field": (option("run", "os.system"), "see schedule: object contains unknown field `run`"),
     "another option": (lambda layer: layer["options"].update(__class__=True), "unknown field `__class__`"),
     "no switch": (lambda layer: layer["options"].update(checkpoint="yes"), "unusable options: see checkpoint"),

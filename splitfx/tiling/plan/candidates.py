@@ -10,6 +10,7 @@ budgets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
@@ -71,9 +72,19 @@ class Candidates:
         self.macs = {new: float(cost.rows[old].macs) for old, new in copied.items() if old in cost.rows}
         self.beyond = outside
         self.outside = outside + around(graph, facts, nodes)
-        self.spill = spill
+        self.spill: Spill = spill
         self._stages: dict[Keeping, Stage] = {}
         self._known: dict[Schedule, _Count] = {}
+
+    def spilling(self, to: Spill) -> Candidates:
+        """The same stage where maps that wait may be spilled; what has been counted stays."""
+        other = copy(self)
+        other.spill = to
+        return other
+
+    def counted(self) -> list[Point]:
+        """All schedules that have been looked at."""
+        return [count.point for count in self._known.values()]
 
     def stage(self, keeping: Keeping = KEEP_ALL) -> Stage:
         if keeping not in self._stages:

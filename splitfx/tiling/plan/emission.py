@@ -25,7 +25,7 @@ from splitfx.tiling.plan.instructions import (
     Store,
     Take,
 )
-from splitfx.tiling.plan.meter import CostMeter, Spent, scratch
+from splitfx.tiling.plan.meter import CostMeter, Spent, moved, scratch
 from splitfx.tiling.plan.registers import Registers
 from splitfx.tiling.stage.kernel import Kernel, Stage
 from splitfx.tiling.stage.roles import Kind
@@ -155,6 +155,8 @@ class Emitter:
             memory = self.registers.output(kernel)
             if self.registers.open(kernel):
                 yield Open(kernel.home, memory, kernel)
+            if kernel.spilled:
+                self.registers.touch(moved(kernel, rows, size), kernel)
             yield Store(kernel.home, memory, register, kernel, rows, columns)
             if kernel.spilled:
                 self.cost.spilled_bytes += size
@@ -195,9 +197,13 @@ class Emitter:
             if local is None and columns is None and not (operand.spilled and chunk.whole):
                 dead = chunk.bytes > 0 and self._needed_from(operand) >= chunk.stop
                 return chunk.register, dead, False
-            copy = dense or (bool(operand.spilled) and chunk.whole)
-            self.cost.spilled_bytes += self._piece(operand, rows, columns) if operand.spilled and chunk.whole else 0
+            back = bool(operand.spilled) and chunk.whole
+            copy = dense or back
             size = self._piece(operand, rows, columns) if copy else 0
+            if back:
+                every = self._piece(operand, rows, None)
+                self.cost.spilled_bytes += every
+                self.registers.touch(every + (size if columns is not None else moved(operand, rows, every)), kernel)
             register = self.registers.allocate(size, kernel)
             yield Take(register, chunk.register, operand, local, columns, copy)
             return register, copy, True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 from splitfx.ir.ops import Spatial
 from splitfx.ir.ops.pieces import Interval, Pads, Span, part_bytes
@@ -60,6 +61,13 @@ class Spent:
 
     peak: int
     cost: CostMeter
+
+
+def moved(kernel: Kernel, rows: Interval, size: int) -> int:
+    """Bytes of the copy in which a piece of ``size`` bytes is put into, or taken from, rows one behind the other."""
+    assert kernel.dims is not None
+    value = kernel.values[kernel.node]
+    return 0 if rows[1] - rows[0] == 1 or prod(value.shape[: kernel.dims[0]]) == 1 else size
 
 
 def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None) -> int:

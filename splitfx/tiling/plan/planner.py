@@ -51,6 +51,7 @@ class Planned:
 
     point: Point
     before: Point
+    weighed: tuple[Point, ...] = ()  # other ways that were counted and that no way beats in both bytes and time
 
     @property
     def schedule(self) -> Schedule | None:
@@ -62,14 +63,28 @@ class Planned:
             return f"left as it is: its peak is {words(self.before.peak_bytes)}"
         how = f"{s.rows} rows a step" if s.rows else "whole tiles"
         grid = f", {s.tiles[0]} x {s.tiles[1]} tiles" if s.tiles != (1, 1) else ""
-        return f"{how}{grid}: predicted peak {words(self.point.peak_bytes)} of {words(self.before.peak_bytes)}"
+        peak = f"predicted peak {words(self.point.peak_bytes)} of {words(self.before.peak_bytes)}"
+        return f"{how}{grid}{_spilled(s)}: {peak}, reached at {self.point.layer}{self._others()}"
+
+    def _others(self) -> str:
+        """The alternatives, by rising time."""
+        told = [f"{words(p.peak_bytes)} at x{p.seconds / self.point.seconds:.2f} of its time" for p in self.weighed]
+        return f"; weighed: {', '.join(told)} (estimates)" if told else ""
+
+
+def _spilled(schedule: Schedule) -> str:
+    keeping = schedule.keeping
+    if keeping.spill == float("inf"):
+        return ""
+    kept = f" beyond {words(int(keeping.spill))}" if keeping.spill else ""
+    return f", maps that wait{kept} on the {keeping.to}"
 
 
 def least(candidates: Candidates, mode: Mode = "auto") -> Planned:
     """The fastest schedule within a hundredth of the least peak; none where a tiled stage takes no less."""
     before = candidates.untiled()
     found = _smallest(candidates, mode, near=NEAR)
-    return Planned(found if found.peak_bytes < before.peak_bytes else before, before)
+    return _planned(candidates, found if found.peak_bytes < before.peak_bytes else before, before)
 
 
 def plan(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
@@ -84,9 +99,25 @@ def plan(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
     if best.peak_bytes > budget:
         raise PlanError(
             f"pass 'tile': a budget of {words(budget)} cannot be met: the least is {enough(best.peak_bytes)}, "
-            f"reached at {best.layer}. Ask for budget='least', a smaller input, or a narrower number type"
+            f"reached at {best.layer}{_with_a_disk(candidates, best, mode)}. Ask for budget='least', a smaller input, "
+            "or a narrower number type"
         )
-    return Planned(best, before)
+    return _planned(candidates, best, before)
+
+
+def _with_a_disk(candidates: Candidates, best: Point, mode: Mode) -> str:
+    """What the least is where maps that wait may be spilled."""
+    if candidates.spill or mode == "grid":
+        return ""
+    least = _smallest(candidates.spilling("disk"), mode).peak_bytes
+    return f", and {enough(least)} with spill='disk'" if least < (1 - NEAR) * best.peak_bytes else ""
+
+
+def _planned(candidates: Candidates, point: Point, before: Point) -> Planned:
+    """A choice, and at most four others: from the most bytes to the least, none close to it."""
+    others = [p for p in front(candidates.counted()) if not 0.9 < p.peak_bytes / point.peak_bytes < 1.1]
+    places = sorted({round(i * (len(others) - 1) / 3) for i in range(4)}) if others else []
+    return Planned(point, before, tuple(others[place] for place in reversed(places)))
 
 
 def within(candidates: Candidates, budget: int, mode: Mode = "auto") -> Point:

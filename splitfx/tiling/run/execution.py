@@ -164,7 +164,7 @@ class Execution:
             self.registers[one.memory] = self._so_far(one)
             self.wholes[kernel] = one.memory
         elif one.memory in self.spilled:
-            self.spilled[one.memory].write(piece, one.rows, one.columns)
+            self.spilled[one.memory].write(piece, one.rows)
         else:
             kernel.cut(self.registers[one.memory], one.rows, one.columns).copy_(piece)
 

@@ -10,5 +10,6 @@ A stage is compiled from its own small graph and the sizes of its values. Its *k
 A kernel that reads what a reduction or a whole value gives belongs to a later *phase* than what those read: the phase
 starts when the one before it is through. Values that a later phase reads are kept, or their producers are run again in
 the later phase from a smaller value (the two passes of a squeeze-and-excitation), or they are spilled to another memory
-meanwhile (`kernel.Keeping`); where that costs nothing, they are made in the later phase only (`_Builder._delay`). What follows from no map at all has phase -1: it runs first.
+meanwhile (`kernel.Keeping`); where that costs nothing, they are made in the later phase only (`_Builder._delay`).
+What follows from no map at all has phase -1: it runs first.
 """

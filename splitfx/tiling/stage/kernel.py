@@ -103,12 +103,16 @@ class Kernel:
         """Its rows and columns lie in one axis."""
         return self.dims is not None and self.dims[0] == self.dims[1]
 
+    @property
+    def unit(self) -> int:
+        """The places that a row takes along its axis."""
+        return self.sizes[1] if self.joined else 1
+
     def cut(self, x: Any, rows: tuple[int, int] | None, columns: tuple[int, int] | None = None) -> Any:
         """Rows and columns of the value, or of a piece of it from whose first they are counted."""
         assert self.dims is not None
-        unit = self.sizes[1] if self.joined else 1
         if rows is not None:
-            x = x.narrow(self.dims[0], rows[0] * unit, (rows[1] - rows[0]) * unit)
+            x = x.narrow(self.dims[0], rows[0] * self.unit, (rows[1] - rows[0]) * self.unit)
         return x if columns is None or self.joined else x.narrow(self.dims[1], columns[0], columns[1] - columns[0])
 
     @property
