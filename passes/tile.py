@@ -23,7 +23,8 @@ from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
 from splitfx.ground.table import size as words
-from splitfx.ir.graph import TensorSpec, layer, module_of
+from splitfx.ir.editing import tidy
+from splitfx.ir.graph import TensorSpec, copy_graph, layer, module_of
 from splitfx.ir.ops import op_name
 from splitfx.text import share, shown
 from splitfx.tiling.plan import planner
@@ -223,21 +224,41 @@ class Tile(Pass):
     def _within(
         self, graph: fx.GraphModule, facts: Facts, found: list[Nodes], budget: int
     ) -> list[tuple[Schedule | None, str]]:
-        inside = {n for nodes in found for n in nodes}
-        memory = facts.memory
-        whole = [n for n in graph.graph.nodes if n not in inside and n.op not in ("placeholder", "get_attr", "output")]
-        tall = max(whole, key=lambda n: memory.live_bytes[n], default=None)
-        if tall is not None and memory.live_bytes[tall] > budget:
+        tall = _tallest(graph, facts, {n for nodes in found for n in nodes})
+        if tall is not None and tall[1] > budget:
+            tall = _tallest(*_apart(graph, found))  # what no map is needed for runs before there are maps
+        if tall is not None and tall[1] > budget:
             least = [
                 planner.least(self._candidates(graph, facts, nodes), self.mode).point.peak_bytes for nodes in found
             ]
             raise PlanError(
                 f"pass 'tile': a budget of {words(budget)} cannot be met: the least is "
-                f"{planner.enough(max(memory.live_bytes[tall], *least))}; {layer(tall)} ({op_name(tall)}) needs "
-                f"{words(memory.live_bytes[tall])} and reads whole maps, so it is not tiled"
+                f"{planner.enough(max(tall[1], *least))}; {layer(tall[0])} ({op_name(tall[0])}) needs "
+                f"{words(tall[1])} and reads whole maps, so it is not tiled"
             )
         plans = [planner.plan(self._candidates(graph, facts, nodes), budget, self.mode) for nodes in found]
         return [(plan.schedule, plan.words()) for plan in plans]
+
+
+def _tallest(graph: fx.GraphModule, facts: Facts, inside: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """Of the nodes outside the stages, the one where most bytes are alive, and how many."""
+    live = facts.memory.live_bytes
+    whole = [n for n in graph.graph.nodes if n not in inside and n.op not in ("placeholder", "get_attr", "output")]
+    tall = max(whole, key=live.__getitem__, default=None)
+    return (tall, live[tall]) if tall is not None else None
+
+
+def _apart(graph: fx.GraphModule, found: list[Nodes]) -> tuple[fx.GraphModule, Facts, set[fx.Node]]:
+    """The graph in the order in which it will run, its facts, and the calls of its stages."""
+    work = copy_graph(graph)
+    named = {n.name: n for n in work.graph.nodes}
+    calls = {
+        install(work, [named[n.name] for n in nodes], Schedule(), f"tiled_{number}")
+        for number, nodes in enumerate(found, 1)
+    }
+    tidy(work)
+    results = {user for call in calls for user in call.users}
+    return work, Facts(work), calls | results
 
 
 def _check_counts(rows: int, grid: Sequence[int], recompute: int, every: Sequence[int], of: str = "") -> None:

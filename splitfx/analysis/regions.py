@@ -126,11 +126,12 @@ class Regions:
         """The value follows from parameters and numbers alone, or is made before any stage."""
         return node in self.before or constant(node, self._constant)
 
-    def lay(self, constant: fx.Node, back: tuple[int, ...]) -> None:
-        """A value that follows from parameters has rows, ``back`` from its last dim."""
+    def lay(self, constant: fx.Node, back: tuple[int, ...], extent: tuple[int, int] | None) -> bool:
+        """A value that follows from parameters has rows, ``back`` from its last dim; False where it has others."""
         dims = tuple(d + len(self.sizes(constant)) for d in back)
-        if self.dims[constant] is None and dims[0] != dims[1]:
-            self._lie(constant, dims)
+        if self.dims[constant] is None:
+            self._lie(constant, Laid(dims, extent))
+        return self.dims[constant] == dims and extent in (None, self.extents[constant])
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The operands that are feature maps; parameters, numbers and plain vectors are read whole."""
@@ -275,12 +276,14 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
         like = MAPS.get(len(sizes)) == dims and len(known.sizes(maps[0])) == len(sizes)
         like = like and (len(sizes) > 3 or known.extents[maps[0]][1] == 1)
+        like = like or row.spatial is Spatial.PAD  # of a constant, wherever rows lie
         why = "" if like else f"{name} does not read a map with channels in front"
         if like and row.window is not None and len(known.window(node).kernel) != max(2, len(sizes) - 2):
             why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
-        laid = Laid(dims, (sizes[2], 1) if len(sizes) == 3 else None, across=row.wraps is not None and row.wraps(at))
+        extent = at.extent if at.joined and not at.channels_first else (sizes[2], 1) if len(sizes) == 3 else None
+        laid = Laid(dims, extent, across=row.wraps is not None and row.wraps(at))
         return laid if not why else whole, why
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)
     moved = follows(at) if follows is not None else None
@@ -334,9 +337,10 @@ def _alike(node: fx.Node, sizes: tuple[int, ...], known: Regions) -> Dims | None
         if operand in maps or operand in per_channel(node) or not isinstance(known.values[operand], torch.Tensor):
             continue
         if -back[0] <= len(given) and given[back[0]] != 1:
-            if given[back[0]] != sizes[dims[0]] or not known.constant(operand) or dims[0] == dims[1]:
-                return None
-            known.lay(operand, back)  # a table of positions: read row by row like any other map
+            extent = known.extents[maps[0]] if dims[0] == dims[1] else None
+            table = given[back[0]] == sizes[dims[0]] and known.constant(operand)
+            if not table or not known.lay(operand, back, extent):
+                return None  # else it is a table of positions: read row by row like any other map
         elif -back[1] <= len(given) and given[back[1]] != 1:
             across = True
     return Laid(dims, across=across)

@@ -41,7 +41,7 @@ class _Run:
             try:
                 self.values[node] = self.value(node)
             except Exception as error:
-                reason = str(error).splitlines()[0][:200]
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 raise UnsupportedError(f"layer {layer(node)}: the input sizes do not fit: {reason}") from error
 
     def value(self, node: fx.Node) -> Any:

@@ -142,6 +142,11 @@ RULES: dict[str, Make] = {
     "pad with a value": pad(1, 0, 2, 0, value=1.5),
     "crop": pad(-1, -2, -3, 0),
     "crop and pad": pad(-1, 2, 3, -2),
+    "pad channels": pad(1, 1, 1, 1, 2, 1),
+    "pad channels alone": pad(0, 0, 0, 0, 2, 3, value=0.5),
+    "pad channels last": call(lambda x: F.pad(x.permute(0, 2, 3, 1), (1, 0, 1, 2, 3, 4)).permute(0, 3, 1, 2)),
+    "crop channels last": call(lambda x: F.pad(x.permute(0, 2, 3, 1), (0, 0, -1, 2, -3, 1)).permute(0, 3, 1, 2)),
+    "pad far, channels last": call(lambda x: F.pad(x.permute(0, 2, 3, 1), (0, 0, 9, 9, 12, 12)).permute(0, 3, 1, 2)),
     "pad reflect": pad(3, 2, 4, 1, mode="reflect"),
     "pad replicate": pad(1, 4, 0, 3, mode="replicate"),
     "pad modules": lambda: nn.Sequential(nn.ReflectionPad2d((1, 2, 3, 0)), nn.ZeroPad2d(2), nn.ReplicationPad2d(1)),
@@ -308,5 +313,5 @@ SPLIT: dict[str, Make] = {
     "group norm channels last": call(lambda x: F.group_norm(x.permute(0, 2, 3, 1), 19).permute(0, 3, 1, 2)),
     "linear over W": lambda: nn.Linear(17, 5),
     "unfold": call(lambda x: F.unfold(x, 3).mean(2)),
-    "pad channels": pad(1, 1, 1, 1, 2, 1),
+    "reflect channels": call(lambda x: F.pad(x.permute(0, 2, 3, 1), (1, 1, 1, 1), mode="reflect").permute(0, 3, 1, 2)),
 }

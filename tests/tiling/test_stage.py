@@ -251,7 +251,7 @@ def test_a_leaf_that_is_not_the_identity() -> None:
 
 REASONS = {
     "instance norm with running statistics": "running statistics",
-    "pad channels": "padding of channels",
+    "reflect channels": "padding of channels with their own values",
     "group norm channels last": "channels in front",
 }
 

@@ -33,7 +33,7 @@ SMALL = 2**19  # pieces of so many bytes and less are looked at only while they 
 FEW = 8  # and pieces of a map that is cut into so many and more
 WORK = 150_000  # kernels x steps of one schedule that may still be counted: a few seconds
 TRIES = 12  # changes of a single group that are counted for one choice, at most
-CALLS = 100_000  # calls of kernels that may be counted for them
+CALLS = 40_000  # calls of kernels that may be counted for them
 LEVELS = 4  # amounts of what may wait before maps are computed twice, or spilled, that are looked at
 ROOM = (0.9, 0.75, 0.5)  # shares of a budget that may wait
 
@@ -185,11 +185,23 @@ class Candidates:
         if stage.divides:
             yield from (Schedule(0, (), (n, n), keeping) for n in (1, 2, 3, 4, 6, 8) if self._fits(stage, n))
 
-    def bands(self, schedule: Schedule) -> Iterator[Schedule]:
-        """The same strips in column bands."""
-        stage = self.stage(schedule.keeping)
-        if stage.divides:
-            yield from (replace(schedule, tiles=(1, n)) for n in (2, 4, 8) if self._fits(stage, n))
+    def bands(self, point: Point) -> Point:
+        """The same strips in as many column bands as gain anything: half of a band gains about half of what the last
+        halving did."""
+        schedule, best, worth = point.schedule, point, 0.01 * point.peak_bytes
+        if schedule is None or not self.stage(schedule.keeping).divides:
+            return point
+        for n in (2, 4, 8):
+            if not self._fits(self.stage(schedule.keeping), n):
+                break
+            last, best = best, min(best, self.point(replace(schedule, tiles=(1, n))), key=small)
+            if last.peak_bytes - best.peak_bytes < 2 * worth:
+                break
+        return best
+
+    def floor(self, keeping: Keeping) -> int:
+        """Fewer bytes than this no schedule takes: the maps that wait behind a phase are all there at its end."""
+        return self.outside + max(self.stage(keeping).waiting_bytes)
 
     def _fits(self, stage: Stage, n: int) -> bool:
         return all(min(k.sizes) >= n for k in stage.exits if k.dims is not None)
@@ -202,6 +214,8 @@ class Candidates:
         for ways in self.keepings(budget):
             found: list[Point | None] = []
             for keeping in ways:
+                if self.floor(keeping) > budget:
+                    continue
                 if mode == "grid":
                     found += [self.point(schedule) for schedule in self.grids(keeping)]
                 else:
@@ -244,7 +258,9 @@ class Candidates:
         less than full-width strips. Of all whose peak is ``near`` to it, as a share, the fastest: the last percent
         costs pieces so low that calls take all the time."""
         found: list[Point] = []
-        for keeping in chain(*self.keepings()):
+        for keeping in reversed(list(chain(*self.keepings()))):
+            if found and self.floor(keeping) > min(p.peak_bytes for p in found):
+                continue
             if mode == "grid":
                 found += [self.point(schedule) for schedule in self.grids(keeping)]
                 continue
@@ -258,8 +274,8 @@ class Candidates:
         if not found:
             return None
         best = min(found, key=small)
-        if best.schedule is not None and mode != "grid":
-            best = min([best, *(self.point(s) for s in self.bands(best.schedule))], key=small)
+        if mode != "grid":
+            best = self.bands(best)
         most = round(best.peak_bytes * (1 + near))
         if near and best.schedule is not None and mode != "grid" and best.schedule.tiles == (1, 1):
             self._within(best.schedule.keeping, most)  # what it counts is looked at below
@@ -311,16 +327,25 @@ def _tall(count: _Count) -> int:
 
 
 def around(graph: fx.GraphModule, facts: Facts, nodes: Sequence[fx.Node]) -> int:
-    """Bytes alive across a stage that it does not read: earlier values for later readers, other inputs."""
-    memory, inside = facts.memory, {*nodes, *sources_of(nodes)}
-    order = {n: i for i, n in enumerate(graph.graph.nodes)}
-    first, last = order[nodes[0]], order[nodes[-1]]
-    crossing = [
-        n for n in graph.graph.nodes
-        if n not in inside and order[n] < last
-        and (n.op == "placeholder" or any(order[u] > first and u not in inside for u in n.users))
-    ]  # fmt: skip
-    return sum(memory.new_bytes[n] for n in crossing)
+    """Bytes alive across a stage that it does not read: other inputs, and what is made before it for readers behind."""
+    stage, sources, last = set(nodes), set(sources_of(nodes)), nodes[-1]
+    before: set[fx.Node] = set()
+    behind = set(stage)
+    passed = False
+    for node in graph.graph.nodes:
+        if node not in stage and (passed or any(n in behind for n in node.all_input_nodes)):
+            behind.add(node)
+        elif node not in stage:
+            before.add(node)
+        passed = passed or node is last
+    new, crossing = facts.memory.new_bytes, set[fx.Node]()
+    for node in reversed([n for n in graph.graph.nodes if n in before]):
+        needed = any(
+            (user in behind and user not in stage) or (user in crossing and not new[user]) for user in node.users
+        )
+        if needed or node.op == "placeholder":  # a view keeps what it lies in
+            crossing.add(node)
+    return sum(new[n] for n in crossing - sources)
 
 
 def small(point: Point) -> tuple[float, float]:

@@ -122,8 +122,7 @@ class _Builder:
         kernel.plain = node in self.regions.beside
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
         if kernel.spatial is Spatial.PAD and not role:
-            axes = len(tensor.shape) - 2
-            kernel.before = (in_front(node, 0, axes, self.values), in_front(node, 1, axes, self.values))
+            kernel.before = (in_front(node, 0, self.values, dims), in_front(node, 1, self.values, dims))
         kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
         if kind is Kind.REDUCE:
             kernel.total_bytes = size if role else tensor.numel() * 8

@@ -191,9 +191,9 @@ class Stage:
 
     @kept
     def waiting_bytes(self) -> list[int]:
-        """Of the maps that wait behind each phase."""
+        """Of the maps that wait in memory behind each phase."""
         readers = {k: [*(user for user, _, _ in k.users), *k.takers] for k in self.kernels}
-        return [sum(k.bytes for k in waiting(phase, readers)) for phase in range(self.phases)]
+        return [sum(k.bytes for k in waiting(phase, readers) if not k.spilled) for phase in range(self.phases)]
 
     @kept
     def clock(self) -> int:

@@ -127,10 +127,11 @@ def _spreads(node: fx.Node, regions: Regions) -> bool:
 
 
 def _is_constant(node: fx.Node, regions: Regions) -> bool:
-    """One tensor, made of parameters by an operation that draws nothing and overwrites nothing."""
+    """One tensor, made of parameters by an operation that draws nothing and overwrites nothing that others read."""
     row = op(node)
     known = row not in (UNKNOWN, STRUCTURE) and not row.draws
-    return known and isinstance(regions.values[node], torch.Tensor) and not in_place(node)
+    alone = not in_place(node) or (node.args[0].op != "get_attr" and len(node.args[0].users) == 1)  # type: ignore[union-attr]
+    return known and isinstance(regions.values[node], torch.Tensor) and alone
 
 
 def is_source(node: fx.Node, regions: Regions) -> bool:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, part_bytes, picked
 from splitfx.ir.ops.reading import bind, op_name
-from splitfx.ir.ops.row import At, Channel, Placed, Spatial, Taps, rows
+from splitfx.ir.ops.row import At, Channel, Dims, Placed, Spatial, Taps, rows
 
+CHANNELS_FIRST: tuple[Dims, ...] = ((2, 3), (2, 2))
 Values = Mapping[fx.Node, Any]  # of all nodes, at the size of the whole map: arguments may follow from sizes
 
 
@@ -24,10 +25,17 @@ def sides(node: fx.Node, values: Values) -> list[int]:
     return [int(v) for v in (given.get("pad") or given["padding"])]
 
 
-def in_front(node: fx.Node, axis: int, axes: int, values: Values) -> int:
-    """Rows that a padding operation puts in front along an axis; negative where it cuts them off."""
-    given, place = sides(node, values), 2 * (axes - 1 - axis)
-    return given[place] if 0 <= place < len(given) else 0
+def beside(node: fx.Node, dim: int, values: Values) -> tuple[int, int]:
+    """What a padding operation puts at both sides of a dim; negative where it cuts off."""
+    given, place = sides(node, values), 2 * (len(values[node].shape) - 1 - dim)
+    return (given[place], given[place + 1]) if 0 <= place < len(given) else (0, 0)
+
+
+def in_front(node: fx.Node, axis: int, values: Values, dims: Dims | None = None) -> int:
+    """Rows that a padding operation puts in front along an axis. ``dims``: where rows and columns lie, else behind the
+    channels."""
+    first = dims is None or dims in CHANNELS_FIRST
+    return beside(node, 2 + axis if first else dims[axis], values)[0]  # type: ignore[index]
 
 
 def mode_of(node: fx.Node) -> str:
@@ -39,7 +47,7 @@ def mode_of(node: fx.Node) -> str:
 
 def _source_rows(at: At) -> np.ndarray:
     """The source row of every output row; outside [0, size) where it is constant."""
-    read, mode = at.rows - in_front(at.node, at.axis, at.axes, at.values), mode_of(at.node)
+    read, mode = at.rows - in_front(at.node, at.axis, at.values, at.dims), mode_of(at.node)
     if mode == "reflect" and at.size > 1:
         read = (at.size - 1) - np.abs((at.size - 1) - np.abs(read))
     return np.clip(read, 0, at.size - 1) if mode in ("reflect", "replicate") else read
@@ -50,8 +58,20 @@ def _taps(at: At) -> Taps:
     return read, read + 1
 
 
+def _of_channels(node: fx.Node, dims: Dims | None, values: Values) -> bool:
+    """Other axes than those behind the channels are padded, or rows lie elsewhere."""
+    given = sides(node, values)
+    return dims not in CHANNELS_FIRST or any(given[2 * (len(values[node].shape) - 2) :])
+
+
 def _refuses(at: Placed) -> str:
-    return "padding of channels has no rule" if len(sides(at.node, at.values)) > 2 * (at.rank - 2) else ""
+    if not _of_channels(at.node, at.dims, at.values):
+        return ""
+    if mode_of(at.node) != "constant":
+        return "a padding of channels with their own values has no rule"
+    if at.joined and any(beside(at.node, at.dims[0], at.values)) and at.dims not in CHANNELS_FIRST:
+        return "rows and columns lie in the one axis that is padded"
+    return ""
 
 
 def _wraps(at: Placed) -> bool:
@@ -70,7 +90,7 @@ def _circle(job: Job) -> Call:
     axes = len(job.values[node].shape) - 2
     given, sizes = job.values[node.args[0]].shape[2:], job.values[node].shape[2:]  # type: ignore[index]
     tables = [
-        Table((np.arange(count) - in_front(node, axis, axes, job.values)) % size)
+        Table((np.arange(count) - in_front(node, axis, job.values)) % size)
         for axis, (count, size) in enumerate(zip(sizes, given, strict=True))
     ]
 
@@ -97,6 +117,8 @@ def _piece(job: Job) -> Call:
         return _circle(job)
     given = bind(node).get("value")
     value = float(given) if isinstance(given, int | float) else 0.0
+    if _of_channels(node, job.dims, job.values):
+        return _along_any(job, value)
     sizes = job.reads[0].sizes
     both = (job.before[1], job.sizes[1] - sizes[1] - job.before[1])
     rest = list(zip(job.rest, job.reads[0].rest, strict=True))
@@ -105,7 +127,7 @@ def _piece(job: Job) -> Call:
     sources = [
         Table(_source_rows(At(node, axis, axes, count, size, job.values))) for axis, (count, size) in enumerate(counts)
     ]
-    further = [in_front(node, axis, axes, job.values) for axis in range(2, axes)]
+    further = [in_front(node, axis, job.values) for axis in range(2, axes)]
     further = [(first, count - size - first) for first, (count, size) in zip(further, rest, strict=True)]
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
@@ -126,14 +148,33 @@ def _piece(job: Job) -> Call:
     return call
 
 
+def _along_any(job: Job, value: float) -> Call:
+    """Constant padding along any dims, wherever rows and columns lie."""
+    assert job.dims is not None
+    always = [beside(job.node, dim, job.values) for dim in range(len(job.values[job.node].shape))]
+    moving = dict(zip(dict.fromkeys(job.dims), (0, 1), strict=False))  # dim -> axis
+
+    def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
+        x, pads = pieces[0], list(always)
+        for dim, axis in moving.items():
+            start, stop = (run.rows, run.columns)[axis]
+            pads[dim] = run.pads[0][axis]
+            if sum(pads[dim]) >= stop - start:
+                x = x.narrow(dim, 0, 0)  # all of it is padding
+        pads += [(0, 0)] * (x.dim() - len(pads))  # a sequence comes with a column
+        return F.pad(x, [n for one in reversed(pads) for n in one], value=value) if any(map(any, pads)) else x.clone()
+
+    return call
+
+
 def _workspace(job: Job, span: Span) -> int:
     """Mirrored rows are taken first, then columns, then the rest, each only where the piece is at a border."""
     if mode_of(job.node) in ("constant", "circular"):
         return part_bytes(job.row_bytes, job.sizes[1], *span.count) if mode_of(job.node) == "circular" else 0
     read, lengths, made = job.reads[0], lengths_read(job, span), [0]
-    axes, sizes = len(job.values[job.node].shape) - 2, (*job.reads[0].sizes, *job.reads[0].rest)
+    sizes = (*job.reads[0].sizes, *job.reads[0].rest)
     for axis, (start, stop) in enumerate(job.spans(span)):
-        before = in_front(job.node, axis, axes, job.values)
+        before = in_front(job.node, axis, job.values)
         if start < before or stop > before + sizes[axis]:
             lengths[axis] = stop - start
             made.append(read.bytes(lengths))
