@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from splitfx.ir.ops.row import At, Dims, Laid, Placed, Taps
 
 NCHW: Dims = (2, 3)  # also of a volume, whose third axis is whole in every piece
 NCL: Dims = (2, 2)  # a sequence, whose rows are its places
+GATE = 4  # a sequence of fewer numbers than a fourth of the map before it is no map of its own
 MAPS = {3: NCL, 4: NCHW, 5: NCHW}  # by dims, batch and channels in front: a sequence, an image, a volume
 
 
@@ -86,11 +88,19 @@ class Regions:
         for node in reversed(values):
             self.leads(node)
         self._edges: dict[tuple[fx.Node, fx.Node, int], Edge] = {}
+        self._behind: dict[fx.Node, int] = {}  # numbers in the largest map that a value without rows follows from
         for node in values:
             dims, self._why[node] = _placed(node, self)
             if isinstance(dims, Laid) and dims.across:
                 self.across.add(node)
             self._lie(node, dims)
+            here = 0 if dims is None else prod(self.sizes(node))
+            self._behind[node] = here or max((self._behind[n] for n in node.all_input_nodes), default=0)
+
+    def gate(self, node: fx.Node) -> bool:
+        """A sequence that is small beside the maps it was reduced from, such as the channels of a gate (ECA)."""
+        behind = max((self._behind[n] for n in node.all_input_nodes), default=0)
+        return len(self.sizes(node)) == 3 and GATE * prod(self.sizes(node)) < behind
 
     def _lie(self, node: fx.Node, dims: Dims | None) -> None:
         self.dims[node] = tuple(dims) if dims is not None else None
@@ -260,6 +270,7 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     leads = row.reduces == "moments" or known.leads(node)
     whole = MAPS.get(len(sizes)) if leads else None  # a new map, complete at once
     if not maps:
+        whole = None if known.gate(node) else whole
         return whole, f"{name or node.target} reads no feature map"
     dims = known.dims[maps[0]]
     assert dims is not None

@@ -92,28 +92,28 @@ def windows(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
 
 
 class ShiftedWindows(nn.Module):
-    """As in Swin: windows with a mask that is filled in forward, and a bias made of parameters by writing over them."""
+    """As in Swin: padded windows, a mask that is filled in forward, a bias of parameters that are written over."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out, self.bias = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.Linear(2, 12, bias=False)
-        self.register_buffer("table", torch.randn(12, 2))
+        self.qkv, self.out, self.bias = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.Linear(2, 20, bias=False)
+        self.register_buffer("table", torch.randn(20, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % 3, 0, -h % 4))
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % 4, 0, -h % 5))
         high, wide = x.shape[1], x.shape[2]
-        y = x.roll((-2, -1), (1, 2)).view(b, high // 4, 4, wide // 3, 3, c).permute(0, 1, 3, 2, 4, 5)
-        q, k, v = self.qkv(y.reshape(-1, 12, c)).chunk(3, -1)
+        y = x.roll((-2, -1), (1, 2)).view(b, high // 5, 5, wide // 4, 4, c).permute(0, 1, 3, 2, 4, 5)
+        q, k, v = self.qkv(y.reshape(-1, 20, c)).chunk(3, -1)
         number = x.new_zeros(high, wide)
-        for i, rows in enumerate((slice(0, -4), slice(-4, -2), slice(-2, None))):
-            for j, columns in enumerate((slice(0, -3), slice(-3, -1), slice(-1, None))):
+        for i, rows in enumerate((slice(0, -5), slice(-5, -2), slice(-2, None))):
+            for j, columns in enumerate((slice(0, -4), slice(-4, -1), slice(-1, None))):
                 number[rows, columns] = 3 * i + j
-        number = number.view(high // 4, 4, wide // 3, 3).permute(0, 2, 1, 3).reshape(-1, 12)
+        number = number.view(high // 5, 5, wide // 4, 4).permute(0, 2, 1, 3).reshape(-1, 20)
         apart = (number.unsqueeze(1) - number.unsqueeze(2)).ne(0).to(x.dtype) * -100
         weights = q @ k.transpose(1, 2) * c**-0.5 + F.relu_(self.bias(self.table))
-        weights = (weights.view(b, -1, 12, 12) + apart).softmax(-1).view(-1, 12, 12)
-        y = self.out(weights @ v).view(b, high // 4, wide // 3, 4, 3, c).permute(0, 1, 3, 2, 4, 5)
+        weights = (weights.view(b, -1, 20, 20) + apart).softmax(-1).view(-1, 20, 20)
+        y = self.out(weights @ v).view(b, high // 5, wide // 4, 5, 4, c).permute(0, 1, 3, 2, 4, 5)
         y = (x + y.reshape(x.shape).roll((2, 1), (1, 2)))[:, :h, :w]
         return y.permute(0, 3, 1, 2)
 

@@ -72,6 +72,8 @@ class Scheduler(Emitter):
                 want(kernel, size * part // parts, size * (part + 1) // parts)
             if kernel.home >= 0 and kernel.exit < 0:
                 want(kernel, 0, size)
+            if axis == 1 and kernel in found and kernel.node in self.stage.regions.across:
+                want(kernel, 0, size)  # its rows are computed in full
             if kernel in found and kernel.kind in (Kind.ROWS, Kind.REDUCE):
                 low, high = found[kernel]
                 for operand, *edges in kernel.reads:

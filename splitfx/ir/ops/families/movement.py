@@ -293,17 +293,27 @@ def _reshape(job: Job) -> Call:
     sizes, dims = [int(s) for s in job.values[job.node].shape], job.dims
     assert dims is not None
     unit = job.sizes[1] if dims[0] == dims[1] else 1
-    split = max(1, job.sizes[0] // max(1, job.reads[0].sizes[0])) if job.reads else 1
+    splits = [1, 1]  # rows and columns that one of the operand's becomes, such as those of a window
+    if job.reads:
+        splits = [max(1, mine // max(1, theirs)) for mine, theirs in zip(job.sizes, job.reads[0].sizes, strict=True)]
+    if dims[0] == dims[1]:
+        splits[1] = 1
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        wanted, count = list(sizes), run.rows[1] - run.rows[0]
-        first = run.rows[0] - run.starts[0][0] * split if split > 1 else 0
-        wanted[dims[0]] = -1 if split > 1 else count * unit
-        if dims[0] != dims[1]:
-            wanted[dims[1]] = run.columns[1] - run.columns[0]
+        wanted, cuts = list(sizes), list[tuple[int, int, int]]()
+        for axis, ((start, stop), split) in enumerate(zip((run.rows, run.columns), splits, strict=True)):
+            if axis and dims[0] == dims[1]:
+                break
+            count = (stop - start) * (unit if axis == 0 else 1)
+            if split > 1:
+                first, last, _, _ = (job.reads[0].h, job.reads[0].w)[axis].need(start, stop)
+                cuts.append((dims[axis], start - first * split, count))
+                count = (last - first) * split
+            wanted[dims[axis]] = count
         y = pieces[0].reshape(wanted)
-        if split > 1 and y.shape[dims[0]] != count:
-            y = y.narrow(dims[0], first, count)
+        for dim, first, count in cuts:
+            if y.shape[dim] != count:
+                y = y.narrow(dim, first, count)
         return y if run.over >= 0 else y.clone(memory_format=torch.contiguous_format)
 
     return call
