@@ -100,7 +100,7 @@ def _stacked(at: Placed) -> Dims | None:
 
 def _selected(at: Placed) -> Dims | None:
     """One place along another dim."""
-    dim = int(at.bound["dim"]) % at.rank
+    dim = int(at.bound.get("dim") or 0) % at.rank
     if dim in at.dims:
         return None
     return tuple(d - (dim < d) for d in at.dims)
@@ -293,36 +293,28 @@ def _reshape(job: Job) -> Call:
     sizes, dims = [int(s) for s in job.values[job.node].shape], job.dims
     assert dims is not None
     unit = job.sizes[1] if dims[0] == dims[1] else 1
-    splits = [1, 1]  # rows and columns that one of the operand's becomes, such as those of a window
-    if job.reads:
-        splits = [max(1, mine // max(1, theirs)) for mine, theirs in zip(job.sizes, job.reads[0].sizes, strict=True)]
-    if dims[0] == dims[1]:
-        splits[1] = 1
+    split = max(1, job.sizes[0] // max(1, job.reads[0].sizes[0])) if job.reads else 1
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        wanted, cuts = list(sizes), list[tuple[int, int, int]]()
-        for axis, ((start, stop), split) in enumerate(zip((run.rows, run.columns), splits, strict=True)):
-            if axis and dims[0] == dims[1]:
-                break
-            count = (stop - start) * (unit if axis == 0 else 1)
-            if split > 1:
-                first, last, _, _ = (job.reads[0].h, job.reads[0].w)[axis].need(start, stop)
-                cuts.append((dims[axis], start - first * split, count))
-                count = (last - first) * split
-            wanted[dims[axis]] = count
+        wanted, count = list(sizes), run.rows[1] - run.rows[0]
+        first = run.rows[0] - run.starts[0][0] * split if split > 1 else 0
+        wanted[dims[0]] = -1 if split > 1 else count * unit
+        if dims[0] != dims[1]:
+            wanted[dims[1]] = run.columns[1] - run.columns[0]
         y = pieces[0].reshape(wanted)
-        for dim, first, count in cuts:
-            if y.shape[dim] != count:
-                y = y.narrow(dim, first, count)
+        if split > 1 and y.shape[dims[0]] != count:
+            y = y.narrow(dims[0], first, count)
         return y if run.over >= 0 else y.clone(memory_format=torch.contiguous_format)
 
     return call
 
 
 def _part(job: Job) -> Call:
-    """One part of a split along channels."""
+    """One part of a split along channels, or one place of a dim that was taken apart."""
     split, place = cast(Any, job.node.args)
     dim = int(bind(split).get("dim") or 0)
+    if op_name(split) == "unbind":
+        return lambda run, pieces, wholes: pieces[0].select(dim, place).clone(memory_format=torch.contiguous_format)
     sizes = [int(part.shape[dim]) for part in job.values[split]]
     first, count = sum(sizes[:place]), sizes[place]
     return lambda run, pieces, wholes: pieces[0].narrow(dim, first, count).clone()
@@ -385,7 +377,8 @@ rows("channel_shuffle", **_MOVES, relays=True, follows=lambda at: at.dims)
 rows("index_select", **_MOVES, follows=_beside)
 rows("index", spatial=Spatial.MOVE, per_output=1, follows=_indexed)
 rows("stack", **_MOVES, follows=_stacked)
+rows("unbind", **_MOVES, result=Result.PARTS, follows=_selected)
 rows(
-    "unbind repeat tile repeat_interleave numpy_T adjoint",
+    "repeat tile repeat_interleave numpy_T adjoint",
     **_MOVES,
 )
