@@ -293,7 +293,8 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
             why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
-        extent = at.extent if at.joined and not at.channels_first else (sizes[2], 1) if len(sizes) == 3 else None
+        sequence = dims == NCL and at.extent[1] == 1
+        extent = (sizes[2], 1) if sequence else at.extent if at.joined else None
         laid = Laid(dims, extent, across=row.wraps is not None and row.wraps(at))
         return laid if not why else whole, why
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)

@@ -110,6 +110,16 @@ def test_in_every_number_type(dtype: torch.dtype) -> None:
         assert torch.equal(kept(x), spilled(x))
 
 
+def test_under_autocast() -> None:
+    graph = splitfx.trace(model().float(), image().float(), verify=False)
+    x = image().float()
+    kept, spilled = (tile(graph, Schedule(2, (), (1, 1), k)).split for k in (Keeping(), DISK))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = spilled(x), kept(x)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
 def test_the_least_is_less_than_without_and_a_saved_plan_gives_it_again(tmp_path: Path) -> None:
     plain = splitfx.transform(model(), Tile(budget="least"), image())
     split = splitfx.transform(model(), Tile(budget="least", spill="disk"), image())

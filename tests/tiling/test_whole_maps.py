@@ -169,6 +169,8 @@ MIDDLE: dict[str, Make] = {
     "largest and mean": call(lambda x: x * (x.amax((2, 3), keepdim=True) + x.mean((2, 3), keepdim=True)).sigmoid()),
     "one after the other": call(lambda x: x * x.mean(3, keepdim=True).mean(2, keepdim=True).sigmoid()),
     "norm of a norm": lambda: nn.Sequential(nn.GroupNorm(2, C), nn.SiLU(), nn.GroupNorm(4, C)),
+    "padded in one axis": call(lambda x: x + F.pad(x.flatten(2), (3, 4)).abs()[:, :, 3:-4].reshape(x.shape)),
+    "channels padded in one axis": call(lambda x: x + F.pad(x.flatten(2), (0, 0, 1, 0))[:, 1:].reshape(x.shape)),
     "running sums": call(lambda x: x + x.cumsum(2)),  # has no rows: it runs whole
 }
 

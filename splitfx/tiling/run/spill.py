@@ -47,7 +47,7 @@ class Spilled:
             self._rows = torch.empty([kernel.rows * prod(self.row)], dtype=self.dtype, pin_memory=True)
 
     def write(self, piece: torch.Tensor, rows: Interval) -> None:
-        given = piece.movedim(self.axis, 0).contiguous().flatten()
+        given = piece.movedim(self.axis, 0).to(self.dtype).contiguous().flatten()
         if self.kernel.spilled == "host":
             self._rows[slice(*self._stretch(rows))].copy_(given, non_blocking=True)
             return

@@ -65,12 +65,11 @@ def _of_channels(node: fx.Node, dims: Dims | None, values: Values) -> bool:
 
 
 def _refuses(at: Placed) -> str:
-    if not _of_channels(at.node, at.dims, at.values):
-        return ""
-    if mode_of(at.node) != "constant":
-        return "a padding of channels with their own values has no rule"
-    if at.joined and any(beside(at.node, at.dims[0], at.values)) and at.dims not in CHANNELS_FIRST:
+    sequence = at.dims == CHANNELS_FIRST[1] and at.extent[1] == 1
+    if at.joined and not sequence and any(beside(at.node, at.dims[0], at.values)):
         return "rows and columns lie in the one axis that is padded"
+    if _of_channels(at.node, at.dims, at.values) and mode_of(at.node) != "constant":
+        return "a padding of channels with their own values has no rule"
     return ""
 
 
