@@ -293,8 +293,8 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
             why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
-        sequence = dims == NCL and at.extent[1] == 1
-        extent = (sizes[2], 1) if sequence else at.extent if at.joined else None
+        sequence = dims == NCL and len(sizes) == 3 and at.extent[1] == 1
+        extent = (sizes[dims[0]], 1) if sequence else at.extent if at.joined else None
         laid = Laid(dims, extent, across=row.wraps is not None and row.wraps(at))
         return laid if not why else whole, why
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)

@@ -247,6 +247,28 @@ def test_a_leaf_that_is_not_the_identity() -> None:
     check(nn.Sequential(conv3(3, 4), Halving(), nn.ReLU()), image(), grids=False)
 
 
+class Heads(nn.Module):
+    """A sequence [N, heads, places, channels], of which channels are padded and places are."""
+
+    def __init__(self, pads: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.last, self.pads = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 4, 3, padding=1), pads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        heads = F.pad(y.reshape(y.shape[0], 2, 4, -1).transpose(2, 3), self.pads)
+        front, back = (*self.pads[2:], 0, 0)[:2]
+        heads = heads[:, :, front : heads.shape[2] - back, self.pads[0] : heads.shape[3] - self.pads[1]]
+        return self.last(heads.transpose(2, 3).reshape(y.shape).relu())
+
+
+@pytest.mark.parametrize("pads", [(1, 2), (0, 0, 2, 3), (1, 0, 0, 2)])
+def test_heads_of_a_sequence_are_padded(pads: tuple[int, ...]) -> None:
+    graph, inputs = traced(Heads(pads), torch.randn(2, 3, 23))
+    for schedule in STREAMS:
+        assert_equal(tile(graph, schedule).split, graph, inputs)
+
+
 # ---------------------------------------------------------------- roles and phases
 
 REASONS = {

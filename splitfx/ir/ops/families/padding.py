@@ -15,7 +15,6 @@ from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths
 from splitfx.ir.ops.reading import bind, op_name
 from splitfx.ir.ops.row import At, Channel, Dims, Placed, Spatial, Taps, rows
 
-CHANNELS_FIRST: tuple[Dims, ...] = ((2, 3), (2, 2))
 Values = Mapping[fx.Node, Any]  # of all nodes, at the size of the whole map: arguments may follow from sizes
 
 
@@ -31,10 +30,15 @@ def beside(node: fx.Node, dim: int, values: Values) -> tuple[int, int]:
     return (given[place], given[place + 1]) if 0 <= place < len(given) else (0, 0)
 
 
+def behind_channels(dims: Dims | None, rank: int) -> bool:
+    """Rows and columns are the first axes behind the channels; of a sequence, its places."""
+    return dims == ((2, 2) if rank == 3 else (2, 3))
+
+
 def in_front(node: fx.Node, axis: int, values: Values, dims: Dims | None = None) -> int:
     """Rows that a padding operation puts in front along an axis. ``dims``: where rows and columns lie, else behind the
     channels."""
-    first = dims is None or dims in CHANNELS_FIRST
+    first = dims is None or behind_channels(dims, len(values[node].shape))
     return beside(node, 2 + axis if first else dims[axis], values)[0]  # type: ignore[index]
 
 
@@ -60,12 +64,12 @@ def _taps(at: At) -> Taps:
 
 def _of_channels(node: fx.Node, dims: Dims | None, values: Values) -> bool:
     """Other axes than those behind the channels are padded, or rows lie elsewhere."""
-    given = sides(node, values)
-    return dims not in CHANNELS_FIRST or any(given[2 * (len(values[node].shape) - 2) :])
+    given, rank = sides(node, values), len(values[node].shape)
+    return not behind_channels(dims, rank) or any(given[2 * (rank - 2) :])
 
 
 def _refuses(at: Placed) -> str:
-    sequence = at.dims == CHANNELS_FIRST[1] and at.extent[1] == 1
+    sequence = behind_channels(at.dims, at.rank) and at.extent[1] == 1
     if at.joined and not sequence and any(beside(at.node, at.dims[0], at.values)):
         return "rows and columns lie in the one axis that is padded"
     if _of_channels(at.node, at.dims, at.values) and mode_of(at.node) != "constant":
