@@ -106,9 +106,8 @@ class _Marked(Execution):
 
 def _program(path: str, tiled: Tiled, values: dict[fx.Node, Any]) -> tuple[Program, str]:
     """The stage's program under its schedule, or under the finest one that is not longer than `LIMIT`."""
-    stage = compile_stage(
-        tiled.stage, values, replace(tiled.schedule.keeping, spill=float("inf"))
-    )  # a file has no disk
+    keeping = replace(tiled.schedule.keeping, spill=float("inf"))  # a runtime has no disk to spill to
+    stage = compile_stage(tiled.stage, values, keeping)
     for schedule in _coarser(stage, tiled.schedule):
         program = Program(stage, schedule)
         count = sum(1 for _ in program.instructions())

@@ -11,6 +11,7 @@ from torch import nn
 
 import splitfx
 from splitfx.analysis import facts
+from splitfx.analysis.regions import Regions
 from splitfx.analysis.shapes import shapes
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec
@@ -245,6 +246,31 @@ class Halving(nn.Module):
 
 def test_a_leaf_that_is_not_the_identity() -> None:
     check(nn.Sequential(conv3(3, 4), Halving(), nn.ReLU()), image(), grids=False)
+
+
+class ChannelGate(nn.Module):
+    """As in ECA: a convolution along the channels of the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = self.gate(x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid()
+        return self.last(x * y.view(x.shape[0], -1, 1, 1).expand_as(x))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_channels_of_a_gate_are_no_sequence(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    if not works:  # every sequence is a map: the product has no rows then, as it had before
+        monkeypatch.setattr(Regions, "gate", lambda self, node: False)
+    graph, inputs = traced(ChannelGate(), torch.randn(2, 3, 19, 17))
+    trial = tile(graph, Schedule(2))
+    assert_equal(trial.split, graph, inputs)
+    kernels = trial.tiled.program(tuple(oracle.leaves(inputs))).stage.kernels
+    (product,) = [k for k in kernels if k.name.startswith("mul")]
+    assert (product.kind is Kind.ROWS) is works
 
 
 class Heads(nn.Module):

@@ -132,10 +132,8 @@ class Candidates:
         if budget < float("inf"):
             room = max(0, budget - self.outside)
             levels |= {size for share in ROOM if (size := float(int(share * room))) < sums[0]}
-        ways = [[Keeping(recompute=size)] for size in sorted(levels, reverse=True)]
-        if self.spill:
-            ways = [[*known, Keeping(spill=known[0].recompute, to=self.spill)] for known in ways]
-        return [[KEEP_ALL], *ways]
+        spilled = lambda size: [Keeping(spill=size, to=self.spill)] if self.spill else []  # noqa: E731
+        return [[KEEP_ALL], *([Keeping(recompute=size), *spilled(size)] for size in sorted(levels, reverse=True))]
 
     def strips(self, keeping: Keeping, targets: Sequence[int]) -> Schedule:
         """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""

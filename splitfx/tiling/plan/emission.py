@@ -157,18 +157,12 @@ class Emitter:
                 yield Open(kernel.home, memory, kernel)
             if kernel.spilled:
                 self.registers.touch(moved(kernel, rows, size), kernel)
-            yield Store(kernel.home, memory, register, kernel, rows, columns)
-            if kernel.spilled:
                 self.cost.spilled_bytes += size
-                yield from self._keep_or_free(kernel, rows, register, size)
+            yield Store(kernel.home, memory, register, kernel, rows, columns)
+            if not kernel.spilled:
+                yield self.registers.free(register)
+                self.buffers[kernel].keep(Chunk(rows[0], rows[1], memory, 0, whole=True))
                 return
-            yield self.registers.free(register)
-            self.buffers[kernel].keep(Chunk(rows[0], rows[1], memory, 0, whole=True))
-        else:
-            yield from self._keep_or_free(kernel, rows, register, size)
-
-    def _keep_or_free(self, kernel: Kernel, rows: Interval, register: int, size: int) -> Iterator[Instruction]:
-        """A piece stays for the readers of its phase, or goes."""
         if any(self._reads_now(user, kernel) for user, _, _ in kernel.users):
             self.buffers[kernel].keep(Chunk(rows[0], rows[1], register, size))
         else:
@@ -193,11 +187,10 @@ class Emitter:
         dense = kernel.dense
         if len(chunks) == 1:
             chunk = chunks[0]
-            local = chunk.local(rows, operand.rows)
-            if local is None and columns is None and not (operand.spilled and chunk.whole):
+            local, back = chunk.local(rows, operand.rows), bool(operand.spilled) and chunk.whole
+            if local is None and columns is None and not back:
                 dead = chunk.bytes > 0 and self._needed_from(operand) >= chunk.stop
                 return chunk.register, dead, False
-            back = bool(operand.spilled) and chunk.whole
             copy = dense or back
             size = self._piece(operand, rows, columns) if copy else 0
             if back:

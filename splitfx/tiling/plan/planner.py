@@ -14,7 +14,7 @@ from splitfx.errors import PlanError
 from splitfx.ground import limits
 from splitfx.ground.table import size as words
 from splitfx.text import shown
-from splitfx.tiling.plan.candidates import Candidates, Mode, Point, around, fast, front, small
+from splitfx.tiling.plan.candidates import Candidates, Mode, Point, around, fast, front
 from splitfx.tiling.plan.instructions import Schedule
 
 __all__ = ["Candidates", "Mode", "Planned", "Point", "Schedule", "around", "front", "least", "plan", "within"]
@@ -145,11 +145,9 @@ def _smallest(candidates: Candidates, mode: Mode, enough: int = 0, near: float =
             "pass 'tile': mode='grid' cannot be used here: a reduction over the map lies inside the stage, and "
             "tiles of a grid are independent. Use mode='stream', or until= a layer before the reduction"
         )
-    if not near:
-        return candidates.improved(best, lambda a, b: small(a) < small(b), enough)
-    gain = 1 - near
 
     def better(new: Point, old: Point) -> bool:
-        return new.peak_bytes < gain * old.peak_bytes or (new.peak_bytes <= old.peak_bytes and fast(new) < fast(old))
+        less = new.peak_bytes < (1 - near) * old.peak_bytes
+        return less or (new.peak_bytes <= old.peak_bytes and fast(new) < fast(old))
 
-    return candidates.improved(best, better)
+    return candidates.improved(best, better, enough)

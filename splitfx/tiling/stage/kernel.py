@@ -172,9 +172,7 @@ class Stage:
     kernels: list[Kernel]
     sources: list[Kernel]
     exits: list[Kernel]
-    homes: list[
-        Kernel
-    ]  # all their rows lie in one place: outputs that are maps, maps taken whole, maps that are spilled
+    homes: list[Kernel]  # all their rows lie in one place: outputs that are maps, maps taken whole or spilled
     phases: int
     groups: int
 
