@@ -71,6 +71,14 @@ class Edge:
             return len(self.high)
         return bisect_right(self.high, done) if done > 0 else 0
 
+    def repeats(self, start: int, stop: int, rows: int, by: int) -> bool:
+        """Within output rows [start, stop), none of which reads padding, each reads ``by`` operand rows further down
+        than the one ``rows`` above it."""
+        if stop > len(self.low) or self.low[start] < 0 or self.high[stop - 1] > self.size:
+            return False
+        low, high = np.array(self.low[start:stop]), np.array(self.high[start:stop])
+        return all(bool((table[rows:] == table[:-rows] + by).all()) for table in (low, high))
+
 
 class Regions:
     """The spatial rules of one graph's nodes, at the sizes of ``values``."""

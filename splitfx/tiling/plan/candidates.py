@@ -99,9 +99,7 @@ class Candidates:
 
     def _count(self, schedule: Schedule) -> _Count:
         if schedule not in self._known:
-            counted = Scheduler(self.stage(schedule.keeping), schedule)
-            for _ in counted.instructions():
-                pass
+            counted = Scheduler(self.stage(schedule.keeping), schedule).count()
             held = counted.registers
             phases = tuple((one.peak + self.outside, one.cost.seconds) for one in counted.spent)
             named = layer(held.binding.node) if held.binding is not None else ""

@@ -22,13 +22,23 @@ from splitfx.tiling.plan.buffers import Buffer
 from splitfx.tiling.plan.emission import Emitter, complete
 from splitfx.tiling.plan.instructions import Instruction, Interval
 from splitfx.tiling.plan.meter import CostMeter, Spent
+from splitfx.tiling.plan.steady import Steady
 from splitfx.tiling.stage.kernel import Kernel
 from splitfx.tiling.stage.roles import Kind
 
 
 class Scheduler(Emitter):
     """Makes the instructions of a stage under a schedule. What its ``registers`` hold at most, what each phase has
-    ``spent`` and the ``calls`` of kernels are known once `instructions` is exhausted."""
+    ``spent`` and the ``calls`` of kernels are known once `instructions` is exhausted, or behind `count`."""
+
+    counting = False  # instructions that repeat may be left out
+
+    def count(self) -> Scheduler:
+        """Itself, with all that the instructions take counted and none of them kept."""
+        self.counting = True
+        for _ in self.instructions():
+            pass
+        return self
 
     # ------------------------------------------------------------ tiles and phases
 
@@ -95,6 +105,7 @@ class Scheduler(Emitter):
         order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
         ends = [k for k in inside if _ends(k, inside)]
         step, longest = 0, max(pause for pause, _ in order)
+        steady = Steady(self, inside, sources, steps, [pause for pause, _ in order]) if self.counting else None
         while step < steps or any(self.buffers[k].done < self._stop(k) for k in ends):
             step += 1
             assert step < 4 * (steps + longest) + 8 * self.stage.clock, "every few steps compute rows of some kernel"
@@ -102,6 +113,7 @@ class Scheduler(Emitter):
             released = {k: self._released(k, step, steps) for k in sources} if due else {}
             for pause, kernels in due:
                 yield from self._fire_group(kernels, released, pause if steps > 1 else 0)
+            step += steady.skipped(step) if steady is not None else 0
 
     def _most(self, kernel: Kernel, pause: int) -> int:
         """The row up to which a kernel may be computed at once: as fast as strips come in, also when the last of them

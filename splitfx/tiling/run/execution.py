@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,14 +44,13 @@ class Program:
         self.stage, self.schedule, self.calls = stage, schedule, Calls(stage)
         self._kept: list[Instruction] | None = None
         counted = Scheduler(stage, schedule)
-        found: list[Instruction] = []
-        for instruction in counted.instructions():
-            if len(found) <= KEPT:
-                found.append(instruction)
-        self.peak, self.binding = counted.registers.peak, counted.registers.binding
-        self.firings = counted.calls
+        found = list(islice(counted.instructions(), KEPT + 1))
         if len(found) <= KEPT:
             self._kept = found
+        else:
+            counted = Scheduler(stage, schedule).count()
+        self.peak, self.binding = counted.registers.peak, counted.registers.binding
+        self.firings = counted.calls
 
     def instructions(self) -> Iterable[Instruction]:
         return self._kept if self._kept is not None else Scheduler(self.stage, self.schedule).instructions()

@@ -20,7 +20,7 @@ from splitfx.ir.ops.families.padding import in_front
 from splitfx.tiling.stage.kernel import KEEP_ALL, Keeping, Kernel, Stage, waiting
 from splitfx.tiling.stage.roles import Kind, Roles, is_norm, reduction
 
-BACK = 24  # kernels that are looked at on the way back to a smaller value
+BACK = 40  # kernels that are looked at on the way back to a smaller value
 
 
 def compile_stage(
