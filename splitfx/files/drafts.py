@@ -54,7 +54,7 @@ def _begun(target: Path) -> tuple[Path, int]:
         lock = None
         try:
             lock = os.open(holder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            if _lock(lock):
+            if locked(lock):
                 (holder / NEW).mkdir()
                 return holder, lock
             os.close(lock)
@@ -115,7 +115,7 @@ def _sweep(holder: Path) -> None:
         return  # somebody else's
     lock = os.open(holder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        mine = _lock(lock)
+        mine = locked(lock)
         if mine:
             _settle(holder)
     finally:
@@ -124,7 +124,7 @@ def _sweep(holder: Path) -> None:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def _lock(file: int) -> bool:
+def locked(file: int) -> bool:
     """Whether the lock is ours now. A process that ends, in whatever way, gives it back."""
     try:
         if sys.platform == "win32":

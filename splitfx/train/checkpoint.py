@@ -5,7 +5,6 @@ A checkpoint is read with ``weights_only``: it is data, whoever wrote it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from splitfx.errors import TrainingError
 from splitfx.files import written_whole
 from splitfx.files.drafts import sweep
 from splitfx.files.typed import Count, reason, require_ordinary
+from splitfx.ground.digest import digest
 from splitfx.ir.graph import info, is_canonical
 from splitfx.text import one_line, shown
 from splitfx.train.history import Epoch, Score
@@ -83,15 +83,6 @@ def _said(value: Any) -> str:
 
 def plain(recipe: Recipe) -> dict[str, Any]:
     return {key: list(one) if isinstance(one, tuple) else one for key, one in asdict(recipe).items()}
-
-
-def digest(state: Mapping[str, torch.Tensor]) -> str:
-    """A few letters that other weights do not have."""
-    found = hashlib.sha256()
-    for key in sorted(state):
-        values = state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(key.encode() + values.numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:

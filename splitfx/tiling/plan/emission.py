@@ -34,8 +34,9 @@ from splitfx.tiling.stage.roles import Kind
 class Emitter:
     """Makes the instructions of pieces; which pieces, and when, a scheduler says (`splitfx.tiling.plan.schedule`)."""
 
-    def __init__(self, stage: Stage, schedule: Schedule, sources_counted: bool = True) -> None:
-        self.stage, self.schedule = stage, schedule
+    def __init__(self, stage: Stage, schedule: Schedule, sources_counted: bool = True, first: int = 0) -> None:
+        """``first``: the first row of the stage's results that is made."""
+        self.stage, self.schedule, self.first = stage, schedule, first
         self.registers, self.cost = Registers(stage, sources_counted), CostMeter()
         self.spent: list[Spent] = []
         self.calls = 0

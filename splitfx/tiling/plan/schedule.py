@@ -79,7 +79,8 @@ class Scheduler(Emitter):
         for kernel in reversed(self.stage.kernels):
             size = kernel.sizes[axis]
             if kernel.exit >= 0 or kernel.kind is Kind.REDUCE:
-                want(kernel, size * part // parts, size * (part + 1) // parts)
+                start = self.first if axis == 0 and kernel.kind is Kind.ROWS else 0
+                want(kernel, max(size * part // parts, start), size * (part + 1) // parts)
             if kernel.home >= 0 and kernel.exit < 0:
                 want(kernel, 0, size)
             if axis == 1 and kernel in found and kernel.node in self.stage.regions.across:

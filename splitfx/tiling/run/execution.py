@@ -38,22 +38,25 @@ KEPT = 20_000  # instructions of one input size that are kept; longer lists are 
 
 
 class Program:
-    """A stage at one size of its inputs: kernels and the instructions that run them."""
+    """A stage at one size of its inputs: kernels and the instructions that run them, from row ``first`` of its
+    results on."""
 
-    def __init__(self, stage: Stage, schedule: Schedule) -> None:
-        self.stage, self.schedule, self.calls = stage, schedule, Calls(stage)
+    def __init__(self, stage: Stage, schedule: Schedule, first: int = 0) -> None:
+        self.stage, self.schedule, self.first, self.calls = stage, schedule, first, Calls(stage)
         self._kept: list[Instruction] | None = None
-        counted = Scheduler(stage, schedule)
+        counted = Scheduler(stage, schedule, first=first)
         found = list(islice(counted.instructions(), KEPT + 1))
         if len(found) <= KEPT:
             self._kept = found
         else:
-            counted = Scheduler(stage, schedule).count()
+            counted = Scheduler(stage, schedule, first=first).count()
         self.peak, self.binding = counted.registers.peak, counted.registers.binding
         self.firings = counted.calls
 
     def instructions(self) -> Iterable[Instruction]:
-        return self._kept if self._kept is not None else Scheduler(self.stage, self.schedule).instructions()
+        if self._kept is not None:
+            return self._kept
+        return Scheduler(self.stage, self.schedule, first=self.first).instructions()
 
 
 class Execution:

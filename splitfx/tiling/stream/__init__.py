@@ -43,6 +43,7 @@ def stream(
     *,
     reduce: Reduce | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Say = lambda text: None,
 ) -> Any:
     """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
@@ -58,6 +59,9 @@ def stream(
     "argmax" gives the channel with the largest value, [1, 1, rows, ...], or any function of a strip that keeps its
     places, so that a map of logits never exists.
 
+    With ``resume`` the rows lie in ``sink.part`` until all are there, and what was stopped goes on behind the last of
+    them when it is called again; a reduction over the whole map inside the stage is then made again.
+
     ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
     """
     call, tiled = _stage_of(split)
@@ -67,7 +71,10 @@ def stream(
     program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
     if not given.raw.again:
         image.forget_after = _forgettable(program, given)
-    with torch.no_grad(), opened(sink, reduce, program, overwrite) as writer:
+    with torch.no_grad(), opened(sink, reduce, program, overwrite, resume) as writer:
+        if writer is not None and writer.begun:
+            program = Program(program.stage, program.schedule, writer.begun)
+            image.forget_after = _forgettable(program, given) if not given.raw.again else []
         results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
         given.raw.finish()
     if sink is not None:

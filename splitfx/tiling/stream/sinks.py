@@ -19,10 +19,12 @@ import torch
 
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
+from splitfx.ground.digest import digest
 from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
 from splitfx.tiling.run.execution import Program
 from splitfx.tiling.stage.kernel import Kernel
+from splitfx.tiling.stream.resume import Part, Told, going_on
 
 Sink = str | os.PathLike[str] | Callable[[int, torch.Tensor], object]
 Reduce = Literal["argmax"] | Callable[[torch.Tensor], torch.Tensor]
@@ -41,18 +43,25 @@ _PICTURES = (np.uint8, np.float32, np.int16, np.int32)  # number types of TIFF f
 
 
 class Writer(Protocol):
-    """Takes strips from top to bottom; of a stage that runs in columns, one column of strips after the other."""
+    """Takes strips from top to bottom; of a stage that runs in columns, one column of strips after the other. The
+    first ``begun`` rows are there from a run before."""
+
+    begun: int
 
     def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None: ...
 
 
 @contextmanager
-def opened(sink: Sink | None, reduce: Reduce | None, program: Program, overwrite: bool) -> Iterator[Writer | None]:
+def opened(
+    sink: Sink | None, reduce: Reduce | None, program: Program, overwrite: bool, resume: bool = False
+) -> Iterator[Writer | None]:
     """What takes the rows of the one map that a stage gives; None without a sink.
 
     Raises `PlanError` where the stage gives something else, or the sink is none; `UnsupportedError` for numbers that
     its file cannot hold.
     """
+    if resume and not isinstance(sink, str | os.PathLike):
+        raise PlanError("resume is for files, of which it can be seen how many rows are there: give a path as the sink")
     if sink is None:
         if reduce is not None:
             raise PlanError("reduce is for what goes to a sink: give sink='labels.npy', or a function")
@@ -71,10 +80,28 @@ def opened(sink: Sink | None, reduce: Reduce | None, program: Program, overwrite
     shape, dtype = _form(program, kernel, change)
     if dtype not in _NUMBERS:
         raise UnsupportedError(f"a file cannot hold {dtype}: convert the model to float32, or give a function")
-    made = _FILES[Path(sink).suffix]
+    made, numbers = _FILES[Path(sink).suffix], np.dtype(_NUMBERS[dtype])
+    if resume:
+        with going_on(sink, _told(program, shape, dtype, reduce), overwrite) as part:
+            yield made(part.file, shape, numbers, kernel, change, part)
+        return
     with written_whole(sink, overwrite=overwrite) as draft, draft.open("w+b", buffering=0) as file:
-        writer = made(file, shape, np.dtype(_NUMBERS[dtype]), kernel, change)
-        yield writer
+        yield made(file, shape, numbers, kernel, change)
+
+
+def _told(program: Program, shape: tuple[int, ...], dtype: torch.dtype, reduce: Reduce | None) -> Told:
+    """What the rows of a file are of."""
+    if program.schedule.tiles != (1, 1):
+        raise PlanError("resume needs full rows, and this stage runs in tiles: plan it with Tile(mode='stream')")
+    stage, (source, *_) = program.stage, program.stage.sources
+    name = reduce if isinstance(reduce, str) else getattr(reduce, "__qualname__", type(reduce).__name__)
+    return Told(
+        model=digest(stage.graph.state_dict(), stage.graph.code),
+        image=tuple(int(s) for s in stage.values[source.node].shape),
+        map=shape,
+        dtype=str(dtype),
+        reduce="none" if reduce is None else name,
+    )
 
 
 def _the_map(program: Program) -> Kernel:
@@ -134,6 +161,7 @@ class _Handed:
 
     function: Callable[[int, torch.Tensor], object]
     change: Callable[[torch.Tensor], torch.Tensor]
+    begun: int = 0
 
     def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
         found = self.change(piece)
@@ -148,8 +176,9 @@ class _File:
 
     def __init__(
         self, file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], kernel: Kernel,
-        change: Callable[[torch.Tensor], torch.Tensor],
+        change: Callable[[torch.Tensor], torch.Tensor], part: Part | None = None,
     ) -> None:  # fmt: skip
+        self.part, self.begun = part, part.rows if part is not None else 0
         self.file, self.shape, self.dtype, self.change = file, shape, dtype, change
         self.unit = kernel.sizes[1] if kernel.joined else 1  # places of the third axis that are one row
         self.offset = self.head()
@@ -163,6 +192,8 @@ class _File:
         found = self.change(piece)[0].cpu().contiguous().numpy().astype(self.dtype, copy=False)
         full = len(self.shape) == 3 or columns == (0, self.shape[3])
         self.put(rows[0] * self.unit, 0 if full else columns[0], full, found)
+        if self.part is not None:
+            self.part.reached(rows[1])
 
     def put(self, row: int, column: int, full: bool, found: np.ndarray) -> None:
         raise NotImplementedError

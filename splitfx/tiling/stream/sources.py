@@ -192,11 +192,14 @@ class _Strips:
     def read(self, start: int, stop: int) -> torch.Tensor:
         assert start >= self.first, f"row {start} has been forgotten"
         while self.there < stop:
-            strip = self._next()
-            if strip is None:
-                raise SplitfxError(f"{self.name}: ended after {self.there} of {self.height} promised rows")
-            self._keep(strip)
+            self._more()
         return self._joined().narrow(1, start - self.first, stop - start)
+
+    def _more(self) -> None:
+        strip = self._next()
+        if strip is None:
+            raise SplitfxError(f"{self.name}: ended after {self.there} of {self.height} promised rows")
+        self._keep(strip)
 
     def _joined(self) -> torch.Tensor:
         if len(self.buffer) > 1:
@@ -204,7 +207,9 @@ class _Strips:
         return self.buffer[0]
 
     def forget(self, before: int) -> None:
-        before = min(before, self.there)
+        while self.there < before:  # rows that nobody reads
+            self.buffer, self.first = [], self.there
+            self._more()
         if before > self.first:
             self.buffer = [self._joined()[:, before - self.first :].clone()]
             self.first = before

@@ -14,8 +14,8 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
+from splitfx.ground.digest import digest
 from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
-from splitfx.train import checkpoint
 from splitfx.train.search.trend import Figures
 
 FACTORS = (2, 4, 6, 8)
@@ -101,7 +101,7 @@ class SearchSpace:
         shapes = {key: list(t.shape) for key, t in state.items()}
         options = {key: list(v) if isinstance(v, tuple) else v for key, v in self.options.items()}
         return {
-            "model": shapes, "weights": checkpoint.digest(state), "options": options, "factors": list(self.factors),
+            "model": shapes, "weights": digest(state), "options": options, "factors": list(self.factors),
         }  # fmt: skip
 
 
