@@ -186,6 +186,8 @@ def test_two_writers_do_not_meet(tiled: Any, tmp_path: Path) -> None:
 def test_the_rest_of_a_map_costs_the_rest(tiled: Any) -> None:
     split, x = tiled
     program = split.tiled.program((x,))
-    calls = [Scheduler(program.stage, program.schedule, first=first).count().calls for first in (0, 12, 30)]
-    assert calls == sorted(calls, reverse=True)
-    assert calls[2] < calls[0]
+    all_of_it, rest, end = (
+        Scheduler(program.stage, program.schedule, first=first).count().calls for first in (0, 12, 30)
+    )
+    assert end <= rest <= all_of_it
+    assert end < all_of_it

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from torch import fx, nn
 
 import splitfx
@@ -141,3 +142,32 @@ def test_audio_of_another_rank_is_refused() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.ReLU()).eval()
     with pytest.raises(PlanError, match="the model reads"):
         splitfx.stream(split(model, torch.randn(1, 2, 30)), splitfx.RowSource(np.zeros((2, 8, 8), np.float32)))
+
+
+@pytest.mark.parametrize("grid", [None, (2, 3)])
+@pytest.mark.parametrize("batched", [True, False])
+def test_from_an_array_of_zarr_into_another(grid: Any, batched: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).double().eval()
+    x = torch.randn(1, 2, 14, 11, dtype=torch.float64)
+    given = x.numpy() if batched else x[0].numpy()
+    source = zarr.create_array(tmp_path / "in.zarr", shape=given.shape, chunks=(*given.shape[:-2], 3, 11), dtype="f8")
+    source[...] = given
+    shape = (1, 3, 14, 11) if batched else (3, 14, 11)
+    sink = zarr.create_array(tmp_path / "out.zarr", shape=shape, chunks=(*shape[:-2], 3, 11), dtype="f8")
+    tiled = splitfx.transform(model, Tile(grid=grid) if grid else Tile(rows=3), x)
+    splitfx.stream(tiled, splitfx.RowSource(source, layout="CHW"), sink)
+    with torch.no_grad():
+        assert np.allclose(np.asarray(sink).reshape(1, 3, 14, 11), model(x).numpy(), rtol=1e-12)
+
+
+def test_an_array_that_cannot_hold_the_map_is_left_alone(decoder: Any) -> None:
+    _, tiled, x = decoder
+    with pytest.raises(PlanError, match="the map is .* and the array that is given for it 1×2"):
+        splitfx.stream(tiled, x.numpy(), np.zeros((1, 2)))
+    shape = tiled(x).shape
+    with pytest.raises(PlanError, match="torch.float64, which an array of float32 cannot hold"):
+        splitfx.stream(tiled, x.numpy(), np.zeros(shape, np.float32))
+    labels = np.zeros((1, 1, *shape[2:]), np.int64)
+    splitfx.stream(tiled, x.numpy(), labels, reduce="argmax")
+    assert np.array_equal(labels, tiled(x).argmax(1, keepdim=True).numpy())

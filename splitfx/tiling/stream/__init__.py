@@ -54,7 +54,8 @@ def stream(
     Returns what the graph returns, for a batch of one.
 
     ``sink`` takes the map that the stage gives instead, as in ``Tile(until="layer4")``: a path ending in ``.npy`` or
-    ``.tif``, or a function called with the first row and a tensor [1, C, rows, ...], top to bottom. The graph behind
+    ``.tif``, an array of the map's sizes with or without the batch (of numpy, Zarr, HDF5; best in chunks of whole
+    steps), or a function called with the first row and a tensor [1, C, rows, ...], top to bottom. The graph behind
     the stage is not run then; the path is returned, or None. ``reduce`` changes what goes there strip by strip:
     "argmax" gives the channel with the largest value, [1, 1, rows, ...], or any function of a strip that keeps its
     places, so that a map of logits never exists.

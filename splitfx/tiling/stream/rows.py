@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,13 +42,26 @@ class Rows(Protocol):
         ...
 
 
-def tensor_of(part: np.ndarray) -> torch.Tensor:
+@runtime_checkable
+class Rectangular(Protocol):
+    """An array of some library, in memory or not: numpy's, one of Zarr, of HDF5."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __getitem__(self, place: Any, /) -> Any: ...
+
+
+def tensor_of(part: Any) -> torch.Tensor:
     """A copy: the array may be read-only, in another byte order, or lie in a file."""
     wide = part.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(part, dtype=np.dtype(np.int32) if wide == np.uint16 else wide))
 
 
-def _dtype_of(data: np.ndarray | torch.Tensor, name: str) -> np.dtype[Any]:
+def _dtype_of(data: Rectangular, name: str) -> np.dtype[Any]:
     dtype = data.dtype
     if isinstance(dtype, torch.dtype):
         known = {torch.uint8: np.uint8, torch.float16: np.float16, torch.bfloat16: np.float32}

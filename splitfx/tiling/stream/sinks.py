@@ -1,7 +1,7 @@
 """Sinks: where the rows of a streamed map go, in what form, without the map ever being whole in memory.
 
-Array files (.npy), pictures (.tif, of one, three or four channels) and functions of the caller's. What is written may
-be reduced first, strip by strip: the class of every place instead of its logits.
+Array files (.npy), pictures (.tif, of one, three or four channels), arrays (of Zarr, HDF5) and functions of the
+caller's. What is written may be reduced first, strip by strip: the class of every place instead of its logits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +25,17 @@ from splitfx.ir.graph import layer
 from splitfx.tiling.run.execution import Program
 from splitfx.tiling.stage.kernel import Kernel
 from splitfx.tiling.stream.resume import Part, Told, going_on
+from splitfx.tiling.stream.rows import Rectangular
 
-Sink = str | os.PathLike[str] | Callable[[int, torch.Tensor], object]
+
+@runtime_checkable
+class Settable(Rectangular, Protocol):
+    """An array that strips are written to, of numpy, Zarr, HDF5."""
+
+    def __setitem__(self, place: Any, strip: Any, /) -> None: ...
+
+
+Sink = str | os.PathLike[str] | Settable | Callable[[int, torch.Tensor], object]
 Reduce = Literal["argmax"] | Callable[[torch.Tensor], torch.Tensor]
 
 _NUMBERS: dict[torch.dtype, Any] = {
@@ -69,14 +78,17 @@ def opened(
         return
     kernel = _the_map(program)
     change = _change(reduce)
-    if callable(sink):
+    if callable(sink) and not isinstance(sink, Settable):
         if program.schedule.tiles[1] > 1:
             raise PlanError("a function takes full rows, and this stage runs in columns: give a path as the sink")
         yield _Handed(sink, change)
         return
+    if isinstance(sink, Settable):
+        yield _into_array(sink, program, kernel, change)
+        return
     if not isinstance(sink, str | os.PathLike) or Path(sink).suffix not in _FILES:
         ends = " or ".join(_FILES)
-        raise PlanError(f"a sink is a path ending in {ends}, or a function of (row, tensor); got {sink!r}")
+        raise PlanError(f"a sink is a path ending in {ends}, an array, or a function of (row, tensor); got {sink!r}")
     shape, dtype = _form(program, kernel, change)
     if dtype not in _NUMBERS:
         raise UnsupportedError(f"a file cannot hold {dtype}: convert the model to float32, or give a function")
@@ -166,6 +178,38 @@ class _Handed:
     def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
         found = self.change(piece)
         self.function(rows[0], found.clone() if found is piece else found)  # the memory of the piece is used again
+
+
+def _into_array(
+    array: Settable, program: Program, kernel: Kernel, change: Callable[[torch.Tensor], torch.Tensor]
+) -> _Array:
+    """Raises `PlanError` for an array that cannot hold the map."""
+    shape, dtype = _form(program, kernel, change)
+    if tuple(array.shape) not in (shape, shape[1:]):
+        raise PlanError(f"the map is {dims(shape)}, and the array that is given for it {dims(array.shape)}")
+    held = np.dtype(array.dtype) if not isinstance(array.dtype, torch.dtype) else np.dtype(_NUMBERS[array.dtype])
+    if dtype not in _NUMBERS or not np.can_cast(_NUMBERS[dtype], held):
+        raise PlanError(f"the map's numbers are {dtype}, which an array of {array.dtype} cannot hold")
+    return _Array(array, len(array.shape) == len(shape), kernel.unit, change)
+
+
+@dataclass
+class _Array:
+    """Rows into an array of the caller's, as they come."""
+
+    array: Any
+    batched: bool
+    unit: int
+    change: Callable[[torch.Tensor], torch.Tensor]
+    begun: int = 0
+
+    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+        found = self.change(piece)[0].cpu()
+        place = (slice(None), slice(rows[0] * self.unit, rows[1] * self.unit))
+        if found.dim() > 2:
+            place += (slice(*columns),)
+        strip = found if isinstance(self.array, torch.Tensor) else found.numpy()
+        self.array[(0, *place) if self.batched else place] = strip
 
 
 class _File:

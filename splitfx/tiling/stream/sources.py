@@ -1,8 +1,9 @@
 """Row sources: an image that need not fit into memory, handed out row by row as the model wants it.
 
-Reads: numpy arrays and memory maps, torch tensors, files by windows (.npy, PPM and PGM, uncompressed TIFF in strips;
-BigTIFF too), and any iterable of row strips. Refuses: compressed pictures (PNG, JPEG, compressed or tiled TIFF), which
-no part can be read of without decoding the rest; number types other than 8 and 16 bit unsigned integers and floats.
+Reads: arrays (numpy, memory maps, torch, and those of Zarr or HDF5, of which no more than the rows asked for is read),
+files by windows (.npy, PPM and PGM, uncompressed TIFF in strips; BigTIFF too), and any iterable of row strips.
+Refuses: compressed pictures (PNG, JPEG, compressed or tiled TIFF), which no part can be read of without decoding the
+rest; number types other than 8 and 16 bit unsigned integers and floats.
 Promises: only the rows asked for are read, and an image with fewer rows than it promises is an error.
 
 Files are read, never mapped, so that their pages do not count as memory of the process.
@@ -21,7 +22,17 @@ import torch
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.ground.table import dims
 from splitfx.tiling.stream.image_files import file_rows
-from splitfx.tiling.stream.rows import LARGEST, LAYOUTS, Layout, Rows, _dtype_of, layout_of, sizes_of, tensor_of
+from splitfx.tiling.stream.rows import (
+    LARGEST,
+    LAYOUTS,
+    Layout,
+    Rectangular,
+    Rows,
+    _dtype_of,
+    layout_of,
+    sizes_of,
+    tensor_of,
+)
 
 
 class RowSource:
@@ -96,7 +107,7 @@ def _rows(data: Any, layout: Layout | None, size: tuple[int, ...] | None) -> Row
         if size is not None:
             raise PlanError(f"{data}: size is for strips; a file says its own")
         return file_rows(Path(data), layout)
-    if isinstance(data, np.ndarray | torch.Tensor):
+    if isinstance(data, Rectangular):
         if size is not None:
             raise PlanError("size is for strips; an array has its own")
         return _Array(data, layout)
@@ -111,18 +122,18 @@ def _rows(data: Any, layout: Layout | None, size: tuple[int, ...] | None) -> Row
 class _Array:
     again = True
 
-    def __init__(self, data: np.ndarray | torch.Tensor, layout: Layout | None, name: str = "the image") -> None:
-        if data.ndim == (len(layout) if layout is not None else 3) + 1 and data.shape[0] == 1:
-            data = data[0]  # a batch of one
+    def __init__(self, data: Rectangular, layout: Layout | None, name: str = "the image") -> None:
+        self.batched = len(data.shape) == (len(layout) if layout is not None else 3) + 1 and data.shape[0] == 1
         self.name, self.dtype = name, _dtype_of(data, name)
-        self.layout: Layout | None = layout_of(tuple(data.shape), layout, name)
+        self.layout: Layout | None = layout_of(tuple(data.shape[self.batched :]), layout, name)
         self.data = data
-        shape = tuple(int(s) for s in data.shape)
+        shape = tuple(int(s) for s in data.shape[self.batched :])
         self.channels, self.height, self.rest = sizes_of(self.layout, shape)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         first = self.layout is not None and self.layout[0] == "C"
-        part = self.data[:, start:stop] if first else self.data[start:stop]
+        place = (slice(None), slice(start, stop)) if first else (slice(start, stop),)
+        part = self.data[(0, *place) if self.batched else place]
         x = part.detach() if isinstance(part, torch.Tensor) else tensor_of(part)
         if self.layout == "HW":
             return x[None]
@@ -207,6 +218,7 @@ class _Strips:
         return self.buffer[0]
 
     def forget(self, before: int) -> None:
+        before = min(before, self.height)
         while self.there < before:  # rows that nobody reads
             self.buffer, self.first = [], self.there
             self._more()
