@@ -1,4 +1,5 @@
-"""The networks of the SplitNet paper (Kim et al., ICML 2017), as its tables count them."""
+"""Networks that no library has: those of the SplitNet paper (Kim et al., ICML 2017), as its tables count them, a causal
+decoder of video, a separator of audio, a network like Restormer."""
 
 from __future__ import annotations
 
@@ -208,3 +209,54 @@ class Separator(nn.Module):
             x = layer(x)
             x = F.gelu(x + before) if before.shape[1] > 1 else x
         return x
+
+
+class ChannelAttention(nn.Module):
+    """Restormer's block (Zamir et al., arXiv 2111.09881): attention among channels over all places, a gated conv."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, wide = heads, int(dim * 2.66)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv = nn.Sequential(nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(3 * dim, 3 * dim, 3, 1, 1, groups=3 * dim))
+        self.out, self.scale = nn.Conv2d(dim, dim, 1), nn.Parameter(torch.ones(heads, 1, 1))
+        self.wide = nn.Sequential(nn.Conv2d(dim, 2 * wide, 1), nn.Conv2d(2 * wide, 2 * wide, 3, 1, 1, groups=2 * wide))
+        self.narrow = nn.Conv2d(wide, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(_normed(self.norm1, x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) * self.scale).softmax(-1)
+        x = x + self.out((weights @ v).reshape(x.shape))
+        gate, y = self.wide(_normed(self.norm2, x)).chunk(2, 1)
+        return x + self.narrow(F.gelu(gate) * y)
+
+
+def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Restorer(nn.Module):
+    """A network like Restormer: a U of channel attention, at the size of the image and three times at half."""
+
+    def __init__(self, dim: int = 24, blocks: tuple[int, ...] = (1, 2, 2, 2)) -> None:
+        super().__init__()
+        dims = [dim * 2**i for i in range(4)]
+        self.first, self.last = nn.Conv2d(3, dim, 3, 1, 1), nn.Conv2d(dims[0], 3, 3, 1, 1)
+        stack = lambda i: nn.Sequential(*(ChannelAttention(dims[i], 2**i) for _ in range(blocks[i])))  # noqa: E731
+        self.down, self.up = nn.ModuleList(map(stack, range(4))), nn.ModuleList(map(stack, range(3)))
+        self.halve = nn.ModuleList(nn.Sequential(nn.Conv2d(d, d // 2, 3, 1, 1), nn.PixelUnshuffle(2)) for d in dims[:3])
+        self.double = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2 * d, 4 * d, 3, 1, 1), nn.PixelShuffle(2)) for d in dims[:3]
+        )
+        self.join = nn.ModuleList(nn.Conv2d(2 * d, d, 1) for d in dims[:3])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, kept = self.first(x), []
+        for down, halve in zip(self.down, self.halve, strict=False):
+            kept.append(down(y))
+            y = halve(kept[-1])
+        y = self.down[3](y)
+        for i in (2, 1, 0):
+            y = self.up[i](self.join[i](torch.cat([self.double[i](y), kept[i]], 1)))
+        return x + self.last(y)

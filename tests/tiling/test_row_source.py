@@ -456,7 +456,11 @@ def test_an_output_that_was_not_finished_is_not_there(net: nn.Module, tmp_path: 
     ("tile", "sink", "words"),
     [
         (Tile(rows=4), "a.npy", "choose where it ends, as in Tile(until='layer4')"),
-        (Tile(rows=4, until="relu_1"), "a.png", "a sink is a path ending in .npy or .tif or .tiff, an array, or a function"),
+        (
+            Tile(rows=4, until="relu_1"),
+            "a.png",
+            "a sink is a path ending in .npy or .tif or .tiff, an array, or a function",
+        ),
         (Tile(rows=4, until="relu_1"), 5, "a sink is a path ending in .npy or .tif or .tiff, an array, or a function"),
         (Tile(rows=4, grid=(1, 2), until="relu_1"), print, "a function takes full rows"),
     ],

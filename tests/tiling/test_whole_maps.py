@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torchvision.ops import StochasticDepth
 
 import splitfx
 from splitfx.analysis import facts
@@ -91,6 +92,24 @@ def windows(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
     return x + out(y.reshape(x.shape).roll((2, 1), (2, 3)))
 
 
+def windows_and_grid(x: torch.Tensor, drop: nn.Module, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
+    """As in MaxViT: attention in windows of 4 by 3, then among places that lie a quarter or a third of the map apart."""
+    b, c, h, w = x.shape
+    for apart in (False, True):
+        if apart:
+            y = x.reshape(b, c, 4, h // 4, 3, w // 3).permute(0, 2, 4, 3, 5, 1).reshape(b, 12, -1, c).swapaxes(1, 2)
+        else:
+            y = x.reshape(b, c, h // 4, 4, w // 3, 3).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, 12, c)
+        q, k, v = qkv(y).chunk(3, -1)
+        weights = torch.einsum("bgid, bgjd -> bgij", q, k).mul(c**-0.5).softmax(-1)
+        y = y + drop(out(torch.einsum("bgij, bgjd -> bgid", weights, v)))
+        if apart:
+            x = y.swapaxes(1, 2).reshape(b, 4, 3, h // 4, w // 3, c).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        else:
+            x = y.reshape(b, h // 4, w // 3, 4, 3, c).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+    return x
+
+
 def unbound(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
     """As in timm: queries, keys and values taken apart along a dim of their own."""
     b, c, h, w = x.shape
@@ -157,6 +176,9 @@ MIDDLE: dict[str, Make] = {
     "attention of channels": call(of_channels, *QKV),
     "linear attention": call(linear, *QKV),
     "windows": call(windows, *QKV),
+    "windows and a grid": call(
+        windows_and_grid, lambda: StochasticDepth(0.1, "row"), lambda: nn.Linear(C, 3 * C), lambda: nn.Linear(C, C)
+    ),
     "shifted windows": ShiftedWindows,
     "padded windows": lambda: ShiftedWindows((0, 0)),
     "coordinate attention": call(coordinate, lambda: nn.Conv2d(C, 4, 1), lambda: nn.Conv2d(4, C, 1)),
@@ -318,7 +340,7 @@ class Drawn(nn.Module):
         self.parts = nn.ModuleList()
         self.ups = [draw.random() < 0.4 for _ in range(draw.randint(2, 4))]
         for _ in self.ups:
-            name = draw.choice([n for n in MIDDLE if n != "windows"])
+            name = draw.choice([n for n in MIDDLE if n not in ("windows", "windows and a grid")])
             self.parts.append(nn.Sequential(MIDDLE[name](), nn.Conv2d(C, C, 3, padding=1), nn.GroupNorm(2, C)))
         self.skips = draw.random() < 0.5
         self.last = nn.Conv2d(C, 3, draw.choice([1, 3]), padding="same")

@@ -15,7 +15,7 @@ from torch import fx
 
 from splitfx.analysis.regions import Regions, made_before
 from splitfx.ir.graph import Staged, Whole, module_of
-from splitfx.ir.ops import STRUCTURE, UNKNOWN, Spatial, bind, in_place, is_size, op, op_name
+from splitfx.ir.ops import STRUCTURE, UNKNOWN, Result, Spatial, bind, in_place, is_size, op, op_name
 
 
 class Kind(enum.Enum):
@@ -108,7 +108,8 @@ def runs_whole(node: fx.Node, regions: Regions) -> bool:
         return False
     if node.op == "call_module":
         row = op(node)
-        return not isinstance(module_of(node), Staged | Whole) and row is not UNKNOWN and (row.drops or not row.draws)
+        still = row.drops or not row.draws or row.result is Result.OPERAND  # in eval mode
+        return not isinstance(module_of(node), Staged | Whole) and row is not UNKNOWN and still
     if isinstance(target, torch._ops.OpOverload):
         given, draws = bind(node), torch.Tag.nondeterministic_seeded in target.tags
         draws = draws and bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0))

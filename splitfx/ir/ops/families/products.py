@@ -162,18 +162,21 @@ def _terms(equation: str) -> tuple[list[str], str] | None:
 
 
 def _indexed(at: Placed) -> Dims | None:
-    """An einsum of one map that keeps its rows, with operands that have none."""
+    """An einsum that keeps the rows of its maps, which lie alike, with operands that have none."""
     terms = _terms(str(at.bound["equation"]))
     operands = list(at.bound["tensors"])
-    maps = [i for i, node in enumerate(operands) if at.where.get(node) is not None]
-    if terms is None or len(maps) != 1 or len(terms[0]) != len(operands):
+    if terms is None or len(terms[0]) != len(operands):
         return None
-    mine, result = terms[0][maps[0]], terms[1]
-    letters = [mine[d] for d in at.dims]
-    others = "".join(term for i, term in enumerate(terms[0]) if i != maps[0])
-    if any(letter not in result or letter in others or mine.count(letter) > 1 for letter in letters):
+    maps = [(term, node) for term, node in zip(terms[0], operands, strict=True) if at.where.get(node) is not None]
+    others = "".join(term for term, node in zip(terms[0], operands, strict=True) if at.where.get(node) is None)
+    lain = {(tuple(term[d] for d in at.where[node] or ()), at.extents[node]) for term, node in maps}
+    if len(lain) != 1:
         return None
-    return Laid(tuple(result.index(letter) for letter in letters), at.extent)
+    letters, extent = lain.pop()
+    once = all(term.count(letter) == 1 for term, _ in maps for letter in letters)
+    if not once or any(letter not in terms[1] or letter in others for letter in letters):
+        return None
+    return Laid((terms[1].index(letters[0]), terms[1].index(letters[1])), extent)
 
 
 def _embedding(a: Bound, w: torch.Tensor) -> tuple[type[nn.Module], dict[str, Any]] | None:
