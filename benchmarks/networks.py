@@ -245,18 +245,18 @@ class Restorer(nn.Module):
         self.first, self.last = nn.Conv2d(3, dim, 3, 1, 1), nn.Conv2d(dims[0], 3, 3, 1, 1)
         stack = lambda i: nn.Sequential(*(ChannelAttention(dims[i], 2**i) for _ in range(blocks[i])))  # noqa: E731
         self.down, self.up = nn.ModuleList(map(stack, range(4))), nn.ModuleList(map(stack, range(3)))
-        self.halve = nn.ModuleList(nn.Sequential(nn.Conv2d(d, d // 2, 3, 1, 1), nn.PixelUnshuffle(2)) for d in dims[:3])
-        self.double = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(2 * d, 4 * d, 3, 1, 1), nn.PixelShuffle(2)) for d in dims[:3]
+        self.shrink = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(d, d // 2, 3, 1, 1), nn.PixelUnshuffle(2)) for d in dims[:3]
         )
+        self.grow = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * d, 4 * d, 3, 1, 1), nn.PixelShuffle(2)) for d in dims[:3])
         self.join = nn.ModuleList(nn.Conv2d(2 * d, d, 1) for d in dims[:3])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, kept = self.first(x), []
-        for down, halve in zip(self.down, self.halve, strict=False):
+        for down, halve in zip(self.down, self.shrink, strict=False):
             kept.append(down(y))
             y = halve(kept[-1])
         y = self.down[3](y)
         for i in (2, 1, 0):
-            y = self.up[i](self.join[i](torch.cat([self.double[i](y), kept[i]], 1)))
+            y = self.up[i](self.join[i](torch.cat([self.grow[i](y), kept[i]], 1)))
         return x + self.last(y)

@@ -93,7 +93,7 @@ def windows(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
 
 
 def windows_and_grid(x: torch.Tensor, drop: nn.Module, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
-    """As in MaxViT: attention in windows of 4 by 3, then among places that lie a quarter or a third of the map apart."""
+    """As in MaxViT: attention in windows of 4 by 3, then among places a quarter or a third of the map apart."""
     b, c, h, w = x.shape
     for apart in (False, True):
         if apart:
