@@ -76,6 +76,14 @@ def of_channels(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor
     return x + out((weights @ v).view(x.shape))
 
 
+def of_channels_in_heads(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
+    """The same for two groups of channels, taken apart along a dim of their own."""
+    b, c, h, w = x.shape
+    q, k, v = qkv(x).reshape(b, 3, 2, c // 2, h * w).unbind(1)
+    weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3)).softmax(-1)
+    return x + out((weights @ v).reshape(x.shape))
+
+
 def linear(x: torch.Tensor, qkv: nn.Module, out: nn.Module) -> torch.Tensor:
     """Keys and values first, then every query."""
     q, k, v = (t.flatten(2) for t in qkv(x).chunk(3, 1))
@@ -174,6 +182,7 @@ MIDDLE: dict[str, Make] = {
     ),
     "attention taken apart": call(unbound, lambda: nn.Linear(C, 3 * C), lambda: nn.Linear(C, C)),
     "attention of channels": call(of_channels, *QKV),
+    "attention of channels in heads": call(of_channels_in_heads, *QKV),
     "linear attention": call(linear, *QKV),
     "windows": call(windows, *QKV),
     "windows and a grid": call(

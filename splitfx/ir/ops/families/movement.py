@@ -113,15 +113,25 @@ def _spread(at: Placed) -> Dims | None:
     return dims if all(at.sizes[d] == at.given[b] for d, b in zip(dims, at.dims, strict=True)) else None
 
 
+def _as_wide(at: Placed) -> Dims | None:
+    """Expanded over the rows and columns of the map whose sizes it takes."""
+    wide = at.where.get(at.bound["other"])
+    if wide is None or at.where.get(at.operand) is not None:
+        return None
+    more = len(at.sizes) - len(at.given)
+    once = all(d < more or at.given[d - more] == 1 for d in wide)
+    return Laid(wide, at.extents[at.bound["other"]]) if once else None
+
+
 def _expanded(job: Job) -> Call:
     sizes, dims = [int(s) for s in job.values[job.node].shape], job.dims
     assert dims is not None
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        x, wanted = pieces[0], list(sizes)
-        for back in range(1, x.dim() + 1):
+        x, piece, wanted = (*wholes, *pieces)[0], pieces[0], list(sizes)
+        for back in range(1, piece.dim() + 1):
             if len(sizes) - back in dims:
-                wanted[-back] = x.shape[-back]
+                wanted[-back] = piece.shape[-back]
         return x.expand(wanted).clone(memory_format=torch.contiguous_format)
 
     return call
@@ -341,7 +351,7 @@ rows(
 )
 rows("view _unsafe_view reshape", **_FOLDS, sized=True, relays=True)
 rows("expand", **_MOVES, sized=True, follows=_spread, piece=_expanded)
-rows("expand_as", **_MOVES, follows=_spread, piece=_expanded)
+rows("expand_as", **_MOVES, follows=lambda at: _spread(at) or _as_wide(at), piece=_expanded)
 rows("flatten unflatten view_as", **_FOLDS)
 rows("squeeze unsqueeze", **_FOLDS, turns=True)
 rows("permute transpose", **_MOVES, relays=True, turns=True, result=Result.VIEW, follows=_turned)

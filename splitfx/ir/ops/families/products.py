@@ -91,9 +91,11 @@ def _product(at: Placed) -> Dims | None:
         return None  # it would be read in rows and whole
     if a is not None and b is not None and a[0][0] < -2 and b[0][0] < -2:
         return _batch(a, rank) if _same_rows(a, b) else None
-    if a is not None and a[0][0] == -2 and (b is None or b[0][0] >= -2):
+    of_first = a is not None and a[0][0] == -2 and (b is None or b[0][0] >= -2)
+    of_second = b is not None and b[0] == (-1, -1) and (a is None or a[0][0] >= -2)
+    if of_first and a is not None and not (of_second and _flat(at)):
         return _queries(a, rank)
-    if b is not None and b[0] == (-1, -1) and (a is None or a[0][0] >= -2):
+    if of_second and b is not None:
         return Laid((rank - 1, rank - 1), b[1])
     return None
 
@@ -109,13 +111,18 @@ def _queries(a: tuple[Dims, tuple[int, int]], rank: int) -> Dims:
     return Laid((rank - 2, rank - 2), a[1] if joined else (a[1][0], 1), across=not joined)
 
 
+def _flat(at: Placed) -> bool:
+    """The product has more places along its last dim, as where a matrix of channels is applied to a map."""
+    return at.sizes[-1] > at.sizes[-2]
+
+
 def _whole_factor(at: Placed) -> list[fx.Node]:
     """The operand of which every piece of a product reads all."""
     first, second = at.bound["input"], _second(at.bound)
     a, b = _ends(at, first), _ends(at, second)
     if a is None or b is None or a[0][0] < -2:
         return []
-    return [second] if a[0][0] == -2 else [first]
+    return [second] if a[0][0] == -2 and not (b[0] == (-1, -1) and _flat(at)) else [first]
 
 
 def _over_places(at: Placed) -> str:
