@@ -6,9 +6,9 @@ another way override the method of that instruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,10 +39,12 @@ KEPT = 20_000  # instructions of one input size that are kept; longer lists are 
 class Program:
     """A stage at one size of its inputs: kernels and the instructions that run them."""
 
-    def __init__(self, stage: Stage, schedule: Schedule) -> None:
+    def __init__(
+        self, stage: Stage, schedule: Schedule, scheduler: Callable[[Stage, Schedule], Scheduler] = Scheduler
+    ) -> None:
         self.stage, self.schedule, self.calls = stage, schedule, Calls(stage)
-        self._kept: list[Instruction] | None = None
-        counted = Scheduler(stage, schedule)
+        self._scheduler, self._kept = scheduler, cast(list[Instruction] | None, None)
+        counted = scheduler(stage, schedule)
         found: list[Instruction] = []
         for instruction in counted.instructions():
             if len(found) <= KEPT:
@@ -53,7 +55,7 @@ class Program:
             self._kept = found
 
     def instructions(self) -> Iterable[Instruction]:
-        return self._kept if self._kept is not None else Scheduler(self.stage, self.schedule).instructions()
+        return self._kept if self._kept is not None else self._scheduler(self.stage, self.schedule).instructions()
 
 
 class Execution:
