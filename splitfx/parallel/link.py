@@ -116,17 +116,10 @@ class Link:
             key: torch.empty(sum(map(prod, shapes)), dtype=key[1], device=self.device)
             for key, shapes in _by_peer((p, dtype, shape) for p, (shape, dtype) in wanted)
         }
-        ways = ((dist.isend, flat), (dist.irecv, came))
-        work = [(way, peer, t) for way, some in ways for (peer, _), t in some.items() if t.numel()]
-        self.sent_bytes += sum(t.nbytes for way, _, t in work if way is dist.isend)
-        if work:
-            calls = [dist.P2POp(way, t, group=self.group, group_peer=peer) for way, peer, t in work]
-            with self.guarded("another rank"):
-                under_way = dist.batch_isend_irecv(calls)
-            alone = len(under_way) == len(work)  # else they are waited for together
-            for i, one in enumerate(under_way):
-                with self.guarded(f"rank {work[i][1]}" if alone else "another rank"):
-                    one.wait()
+        self.sent_bytes += sum(t.nbytes for t in flat.values())
+        self._carry(
+            [(p, t) for (p, _), t in flat.items() if t.numel()], [(p, t) for (p, _), t in came.items() if t.numel()]
+        )
         places = dict.fromkeys(came, 0)
         found = []
         for peer, (shape, dtype) in wanted:
@@ -134,6 +127,23 @@ class Link:
             places[peer, dtype] = first + prod(shape)
             found.append(came[peer, dtype][first : first + prod(shape)].view(shape))
         return found
+
+    def _carry(self, sent: list[tuple[int, torch.Tensor]], wanted: list[tuple[int, torch.Tensor]]) -> None:
+        """Send vectors to other ranks while others are filled with what comes from them."""
+        peers = [peer for peer, _ in (*sent, *wanted)]
+        calls = [
+            dist.P2POp(way, t, group=self.group, group_peer=peer)
+            for way, some in ((dist.isend, sent), (dist.irecv, wanted))
+            for peer, t in some
+        ]
+        if not calls:
+            return
+        with self.guarded("another rank"):
+            under_way = dist.batch_isend_irecv(calls)
+        alone = len(under_way) == len(calls)  # else they are waited for together
+        for peer, one in zip(peers, under_way, strict=False):
+            with self.guarded(f"rank {peer}" if alone else "another rank"):
+                one.wait()
 
     def summed(self, flat: torch.Tensor) -> torch.Tensor:
         """The sum of a vector over the ranks, added in their order, so it is the same on all: each adds a part."""

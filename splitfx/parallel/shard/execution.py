@@ -112,4 +112,9 @@ class ShareExecution(Execution):
         for rank in sorted(totals):
             low, high = self.program.shares.own(kernel, rank)
             parts = tuple(part.reshape(merged.shape) for part in totals[rank].chunk(merged.held))
-            merged.join(parts, behind * (high - low) // kernel.rows)
+            merged.join(parts, _count(behind, high - low, kernel.rows))
+
+
+def _count(behind: int, rows: int, whole: int) -> int:
+    """Values in a total, of so many in that of the whole map."""
+    return behind * rows // whole

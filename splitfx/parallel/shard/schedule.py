@@ -45,6 +45,10 @@ class ShareScheduler(Scheduler):
     def __init__(self, stage: Stage, schedule: Schedule, shares: Shares, rank: int) -> None:
         super().__init__(stage, schedule)
         self.shares, self.rank = shares, rank
+        elsewhere = sum(k.bytes - self._rows_bytes(k, shares.own(k, rank)) for k in shares.given)
+        self.registers.live -= elsewhere
+        self.registers.peak = self.registers.live
+        self.registers.mark()
 
     def instructions(self) -> Iterator[Instruction]:
         self.wanted = [self.shares.computed[self.rank], {}]

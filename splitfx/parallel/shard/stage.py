@@ -28,6 +28,7 @@ from splitfx.tiling.stage.roles import Kind
 
 Gather = Literal["all", "first", "none"]
 PIECE = 2**21  # bytes of the largest piece of a step, about, where nobody has planned
+FEWEST = 4  # pieces of the heaviest map on a rank
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ class Sharded(Staged):
         if planned is None and division.ranks > 1:
             waits = awaited(stage, division, COSTS[self.job.link.device.type])
             stage = compile_stage(self.stage, values, KEEP_ALL, macs, cast, waits)
-        at_once = Schedule() if grads is not None else strips(stage, KEEP_ALL, [PIECE] * stage.phases)
+        heaviest = max((k.bytes for k in stage.kernels if k.kind is Kind.ROWS), default=0)
+        piece = min(PIECE, heaviest // (FEWEST * division.ranks))
+        at_once = Schedule() if grads is not None else strips(stage, KEEP_ALL, [piece] * stage.phases)
         pieces = {stage.sources[place]: one for place, one in given.items()}
         kept = [k for place, k in enumerate(stage.exits) if place not in self.direct]
         shares = Shares(stage, division, pieces, kept, waits)
