@@ -62,8 +62,8 @@ class Shard:
     or "cuda" for the GPU of this process's LOCAL_RANK.
 
     Stages that `Tile` made run their schedule on each rank's rows, other stages one that is found here. Parameters are
-    those of ``graph`` on a CPU; on a GPU copies (`parameters`). Gradients: call ``backward`` on every rank,
-    each on the loss of what it got: of whole outputs the same loss, of rows its part of the sum. Then
+    those of ``graph`` where it lies on the device already, else copies (`parameters`). Gradients: call ``backward`` on
+    every rank, each on the loss of what it got: of whole outputs the same loss, of rows its part of the sum. Then
     `reduce_gradients` once before the optimizer's step. ``checkpoint`` of `Tile` has no effect here.
 
     ``rows``: of the last call, which rows each output holds, None for whole ones. Close it, or use it as a context
@@ -179,6 +179,8 @@ class Shard:
 
     def _left(self, results: list[Any]) -> list[Any]:
         floats = [i for i, y in enumerate(results) if isinstance(y, torch.Tensor) and y.is_floating_point()]
+        if not floats:
+            return results
         apart = self.network.apart()
         own = [self.rank == 0 or apart[i] for i in floats]
         left = Left.apply(tuple(own), self.job.token, *(results[i] for i in floats))

@@ -16,7 +16,7 @@ from splitfx.analysis.regions import Regions
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
 from splitfx.ground.exclusive import autocasts
-from splitfx.ir.graph import TensorSpec, copy_graph, layer, module_of, output_node, set_path
+from splitfx.ir.graph import TensorSpec, copy_graph, inputs_as_now, layer, module_of, output_node, set_path
 from splitfx.ir.ops import is_size, op_name
 from splitfx.parallel.shard.execution import Share
 from splitfx.parallel.shard.shares import Division
@@ -105,8 +105,9 @@ class Network:
 
 
 def _tiled(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A copy that shares its tensors, in which every stage is one module; on a GPU a copy of its own."""
-    made = copy_graph(graph, share=True) if device.type == "cpu" else copy_graph(graph).to(device)
+    """A copy that shares its tensors where they are on the device, in which every stage is one module."""
+    there = all(t.device == device for t in (*graph.parameters(), *graph.buffers()))
+    made = inputs_as_now(copy_graph(graph, share=True) if there else copy_graph(graph).to(device))
     for node in made.graph.nodes:
         if draws(node):
             raise UnsupportedError(f"layer {layer(node)} ({op_name(node)}) is random: ranks would draw other numbers")
