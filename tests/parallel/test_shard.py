@@ -24,6 +24,7 @@ from tests.parallel.threads import on_ranks, shard
 from tests.sampled import sampled
 from tests.tiling.test_kernels import EVERYTHING, case
 
+NOT_TRAINED = ("in place", "in place, swapped")  # these models cannot be: they overwrite what their gradients need
 ALWAYS, NEVER = Costs(message=-1e9, crossing=0.0), Costs(message=1e9, crossing=0.0)
 
 
@@ -51,15 +52,11 @@ def network(name: str) -> fx.GraphModule:
     return splitfx.trace(make().double().eval(), tuple(drawn(*sizes)))
 
 
-@pytest.fixture(params=[ALWAYS, NEVER], ids=["sent", "computed again"])
-def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Costs:
-    monkeypatch.setitem(stage.COSTS, "cpu", request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "costs"), [(2, ALWAYS), (3, ALWAYS), (3, NEVER)], ids=["2", "3", "3, again"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_at_other_sizes(name: str, ranks: int, costs: Costs) -> None:
+def test_networks_at_other_sizes(name: str, ranks: int, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halos are sent behind every layer that needs any, or computed again behind all."""
+    monkeypatch.setitem(stage.COSTS, "cpu", costs)
     graph, inputs = network(name), drawn(*NETWORKS[name][2])
 
     def job(rank: int) -> Any:
@@ -78,7 +75,7 @@ def test_every_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def job(rank: int) -> Any:
         with shard(graph) as made:
-            return checked(made, graph, [x], train="training" not in name)
+            return checked(made, graph, [x], train=name not in NOT_TRAINED)
 
     for number, one in enumerate((ALWAYS, NEVER)):
         monkeypatch.setitem(stage.COSTS, "cpu", one)
@@ -103,9 +100,10 @@ def test_a_message_for_several_layers() -> None:
 # ---------------------------------------------------------------- inputs and outputs in rows
 
 
-@pytest.mark.parametrize("counts", [(11, 18, 8), (37, 0, 0), (0, 1, 36)])
-def test_no_rank_holds_the_image(counts: tuple[int, ...], costs: Costs) -> None:
+@pytest.mark.parametrize(("counts", "costs"), [((11, 18, 8), ALWAYS), ((37, 0, 0), ALWAYS), ((0, 1, 36), NEVER)])
+def test_no_rank_holds_the_image(counts: tuple[int, ...], costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gives rows and gets rows: uneven, or none."""
+    monkeypatch.setitem(stage.COSTS, "cpu", costs)
     graph, (x,) = network("U-Net"), drawn((2, 3, 37, 29))
     wanted = graph(x).detach()
     whole = copy.deepcopy(graph)
@@ -286,6 +284,17 @@ def test_refused() -> None:
             on_ranks(1, lambda rank, model=model: shard(cast(Any, model)).__enter__())
     with pytest.raises(UnsupportedError, match="the model takes 1 inputs"):
         on_ranks(1, lambda rank: shard(pooled).__enter__()())
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + torch.randn_like(x)).relu()
+
+
+def test_random_numbers_would_differ_from_rank_to_rank() -> None:
+    graph = splitfx.trace(Noisy(), torch.randn(1, 3, 8, 8), verify=False)
+    with pytest.raises(UnsupportedError, match="is random: ranks would draw other numbers"):
+        on_ranks(1, lambda rank: shard(graph).__enter__())
 
 
 class Reads(nn.Module):

@@ -116,8 +116,8 @@ class Shard:
         return self.link.sent_bytes
 
     def parameters(self) -> list[nn.Parameter]:
-        """Of the model: on a CPU those of ``graph``."""
-        return list(dict.fromkeys(self.network.graph.parameters()))
+        """Of the model, in its order: where they are on the device, those of ``graph``."""
+        return self.network.parameters
 
     # ------------------------------------------------------------ running
 

@@ -37,7 +37,9 @@ class Network:
     ``divided``: the inputs, by number, of which each rank gives rows alone."""
 
     def __init__(self, graph: fx.GraphModule, job: Job, division: Division, gather: Gather, apart: bool) -> None:
-        self.job, self.tiled = job, _tiled(graph, job.link.device)
+        self.job, self.tiled = job, _on(graph, job.link.device)
+        self.parameters = list(self.tiled.parameters())  # in the order of the model: stages move them
+        _tile(self.tiled)
         self._arguments = arguments_of(self.tiled)
         inputs = [n for n in self.tiled.graph.nodes if n.op == "placeholder"]
         self._calls = [n for n in self.tiled.graph.nodes if isinstance(module_of(n), Tiled)]
@@ -104,18 +106,21 @@ class Network:
         return [high - low for low, high in (division.own(rows, r) for r in range(division.ranks))]
 
 
-def _tiled(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A copy that shares its tensors where they are on the device, in which every stage is one module."""
+def _on(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """A copy on the device, which shares its tensors with the graph where they are there."""
     there = all(t.device == device for t in (*graph.parameters(), *graph.buffers()))
-    made = inputs_as_now(copy_graph(graph, share=True) if there else copy_graph(graph).to(device))
-    for node in made.graph.nodes:
+    return inputs_as_now(copy_graph(graph, share=True) if there else copy_graph(graph).to(device))
+
+
+def _tile(graph: fx.GraphModule) -> None:
+    """Make every stage one module, in place. Raises `UnsupportedError` where something is random."""
+    for node in graph.graph.nodes:
         if draws(node):
             raise UnsupportedError(f"layer {layer(node)} ({op_name(node)}) is random: ranks would draw other numbers")
-    found, _ = stages(made, facts(made).regions)
+    found, _ = stages(graph, facts(graph).regions)
     for nodes in found:
-        install(made, nodes, Schedule(), "stage")
-    made.recompile()
-    return made
+        install(graph, nodes, Schedule(), "stage")
+    graph.recompile()
 
 
 def _is_map(node: fx.Node, graph: fx.GraphModule) -> bool:
