@@ -25,7 +25,7 @@ def off(got: Any, wanted: Any) -> float:
     """The largest relative error of any output."""
     pairs = zip(leaves(got), leaves(wanted), strict=True)
     assert [y.shape for y in leaves(got)] == [y.shape for y in leaves(wanted)]
-    return max(relative_error(a.double(), b.double()) for a, b in pairs)
+    return max(relative_error(a.detach().double(), b.detach().double()) for a, b in pairs)
 
 
 def loss_of(output: Any) -> torch.Tensor:
