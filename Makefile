@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo demo-search test slow zoo fuzz docs bench bench-tile bench-parallel bench-accuracy lint clean
+.PHONY: help env demo demo-search test slow zoo fuzz docs bench bench-tile bench-parallel bench-shard bench-accuracy lint clean
 
 help:
-	@echo "make demo | demo-search | test | slow | zoo | fuzz | docs | bench | bench-tile | bench-parallel | bench-accuracy | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | fuzz | docs | bench | bench-tile | bench-parallel | bench-shard | bench-accuracy | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -43,6 +43,9 @@ bench-tile: $(STAMP)
 
 bench-parallel: $(STAMP)
 	$(PY) -m benchmarks.run parallel
+
+bench-shard: $(STAMP)
+	$(PY) -m benchmarks.run shard
 
 # Fashion-MNIST is fetched where it is not installed; half an hour on two cores, most of it training.
 bench-accuracy: $(STAMP)

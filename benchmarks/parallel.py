@@ -76,9 +76,11 @@ def run(quick: bool) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: engines.index(row["engine"]))
 
 
-def rows_of(settings: dict[str, Any], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What two processes measure that were started with these variables."""
-    started = [start(rank, port, settings, environment) for port in [free_port()] for rank in (0, 1)]
+def rows_of(
+    settings: dict[str, Any], environment: dict[str, str], module: str = "benchmarks.parallel"
+) -> list[dict[str, Any]]:
+    """What two processes of a module measure that were started with these variables."""
+    started = [start(rank, port, settings, environment, module) for port in [free_port()] for rank in (0, 1)]
     try:
         codes = [one.wait(PATIENCE) for one in started]
     finally:
@@ -113,10 +115,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(rank: int, port: int, settings: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(
+    rank: int, port: int, settings: dict[str, Any], environment: dict[str, str], module: str
+) -> subprocess.Popen[bytes]:
     fixed = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "benchmarks.parallel", json.dumps(settings)]
+    command = [sys.executable, "-m", module, json.dumps(settings)]
     return subprocess.Popen(command, env={**os.environ, **fixed, **environment, **place})
 
 

@@ -1,11 +1,14 @@
-"""A carved model on several processes or GPUs: the branches of its tree run side by side, only logits cross.
+"""A model on several processes or GPUs.
 
-`place` says which process runs which groups; `Ranks` runs one process's share on ``torch.distributed``, started by
-``torchrun``; `Streams` runs the branches on streams of one GPU. All of it is inference: train the model itself.
+`Shard` divides the image: each rank computes its rows of every map, exactly, forward and backward. `Ranks` divides a
+carved model: the branches of its tree run side by side and only logits cross; `place` says which process runs which
+groups. Both run one process's share on ``torch.distributed``, started by ``torchrun``. `Streams` runs branches on
+streams of one GPU. `Ranks` and `Streams` are for inference.
 """
 
 from splitfx.parallel.placement import Placement, place
 from splitfx.parallel.ranks import ParallelError, Ranks
+from splitfx.parallel.shard import Rows, Shard, ShardPlan
 from splitfx.parallel.streams import Streams
 
-__all__ = ["ParallelError", "Placement", "Ranks", "Streams", "place"]
+__all__ = ["ParallelError", "Placement", "Ranks", "Rows", "Shard", "ShardPlan", "Streams", "place"]

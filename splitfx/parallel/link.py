@@ -9,9 +9,12 @@ Raises `ParallelError` naming the rank that is gone, does not answer or differs,
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ _TYPES = (
     torch.uint8,
 )
 
+Spec = tuple[tuple[int, ...], torch.dtype]  # sizes and type of a tensor
 Sent = list[tuple[int, Any, torch.Tensor]]  # receiver, what to wait for, what has to live until then
 
 
@@ -50,7 +54,7 @@ class Link:
         if timeout <= 0:
             raise UnsupportedError(f"a timeout is more than 0 seconds, not {timeout:g}")
         self.device = _place(device)
-        self.timeout, self.broken = timeout, ""
+        self.timeout, self.broken, self.sent_bytes = timeout, "", 0
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         if backend == "nccl":
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # waiting raises instead of ending the process
@@ -102,6 +106,59 @@ class Link:
         wanted = [torch.empty(h[2 : 2 + h[1]], dtype=_TYPES[h[0]], device=self.device) for h in headers]
         return [self.receive(peer, one) for one in wanted]
 
+    def swap(self, sent: Sequence[tuple[int, torch.Tensor]], wanted: Sequence[tuple[int, Spec]]) -> list[torch.Tensor]:
+        """Send tensors to other ranks while as many as are wanted come from them, all at once.
+
+        A receiver wants what is sent to it, in that order. One message for each rank and type; `sent_bytes` counts.
+        """
+        flat = {key: torch.cat([t.reshape(-1) for t in ts]) for key, ts in _by_peer((p, t.dtype, t) for p, t in sent)}
+        came = {
+            key: torch.empty(sum(map(prod, shapes)), dtype=key[1], device=self.device)
+            for key, shapes in _by_peer((p, dtype, shape) for p, (shape, dtype) in wanted)
+        }
+        self.sent_bytes += sum(t.nbytes for t in flat.values())
+        self._carry(
+            [(p, t) for (p, _), t in flat.items() if t.numel()], [(p, t) for (p, _), t in came.items() if t.numel()]
+        )
+        places = dict.fromkeys(came, 0)
+        found = []
+        for peer, (shape, dtype) in wanted:
+            first = places[peer, dtype]
+            places[peer, dtype] = first + prod(shape)
+            found.append(came[peer, dtype][first : first + prod(shape)].view(shape))
+        return found
+
+    def _carry(self, sent: list[tuple[int, torch.Tensor]], wanted: list[tuple[int, torch.Tensor]]) -> None:
+        """Send vectors to other ranks while others are filled with what comes from them."""
+        peers = [peer for peer, _ in (*sent, *wanted)]
+        calls = [
+            dist.P2POp(way, t, group=self.group, group_peer=peer)
+            for way, some in ((dist.isend, sent), (dist.irecv, wanted))
+            for peer, t in some
+        ]
+        if not calls:
+            return
+        with self.guarded("another rank"):
+            under_way = dist.batch_isend_irecv(calls)
+        alone = len(under_way) == len(calls)  # else they are waited for together
+        for peer, one in zip(peers, under_way, strict=False):
+            with self.guarded(f"rank {peer}" if alone else "another rank"):
+                one.wait()
+
+    def summed(self, flat: torch.Tensor) -> torch.Tensor:
+        """The sum of a vector over the ranks, added in their order, so it is the same on all: each adds a part."""
+        if self.size == 1:
+            return flat
+        cuts = [flat.numel() * r // self.size for r in range(self.size + 1)]
+        parts = [flat[a:b] for a, b in pairwise(cuts)]
+        others = [r for r in range(self.size) if r != self.rank]
+        own = ((parts[self.rank].numel(),), flat.dtype)
+        came = dict(zip(others, self.swap([(r, parts[r]) for r in others], [(r, own) for r in others]), strict=True))
+        total = sum((came.get(r, parts[self.rank]) for r in range(1, self.size)), came.get(0, parts[self.rank]))
+        specs = [(r, ((parts[r].numel(),), flat.dtype)) for r in others]
+        sums = dict(zip(others, self.swap([(r, total) for r in others], specs), strict=True))
+        return torch.cat([sums.get(r, total) for r in range(self.size)])
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         with self.guarded("another rank"):
@@ -140,6 +197,23 @@ def _place(device: str) -> torch.device:
         raise UnsupportedError(f"local rank {number} needs a GPU of its own; there are {there}: start fewer processes")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def weights_digest(about: str, state: Mapping[str, torch.Tensor]) -> bytes:
+    """32 bytes for a text and every tensor of a state_dict."""
+    made = hashlib.sha256(about.encode())
+    for name, tensor in state.items():
+        made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        made.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return made.digest()
+
+
+def _by_peer(given: Iterable[tuple[int, torch.dtype, Any]]) -> list[tuple[tuple[int, torch.dtype], list[Any]]]:
+    """What goes to, or comes from, each rank in each type, in an order on which both sides agree."""
+    found: dict[tuple[int, torch.dtype], list[Any]] = {}
+    for peer, dtype, one in given:
+        found.setdefault((peer, dtype), []).append(one)
+    return sorted(found.items(), key=lambda item: (item[0][0], str(item[0][1])))
 
 
 def _header(tensor: torch.Tensor) -> list[int]:

@@ -10,7 +10,6 @@ crosses from rank to rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from torch import fx
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.ir.graph import copy_graph
-from splitfx.parallel.link import Link, ParallelError
+from splitfx.parallel.link import Link, ParallelError, weights_digest
 from splitfx.parallel.placement import Placement, Stem, place
 from splitfx.splitnet.tree import STEM, Part, Tree
 
@@ -201,8 +200,5 @@ def share(tree: Tree, placement: Placement, rank: int) -> Part:
 
 def _digest(tree: Tree, placement: Placement, gather: str) -> bytes:
     """What has to be the same on all ranks: the parts, who runs them, and every weight."""
-    made = hashlib.sha256(repr((placement.stem, placement.groups, gather, tree.classes, tree.pieces)).encode())
-    for name, tensor in tree.graph.state_dict().items():
-        made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        made.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return made.digest()
+    about = repr((placement.stem, placement.groups, gather, tree.classes, tree.pieces))
+    return weights_digest(about, tree.graph.state_dict())

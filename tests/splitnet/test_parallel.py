@@ -265,7 +265,7 @@ def measured(split: fx.GraphModule, folder: Path) -> list[str]:
 
     def job(rank: int) -> Any:
         options = argparse.Namespace(folder=str(folder / "split"), batch=None, runs=1, stem="auto", device="cpu")
-        options.timeout, options.compile = 30.0, False
+        options.timeout, options.compile, options.shard = 30.0, False, False
         return errors(lambda: command._run(options))["said"]
 
     said, alive = started(1, job, folder)

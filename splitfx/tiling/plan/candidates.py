@@ -57,6 +57,25 @@ class _Count:
     calls: int
 
 
+def strips(stage: Stage, keeping: Keeping, targets: Sequence[int]) -> Schedule:
+    """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
+    rows = 1
+    while len(stage.kernels) * stage.clock / rows > WORK:
+        rows *= 2
+    every = []
+    for group in range(stage.groups):
+        kernels = [k for k in stage.kernels if k.group == group and k.kind is Kind.ROWS]
+        heavy = max(kernels, key=lambda k: k.row_bytes, default=None)
+        count = 1
+        if heavy is not None:
+            step, target = rows * heavy.rows / stage.clock * heavy.row_bytes, targets[heavy.phase]
+            while count * step < target / 1.5 and count * rows < stage.clock:
+                count *= 2
+        every.append(count)
+    fewest = min(every, default=1)
+    return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), keeping)
+
+
 class Candidates:
     """All ways to run one stage of a graph that are worth a look; counted once each."""
 
@@ -134,23 +153,7 @@ class Candidates:
         return [[KEEP_ALL], *([Keeping(recompute=size), *spilled(size)] for size in sorted(levels, reverse=True))]
 
     def strips(self, keeping: Keeping, targets: Sequence[int]) -> Schedule:
-        """Strips whose pieces are about as large as wanted: ``targets`` in bytes, one for each phase."""
-        stage = self.stage(keeping)
-        rows = 1
-        while len(stage.kernels) * stage.clock / rows > WORK:
-            rows *= 2
-        every = []
-        for group in range(stage.groups):
-            kernels = [k for k in stage.kernels if k.group == group and k.kind is Kind.ROWS]
-            heavy = max(kernels, key=lambda k: k.row_bytes, default=None)
-            count = 1
-            if heavy is not None:
-                step, target = rows * heavy.rows / stage.clock * heavy.row_bytes, targets[heavy.phase]
-                while count * step < target / 1.5 and count * rows < stage.clock:
-                    count *= 2
-            every.append(count)
-        fewest = min(every, default=1)
-        return Schedule(min(stage.clock, rows * fewest), tuple(n // fewest for n in every), (1, 1), keeping)
+        return strips(self.stage(keeping), keeping, targets)
 
     def _family(self, keeping: Keeping, budget: float = float("inf")) -> Iterator[tuple[int, _Count]]:
         """(bytes of a piece, what it takes), from the tallest strips to the lowest that any phase gains by.

@@ -6,10 +6,10 @@ another way override the method of that instruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,25 +38,24 @@ KEPT = 20_000  # instructions of one input size that are kept; longer lists are 
 
 
 class Program:
-    """A stage at one size of its inputs: kernels and the instructions that run them, from row ``first`` of its
-    results on."""
+    """A stage at one size of its inputs: kernels and the instructions that run them, as a ``scheduler`` makes them."""
 
-    def __init__(self, stage: Stage, schedule: Schedule, first: int = 0) -> None:
-        self.stage, self.schedule, self.first, self.calls = stage, schedule, first, Calls(stage)
-        self._kept: list[Instruction] | None = None
-        counted = Scheduler(stage, schedule, first=first)
+    def __init__(
+        self, stage: Stage, schedule: Schedule, scheduler: Callable[[Stage, Schedule], Scheduler] = Scheduler
+    ) -> None:
+        self.stage, self.schedule, self.calls = stage, schedule, Calls(stage)
+        self._scheduler, self._kept = scheduler, cast(list[Instruction] | None, None)
+        counted = scheduler(stage, schedule)
         found = list(islice(counted.instructions(), KEPT + 1))
         if len(found) <= KEPT:
             self._kept = found
         else:
-            counted = Scheduler(stage, schedule, first=first).count()
+            counted = scheduler(stage, schedule).count()
         self.peak, self.binding = counted.registers.peak, counted.registers.binding
         self.firings = counted.calls
 
     def instructions(self) -> Iterable[Instruction]:
-        if self._kept is not None:
-            return self._kept
-        return Scheduler(self.stage, self.schedule, first=self.first).instructions()
+        return self._kept if self._kept is not None else self._scheduler(self.stage, self.schedule).instructions()
 
 
 class Execution:

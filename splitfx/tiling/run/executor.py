@@ -117,7 +117,7 @@ class Tiled(Staged):
             if found is not None:
                 return found
             specs = tuple(TensorSpec(s, d, str(v)) for s, d, v in sizes)
-            found = self._made(specs, self._schedule_for(specs) if replan else self.schedule, cast)
+            found = self._made(specs, self.schedule_for(specs) if replan else self.schedule, cast)
             if torch.compiler.is_exporting():
                 return found  # what was made while torch traces does not outlive the trace
             if len(self._programs) > 8:
@@ -125,7 +125,8 @@ class Tiled(Staged):
             self._programs[key] = found
             return found
 
-    def _schedule_for(self, specs: tuple[TensorSpec, ...]) -> Schedule:
+    def schedule_for(self, specs: tuple[TensorSpec, ...]) -> Schedule:
+        """The schedule for inputs of these sizes."""
         if self.goal is None or self._strips or self.goal.fits(specs):
             return self.schedule
         if specs not in self._schedules:

@@ -16,35 +16,52 @@ from splitfx.ir.ops import bind
 from splitfx.ir.ops.pieces import joins_by_hand
 from splitfx.tiling.stage.kernel import Kernel, Stage
 
+Parts = tuple[torch.Tensor, ...]
+
 
 class Reduction:
-    """One reduction of a kernel: `add` takes pieces in, `value` is what they give."""
+    """One reduction of a kernel: `add` takes pieces in, `value` is what they give.
+
+    ``totals``: what has been added up of ``count`` values each. Reductions of other pieces of the map are merged by
+    their totals (`join`), each of which is of ``shape``.
+    """
+
+    held = 1  # totals that it keeps
 
     def __init__(self, kernel: Kernel, stage: Stage) -> None:
         self.kernel, self.stage = kernel, stage
         self.given: dict[str, Any] = bind(kernel.node)
         source = kernel.reads[0][0]
         assert source.dims is not None
-        rank, row = stage.values[source.node].dim(), kernel.row
+        self.sizes = [int(s) for s in stage.values[source.node].shape]  # of the map
+        rank, row = len(self.sizes), kernel.row
         over = reduced_dims(source.dims, rank) if row.over is None else row.over(self.given, rank)
         self.dims = sorted({d % rank for d in over})
-        self.total: torch.Tensor | None = None
+        self.totals: Parts = ()
         self.count = 0
 
-    def add(self, *pieces: torch.Tensor) -> None:
-        part = self.part(*pieces)
-        self.total = part if self.total is None else self.joined(self.total, part)
+    @property
+    def shape(self) -> list[int]:
+        return [size for dim, size in enumerate(self.sizes) if dim not in self.dims]
 
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
+    def add(self, *pieces: torch.Tensor) -> None:
+        self.join(self.part(*pieces), pieces[0].numel() // max(1, prod(self.shape)))
+
+    def join(self, part: Parts, count: int) -> None:
+        """Take in the totals of ``count`` values each."""
+        self.totals = self.joined(self.totals, part, count) if self.totals else part
+        self.count += count
+
+    def part(self, *pieces: torch.Tensor) -> Parts:
         raise NotImplementedError
 
-    def joined(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a + b
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        return (a[0] + b[0],)
 
     def number(self) -> torch.Tensor:
         """The result, in whatever shape and type it was added up."""
-        assert self.total is not None, f"{self.kernel.name} was given no rows"
-        return self.total
+        assert self.totals, f"{self.kernel.name} was given no rows"
+        return self.totals[0]
 
     def value(self) -> torch.Tensor:
         wanted = self.stage.values[self.kernel.node]
@@ -53,10 +70,8 @@ class Reduction:
 
 
 class _Sum(Reduction):
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
-        x = pieces[0]
-        self.count += prod(x.shape[dim] for dim in self.dims)
-        return x.sum(self.dims, dtype=_accumulator(x.dtype)).double()
+    def part(self, *pieces: torch.Tensor) -> Parts:
+        return (pieces[0].sum(self.dims, dtype=_accumulator(pieces[0].dtype)).double(),)
 
 
 class _Mean(_Sum):
@@ -65,19 +80,19 @@ class _Mean(_Sum):
 
 
 class _Max(Reduction):
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
-        return pieces[0].amax(self.dims)
+    def part(self, *pieces: torch.Tensor) -> Parts:
+        return (pieces[0].amax(self.dims),)
 
-    def joined(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(a, b)
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        return (torch.maximum(a[0], b[0]),)
 
 
 class _Min(Reduction):
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
-        return pieces[0].amin(self.dims)
+    def part(self, *pieces: torch.Tensor) -> Parts:
+        return (pieces[0].amin(self.dims),)
 
-    def joined(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.minimum(a, b)
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        return (torch.minimum(a[0], b[0]),)
 
 
 class _Norm(Reduction):
@@ -88,13 +103,13 @@ class _Norm(Reduction):
         power = self.given.get("ord", self.given.get("p"))
         self.power = 2.0 if power is None else float(power)
 
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
+    def part(self, *pieces: torch.Tensor) -> Parts:
         x = pieces[0].to(_accumulator(pieces[0].dtype))
         found = torch.linalg.vector_norm(x, self.power, self.dims).double()
-        return found if self.power == float("inf") else found**self.power
+        return (found if self.power == float("inf") else found**self.power,)
 
-    def joined(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(a, b) if self.power == float("inf") else a + b
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        return (torch.maximum(a[0], b[0]) if self.power == float("inf") else a[0] + b[0],)
 
     def number(self) -> torch.Tensor:
         found = super().number()
@@ -104,10 +119,14 @@ class _Norm(Reduction):
 class _Product(Reduction):
     """A product of matrices over the places of two maps."""
 
-    def part(self, *pieces: torch.Tensor) -> torch.Tensor:
+    @property
+    def shape(self) -> list[int]:
+        return [int(s) for s in self.stage.values[self.kernel.node].shape]
+
+    def part(self, *pieces: torch.Tensor) -> Parts:
         places = self.kernel.places
         a, b = (pieces[places[self.given[name]]] for name in ("input", self._second))
-        return torch.matmul(a.to(_accumulator(a.dtype)), b.to(_accumulator(b.dtype))).double()
+        return (torch.matmul(a.to(_accumulator(a.dtype)), b.to(_accumulator(b.dtype))).double(),)
 
     @property
     def _second(self) -> str:
@@ -117,63 +136,68 @@ class _Product(Reduction):
 class _Moments(Reduction):
     """Means and sums of squares about them, of values that are ``taken`` together."""
 
-    squares: torch.Tensor
+    held = 2
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.sizes[0], int(self.given.get("num_groups") or self.sizes[1])]
 
     def taken(self, x: torch.Tensor) -> torch.Tensor:
         """A piece as [N, what has statistics of its own, places]."""
-        groups = int(self.given.get("num_groups") or x.shape[1])
-        return x.reshape(x.shape[0], groups, -1)
+        return x.reshape(*self.shape, -1)
 
-    def add(self, *pieces: torch.Tensor) -> None:
-        mean, squares, count = _moments(self.taken(pieces[0].to(_accumulator(pieces[0].dtype))))
-        if self.total is None:
-            self.total, self.squares, self.count = mean, squares, count
-            return
-        both, apart = self.count + count, mean - self.total
-        self.total = self.total + apart * (count / both)
-        self.squares = self.squares + squares + apart.square() * (self.count * count / both)
-        self.count = both
+    def part(self, *pieces: torch.Tensor) -> Parts:
+        return _moments(self.taken(pieces[0].to(_accumulator(pieces[0].dtype))))
+
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        both, apart = self.count + count, b[0] - a[0]
+        return a[0] + apart * (count / both), a[1] + b[1] + apart.square() * (self.count * count / both)
 
     def value(self) -> torch.Tensor:
         eps = float(self.given["eps"])
-        return torch.stack([self.number(), (self.squares / self.count + eps).rsqrt()])
+        return torch.stack([self.number(), (self.totals[1] / self.count + eps).rsqrt()])
 
 
 class _Deviation(_Moments):
     """A variance or a standard deviation."""
 
+    @property
+    def shape(self) -> list[int]:
+        return [1, prod(size for dim, size in enumerate(self.sizes) if dim not in self.dims)]
+
     def taken(self, x: torch.Tensor) -> torch.Tensor:
         kept = [d for d in range(x.dim()) if d not in self.dims]
-        return x.permute(*kept, *self.dims).reshape(1, max(1, prod(x.shape[d] for d in kept)), -1)
+        return x.permute(*kept, *self.dims).reshape(*self.shape, -1)
 
     def value(self) -> torch.Tensor:
         return Reduction.value(self)
 
     def number(self) -> torch.Tensor:
         lost = self.given.get("correction", 1 if self.given.get("unbiased", True) else 0)
-        found = self.squares / max(0.0, self.count - (1 if lost is None else float(lost)))
+        found = self.totals[1] / max(0.0, self.count - (1 if lost is None else float(lost)))
         return found.sqrt() if self.kernel.row.name == "std" else found
 
 
 class _Exponentials(Reduction):
     """Of a softmax: the largest value of each vector, and the sum of exponentials relative to it."""
 
-    sums: torch.Tensor
+    held = 2
 
-    def add(self, *pieces: torch.Tensor) -> None:
+    @property
+    def shape(self) -> list[int]:
+        return [1 if dim in self.dims else size for dim, size in enumerate(self.sizes)]
+
+    def part(self, *pieces: torch.Tensor) -> Parts:
         x = pieces[0].to(_accumulator(pieces[0].dtype))
         most = x.amax(self.dims, keepdim=True)
-        sums = (x - most).exp().sum(self.dims, keepdim=True).double()
-        most = most.double()
-        if self.total is None:
-            self.total, self.sums = most, sums
-            return
-        both = torch.maximum(self.total, most)
-        self.sums = self.sums * (self.total - both).exp() + sums * (most - both).exp()
-        self.total = both
+        return most.double(), (x - most).exp().sum(self.dims, keepdim=True).double()
+
+    def joined(self, a: Parts, b: Parts, count: int) -> Parts:
+        both = torch.maximum(a[0], b[0])
+        return both, a[1] * (a[0] - both).exp() + b[1] * (b[0] - both).exp()
 
     def value(self) -> torch.Tensor:
-        return torch.stack([self.number(), self.sums])
+        return torch.stack([self.number(), self.totals[1]])
 
 
 _KINDS: dict[str, type[Reduction]] = {
@@ -194,16 +218,16 @@ def reduction_of(kernel: Kernel, stage: Stage) -> Reduction:
     return _KINDS[kernel.row.reduces](kernel, stage)
 
 
-def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Means [N, groups] of a piece [N, groups, places], the sums of squares about them, and how many places."""
-    count = y.shape[2]
+def _moments(y: torch.Tensor) -> Parts:
+    """Means [N, groups] of a piece [N, groups, places], and the sums of squares about them."""
     if joins_by_hand() or y.device.type != "cpu":
         mean = y.mean(2)
-        return mean.double(), torch.linalg.vector_norm(y - mean[:, :, None], dim=2).double().square(), count
+        return mean.double(), torch.linalg.vector_norm(y - mean[:, :, None], dim=2).double().square()
     # The kernel of torch's own norm: one pass, where the lines above take three.
+    count = y.shape[2]
     _, mean, scale = torch.native_group_norm(y, None, None, y.shape[0], y.shape[1], count, y.shape[1], 0.0)
     deviation = scale.double().reciprocal()  # of places that are all alike the scale is infinite
-    return mean.double(), deviation.square() * count, count
+    return mean.double(), deviation.square() * count
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@ values have a memory of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -29,22 +30,24 @@ def compile_stage(
     keeping: Keeping = KEEP_ALL,
     macs: dict[fx.Node, float] | None = None,
     autocast: Autocast = (),
+    awaited: Collection[fx.Node] = (),
 ) -> Stage:
     """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
     ``keeping``: which maps that wait for a reduction are computed a second time or spilled instead of being kept.
-    ``macs`` are multiply-accumulates by node, for the planner's estimate of time.
+    ``macs`` are multiply-accumulates by node, for the planner's estimate of time. ``awaited``: maps that are read in
+    later phases only, once all their rows are there.
     """
-    return _Builder(graph, values, keeping, macs or {}, Temporaries(values, autocast)).build()
+    return _Builder(graph, values, keeping, macs or {}, Temporaries(values, autocast), awaited).build()
 
 
 class _Builder:
     def __init__(
         self, graph: fx.GraphModule, values: dict[fx.Node, Any], keeping: Keeping, macs: dict[fx.Node, float],
-        temporary: Temporaries,
+        temporary: Temporaries, awaited: Collection[fx.Node],
     ) -> None:  # fmt: skip
         self.graph, self.values, self.keeping, self.macs = graph, values, keeping, macs
-        self.temporary = temporary
+        self.temporary, self.awaited = temporary, awaited
         self.regions = Regions(values)
         self.roles = Roles(graph, self.regions)
         self.of: dict[fx.Node, Kernel] = {}
@@ -165,9 +168,12 @@ class _Builder:
             waits = (Kind.REDUCE, Kind.WHOLE) if kernel.kind is not Kind.WHOLE else ()
             rows = kernel.kind is Kind.ROWS
             before = [k.phase + (k.kind in waits or (rows and k.dims is not None)) for k in kernel.takes]
-            before += [k.phase + (k.kind is Kind.WHOLE) for k, _, _ in kernel.reads]
+            before += [k.phase + (k.kind is Kind.WHOLE or self._waits(k)) for k, _, _ in kernel.reads]
             first = 0 if kernel.kind in (Kind.ROWS, Kind.REDUCE) else -1
             kernel.phase = max([first, *before])
+
+    def _waits(self, kernel: Kernel) -> bool:
+        return kernel.kind is Kind.ROWS and kernel.node in self.awaited
 
     def _readers(self) -> dict[Kernel, list[Kernel]]:
         readers: dict[Kernel, list[Kernel]] = {k: [] for k in self.kernels}
@@ -185,7 +191,8 @@ class _Builder:
         no larger."""
         readers, given = self._readers(), self._given()
         for kernel in reversed(self.kernels):
-            used = [k.phase - (k.kind is Kind.ROWS and kernel in k.takes) for k in readers[kernel]]
+            ahead = self._waits(kernel)
+            used = [k.phase - (ahead or (k.kind is Kind.ROWS and kernel in k.takes)) for k in readers[kernel]]
             if kernel.kind is not Kind.ROWS or kernel in given or not used:
                 continue
             for phase in range(min(used), kernel.phase, -1):

@@ -111,10 +111,16 @@ def runs_whole(node: fx.Node, regions: Regions) -> bool:
         still = row.drops or not row.draws or row.result is Result.OPERAND  # in eval mode
         return not isinstance(module_of(node), Staged | Whole) and row is not UNKNOWN and still
     if isinstance(target, torch._ops.OpOverload):
-        given, draws = bind(node), torch.Tag.nondeterministic_seeded in target.tags
-        draws = draws and bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0))
-        return not draws and (not in_place(node) or _has_twin(node))
+        return not draws(node) and (not in_place(node) or _has_twin(node))
     return op_name(node) == "getitem"
+
+
+def draws(node: fx.Node) -> bool:
+    """An operator's result is random."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = bind(node)
+    return bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0))
 
 
 def _has_twin(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from splitfx.ir.modes import module_has_mode
 from splitfx.ir.ops import is_size
 from splitfx.tiling.plan.instructions import Finish, Instruction, Open, Patch, Run, Store, Take
 from splitfx.tiling.plan.instructions import Reduce as ReduceRows
+from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.run.execution import Execution, Program
 from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.stream.rows import Layout
@@ -74,7 +76,7 @@ def stream(
         image.forget_after = _forgettable(program, given)
     with torch.no_grad(), opened(sink, reduce, program, overwrite, resume) as writer:
         if writer is not None and writer.begun:
-            program = Program(program.stage, program.schedule, writer.begun)
+            program = Program(program.stage, program.schedule, partial(Scheduler, first=writer.begun))
             image.forget_after = _forgettable(program, given) if not given.raw.again else []
         results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
         given.raw.finish()
