@@ -41,10 +41,8 @@ OPSETS = range(18, 26)
 DEFAULT_OPSET = 20
 INLINE_LIMIT = 2_000_000_000  # bytes of weights; a protobuf file holds less than 2 GiB
 LAYER = "splitfx.layer"  # metadata key, in the graph during export and on the nodes of the file
-_KEPT = (
-    LAYER,
-    "pkg.torch.onnx.name_scopes",
-)  # of the exporter's notes on a node; others may hold local paths
+FOLDED = "splitfx.folded"  # metadata key: the batch norm that became part of this layer
+_KEPT = (LAYER, "pkg.torch.onnx.name_scopes")  # of the exporter's notes on a node; others may hold local paths
 
 
 def export_onnx(
@@ -129,9 +127,8 @@ def _need_packages(verify: bool) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"writing ONNX needs onnx and onnxscript ({error}); pip install onnx onnxscript."
-        ) from None
+        need = f"writing ONNX needs onnx and onnxscript ({error}); pip install onnx onnxscript."
+        raise MissingExtraError(need) from None
 
 
 def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -283,8 +280,7 @@ def _finish(
 ) -> None:
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
-    layers = {node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes}
-    _clean_nodes(model, layers)
+    _clean_nodes(model, _layers(program.exported_program))
     _name_batch(model, {} if fixed else _batch_symbols(exported))
     info = graphs.info(gm)
     plan = info.plan.to_toml() if info.plan is not None else None
@@ -298,14 +294,23 @@ def _finish(
     model.graph.doc_string = None
 
 
-def _clean_nodes(model: Any, layers: dict[str, str]) -> None:
+def _layers(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, str]]:
+    """The layer of every node by its name, and for a batch norm the layer of what it reads, else ""."""
+    of: Callable[[Any], str] = lambda node: node.meta.get("custom", {}).get(LAYER, "")  # noqa: E731
+    norm = "batch_norm"
+    return {n.name: (of(n), of(n.args[0]) if norm in str(n.target) else "") for n in exported.graph.nodes}
+
+
+def _clean_nodes(model: Any, layers: dict[str, tuple[str, str]]) -> None:
     used: set[str] = set()
     for node in model.graph.all_nodes():
         notes = dict(node.metadata_props)
         scopes = notes.get("pkg.torch.onnx.name_scopes", "")
-        layer = layers.get(scopes.rpartition("'")[0].rpartition("'")[2], "")
+        layer, before = layers.get(scopes.rpartition("'")[0].rpartition("'")[2], ("", ""))
         node.metadata_props.clear()
         node.metadata_props.update({key: value for key, value in notes.items() if key in _KEPT})
+        if before and node.op_type != "BatchNormalization":  # the exporter folded it, and names the layer after it
+            node.metadata_props[FOLDED], layer = layer, before
         if layer:
             node.metadata_props[LAYER] = layer
         node.doc_string = None
@@ -354,9 +359,8 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
     import onnx
     import onnx_ir as ir
 
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
+    held = [value.const_value for value in model.graph.initializers.values()]
+    weights = sum(one.nbytes for one in held if one is not None)
     outside = external_data or weights > INLINE_LIMIT
     data = data_name(model, target) if outside else None
     with written_with_data(target, data, overwrite=overwrite) as draft:
@@ -371,9 +375,8 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
-    ]
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
+    loggers = [logging.getLogger(name) for name in names]
     before = [one.level for one in loggers]
     try:
         for one in loggers:
