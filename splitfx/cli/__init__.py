@@ -21,8 +21,8 @@ from typing import Any
 
 from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Parser, with_all
 from splitfx.cli.commands import COMMANDS
+from splitfx.cli.progress import Progress
 from splitfx.errors import SplitfxError, VerificationError, nearest
-from splitfx.ground.progress import Progress
 from splitfx.text import one_line
 
 

@@ -12,7 +12,6 @@ export leaves nothing behind.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -27,12 +26,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from splitfx import __version__
 from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.report.explanation import summary
 
@@ -45,6 +46,7 @@ FOLDED = "splitfx.folded"  # metadata key: the batch norm that became part of th
 _KEPT = (LAYER, "pkg.torch.onnx.name_scopes")  # of the exporter's notes on a node; others may hold local paths
 
 
+@told
 def export_onnx(
     split: nn.Module,
     path: str | os.PathLike[str],
@@ -55,6 +57,7 @@ def export_onnx(
     external_data: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    progress: Say = True,
 ) -> Path:
     """Write `split` to `path` as an ONNX model in eval mode, and return the path.
 
@@ -81,10 +84,12 @@ def export_onnx(
     check_target(target, overwrite=overwrite, error=ExportError)
     _need_packages(verify)
     gm = _traced(split, example_inputs)
+    say(f"exporting {target.name}")
     program, exported, fixed = _program(gm, opset, dynamic_batch)
 
     def check(draft: Path) -> None:
         if verify:
+            say(f"comparing {target.name} with the graph")
             agreement.require_agreement(draft, gm, (exported, program.exported_program), LAYER)
 
     _write(program.model, target, external_data, overwrite, check)
@@ -285,7 +290,7 @@ def _finish(
     info = graphs.info(gm)
     plan = info.plan.to_toml() if info.plan is not None else None
     batch = f"fixed: {fixed}" if fixed else "dynamic"
-    record = {"splitfx": _version(), "model": info.model_class, "batch": batch, "plan": plan}
+    record = {"splitfx": __version__, "model": info.model_class, "batch": batch, "plan": plan}
     record |= {"tiles": tiled} if tiled else {}
     record["figures"] = asdict(counted := figures(gm))
     model.metadata_props.clear()
@@ -392,10 +397,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("splitfx")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -4,7 +4,6 @@ machine, and training only where an accuracy is asked for."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
+from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
@@ -25,6 +25,7 @@ from splitfx.runtime.measuring import alternate, measure
 RUNS = 7  # timed calls of each plan, in turn with the model
 
 
+@told
 def plan(
     model: nn.Module,
     example_inputs: Any = None,
@@ -38,7 +39,7 @@ def plan(
     recipe: Any = "finetune",
     device: str = "cpu",
     max_seconds: float = 300.0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> Plans:
     """Plans that bring ``model`` below a budget, the best first; ``str()`` is a table.
 
@@ -57,10 +58,9 @@ def plan(
     if accuracy_drop is not None and (train is None or val is None):
         raise PlanError("accuracy_drop needs data to train and to measure on: give train= and val= as well")
     end = time.perf_counter() + max_seconds
-    progress("tracing")
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
     with in_eval(graph):
-        search = _Search(graph, device, end, progress)
+        search = _Search(graph, device, end)
         now = search.now
         asked = goals(
             peak, latency, macs, accuracy_drop, (now.figures.peak_bytes, now.seconds or 0.0, now.figures.macs)
@@ -69,7 +69,7 @@ def plan(
     if accuracy_drop is not None:
         from splitfx.planning.training import with_accuracy
 
-        now, found = with_accuracy(graph, now, found, asked, (train, val, recipe), end, progress)
+        now, found = with_accuracy(graph, now, found, asked, (train, val, recipe), end)
     kept = sorted(_worth_a_choice(found), key=lambda one: _rank(one, asked))
     inputs = ", ".join(dims(s.shape) for s in info(graph).inputs if isinstance(s, TensorSpec))
     return Plans(info(graph).model_class, inputs, asked, now, tuple(kept), tuple(search.refused), search.complete)
@@ -78,11 +78,11 @@ def plan(
 class _Search:
     """One look at all candidates."""
 
-    def __init__(self, graph: fx.GraphModule, device: str, end: float, progress: Callable[[str], None]) -> None:
-        self.graph, self.device, self.end, self.progress = graph, device, end, progress
+    def __init__(self, graph: fx.GraphModule, device: str, end: float) -> None:
+        self.graph, self.device, self.end = graph, device, end
         shapes = [s for s in info(graph).shapes if s is not None]
         self.shape: Any = shapes[0] if len(shapes) == 1 else tuple(shapes)
-        progress("measuring the model as it is")
+        say("measuring the model as it is")
         found = measure(graph, random_inputs(graph), device, RUNS)
         self.now = Choice("as it is", "", None, figures(graph), found.seconds, None, True)
         self.refused: list[tuple[str, str]] = []
@@ -94,7 +94,7 @@ class _Search:
             if time.perf_counter() > self.end:
                 self.complete = False
                 break
-            self.progress(f"looking at {one.name}")
+            say(f"looking at {one.name}")
             try:
                 split = run_plan(self.graph, Plan(one.passes, self.shape), verify=False)
             except SplitfxError as why:

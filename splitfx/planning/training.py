@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
+from splitfx.ground.progress import say
 from splitfx.planning.choices import Choice
 from splitfx.planning.goals import Goals
 
@@ -20,7 +20,6 @@ def with_accuracy(
     asked: Goals,
     data: tuple[Any, Any, Any],
     end: float,
-    progress: Callable[[str], None],
 ) -> tuple[Choice, list[Choice]]:
     """The model as it is and the plans, with accuracies in percent; what could not be trained in time, or did not keep
     the accuracy, misses its goal. ``data``: what to train on, what to measure on, and the recipe."""
@@ -28,7 +27,7 @@ def with_accuracy(
 
     assert asked.drop is not None
     train, val, recipe = data
-    progress("measuring the model's accuracy")
+    say("measuring the model's accuracy")
     base = evaluate(graph, val).accuracy
     least, done = base - asked.drop, False
     trained: dict[str, Choice] = {}
@@ -37,8 +36,8 @@ def with_accuracy(
             trained[one.name] = replace(one, missed=("was not trained",))
             continue
         assert one.split is not None
-        progress(f"training {one.name}")
-        finetune(one.split, train, val, recipe, teacher=graph, progress=False)
+        say(f"training {one.name}")
+        finetune(one.split, train, val, recipe, teacher=graph)
         accuracy = evaluate(one.split, val).accuracy
         enough = accuracy >= least
         trained[one.name] = replace(one, accuracy=accuracy, missed=() if enough else (f"reaches {accuracy:.2f} %",))

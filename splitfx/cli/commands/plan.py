@@ -8,8 +8,8 @@ from typing import Any
 
 from splitfx.cli.arguments import DATA, Parser, with_model, with_overwrite
 from splitfx.cli.output import printed
+from splitfx.cli.progress import Progress
 from splitfx.errors import PlanError
-from splitfx.ground.progress import Progress
 
 TEXT = "look for plans that bring a model below a budget of memory, time or work; write the best one"
 
@@ -45,7 +45,6 @@ def run(given: Namespace, progress: Progress) -> int:
         macs=_number(given.macs),
         device=given.device,
         max_seconds=given.seconds,
-        progress=progress,
         **_training(given, graph, progress),
     )
     text = str(found)

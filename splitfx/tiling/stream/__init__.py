@@ -11,8 +11,7 @@ early is an error, and a file that is being written gets its name when it is com
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import fx
 
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.ground.progress import Clock, Say, told
 from splitfx.ground.table import dims
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
 from splitfx.ir.modes import module_has_mode
@@ -33,9 +33,8 @@ from splitfx.tiling.stream.rows import Layout
 from splitfx.tiling.stream.sinks import Reduce, Sink, Writer, opened
 from splitfx.tiling.stream.sources import RowSource
 
-Say = Callable[[str], None]
 
-
+@told
 def stream(
     split: fx.GraphModule,
     source: Any,
@@ -43,7 +42,7 @@ def stream(
     *,
     reduce: Reduce | None = None,
     overwrite: bool = False,
-    progress: Say = lambda text: None,
+    progress: Say = True,
 ) -> Any:
     """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
 
@@ -58,7 +57,7 @@ def stream(
     "argmax" gives the channel with the largest value, [1, 1, rows, ...], or any function of a strip that keeps its
     places, so that a map of logits never exists.
 
-    ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
+    Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
     """
     call, tiled = _stage_of(split)
     given = source if isinstance(source, RowSource) else RowSource(source, layout=_layout(split))
@@ -68,7 +67,7 @@ def stream(
     if not given.raw.again:
         image.forget_after = _forgettable(program, given)
     with torch.no_grad(), opened(sink, reduce, program, overwrite) as writer:
-        results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
+        results = Streaming(program, image, writer, Clock("streaming", program.firings)).run_all()
         given.raw.finish()
     if sink is not None:
         return Path(sink) if isinstance(sink, str | os.PathLike) else None
@@ -211,7 +210,7 @@ def _takes_image(program: Program, one: Instruction) -> bool:
 class Streaming(Execution):
     """An execution whose first source is an `_Image`, and whose map goes to a writer where there is one."""
 
-    def __init__(self, program: Program, image: _Image, writer: Writer | None, clock: _Clock) -> None:
+    def __init__(self, program: Program, image: _Image, writer: Writer | None, clock: Clock) -> None:
         super().__init__(program, functional=False)
         self.image, self.writer, self.clock = image, writer, clock
 
@@ -267,26 +266,3 @@ class Streaming(Execution):
             super().store(one)
         else:
             self.writer.write(one.rows, one.columns, self.registers[one.src])
-
-
-class _Clock:
-    """Says how much of the work is done and how long the rest will take."""
-
-    def __init__(self, program: Program, say: Say) -> None:
-        self.total, self.done, self.say = max(1, program.firings), 0, say
-        # A moving line may change often; where every word stays, seldom.
-        self.pause = 0.2 if getattr(say, "moving", False) else 10.0
-        self.started = self.last = time.monotonic()
-
-    def tick(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.last >= self.pause:
-            self.last = now
-            left = (now - self.started) * (self.total - self.done) / self.done
-            self.say(f"streaming: {100 * self.done / self.total:.0f} % done, {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
