@@ -74,7 +74,7 @@ def open_first(root: Item, changes: bool = False) -> None:
         shown += more
         for one in some:
             one.open = True
-            waiting += _siblings(one.items)
+        waiting += _siblings([inner for one in some for inner in one.items])
 
 
 def _siblings(items: Sequence[Item]) -> list[list[Item]]:
