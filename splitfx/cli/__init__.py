@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser, commands = _parser()
     given, unknown = parser.parse_known_args(argv)
+    given.parsers = parser, commands  # for `completion`
     if given.command is None:
         parser.print_help()
         return OK

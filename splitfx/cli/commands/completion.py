@@ -21,11 +21,10 @@ def run(given: Namespace, progress: Progress) -> int:
         import shtab
     except ImportError as error:
         raise MissingExtraError("shtab is not installed: pip install 'splitfx[completion]'") from error
-    from splitfx.cli import _parser
     from splitfx.compiler import registry
 
     kinds = {"FILE": shtab.FILE, "ONNX": shtab.FILE, "MODEL": shtab.FILE, "SECOND": shtab.FILE, "FOLDER": shtab.DIR}
-    parser, commands = _parser()
+    parser, commands = given.parsers
     for action in (action for one in commands.values() for action in one._actions):
         if action.metavar in kinds:
             action.complete = kinds[action.metavar]  # type: ignore[attr-defined, index]
