@@ -45,7 +45,8 @@ def main() -> None:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import splitfx"], check=True)
     took = time.perf_counter() - started
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: right; `import splitfx` in {took * 1000:.0f} ms")
+    python = sys.version.split()[0]
+    print(f"Python {python}, torch {torch.__version__}: right; `import splitfx` in {took * 1000:.0f} ms")
 
 
 if __name__ == "__main__":

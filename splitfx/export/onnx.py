@@ -94,7 +94,7 @@ def export_onnx(
 
     _write(program.model, target, external_data, overwrite, check)
     if fixed and dynamic_batch is None:
-        warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
+        warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=3)  # past `told`
     return target
 
 

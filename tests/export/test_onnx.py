@@ -44,8 +44,9 @@ def test_a_graph_with_a_fixed_batch_warns_or_refuses(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="batch cannot be dynamic"):
         export_onnx(graph, tmp_path / "m.onnx", dynamic_batch=True)
     assert list(tmp_path.iterdir()) == []
-    with pytest.warns(UserWarning, match="fixed batch size"):
+    with pytest.warns(UserWarning, match="fixed batch size") as said:
         export_onnx(graph, tmp_path / "m.onnx")
+    assert said[0].filename == __file__  # the caller's line; the command line shows its own warnings alone
     assert shapes(onnx.load(tmp_path / "m.onnx").graph.input)["x"] == [2, 3, 4]
 
 
