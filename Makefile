@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 UV     := $(PY) -m uv pip install --quiet --python $(PY)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env demo demo-search test slow zoo fuzz docs bench bench-tile bench-parallel bench-shard bench-accuracy lint clean
+.PHONY: help env demo demo-search test slow zoo fuzz wheel docs bench bench-tile bench-parallel bench-shard bench-accuracy lint clean
 
 help:
-	@echo "make demo | demo-search | test | slow | zoo | fuzz | docs | bench | bench-tile | bench-parallel | bench-shard | bench-accuracy | lint | env | clean"
+	@echo "make demo | demo-search | test | slow | zoo | fuzz | wheel | docs | bench | bench-tile | bench-parallel | bench-shard | bench-accuracy | lint | env | clean"
 
 demo: $(STAMP)
 	$(PY) examples/01_vgg16.py
@@ -30,6 +30,21 @@ zoo: $(STAMP)
 
 fuzz: $(STAMP)
 	$(PY) -m tests.fuzz --table
+
+# The wheel alone, in an environment of its own, for every interpreter that is here; or PYTHONS="/path/to/python3.14".
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+
+wheel: $(STAMP)
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@for python in $(PYTHONS); do \
+	  $$python -c "" 2>/dev/null || { echo "$$python is not here"; continue; }; \
+	  where=build/wheel/$$(basename $$python); \
+	  $(PY) -m uv venv --quiet --clear --python $$python $$where && \
+	  $(PY) -m uv pip install --quiet --python $$where/bin/python -c constraints.txt \
+	    "splitfx[completion,plot,search,train] @ file://$$(ls $(CURDIR)/build/wheel/*.whl)" && \
+	  mkdir $$where/empty && (cd $$where/empty && ../bin/python -P $(CURDIR)/tests/wheel.py) || exit 1; \
+	done
 
 docs: $(STAMP)
 	$(PY) -m sphinx --fail-on-warning --quiet -b html docs build/docs

@@ -28,7 +28,6 @@ import torchvision
 import splitfx
 from splitfx.analysis.memory import memory
 from splitfx.analysis.shapes import shapes
-from splitfx.ground.progress import Progress
 from splitfx.ground.table import seconds, size
 from splitfx.ir.graph import TensorSpec
 from splitfx.passes import Tile
@@ -85,8 +84,7 @@ def main(case: str, image: int, folder: Path) -> dict[str, Any]:
     split = splitfx.transform(model, Tile(rows=ROWS, until=until), torch.zeros(1, 3, 256, 256))
     source = RowSource(np.load(picture(folder, image), mmap_mode="r", allow_pickle=False), mean=MEAN, std=STD)
     sink = folder / f"layer4_{image}.npy" if case == "sink" else None
-    with Progress() as progress:
-        _, held, taken = watched(lambda: results.append(stream(split, source, sink, progress=progress)), results := [])
+    _, held, taken = watched(lambda: results.append(stream(split, source, sink)), results := [])
     row = {"case": case, "image": f"{image}²", "anonymous_bytes": held, "seconds": taken}
     if case == "whole":
         with torch.no_grad():

@@ -12,7 +12,6 @@ import torch
 import torchvision
 
 import splitfx
-from splitfx.ground.progress import Progress
 from splitfx.passes import Tile
 from splitfx.tiling.stream import stream
 from splitfx.tiling.stream.sources import RowSource
@@ -41,12 +40,11 @@ def main(out: Path = Path("demo-out"), size: int = 4096) -> tuple[torch.Tensor, 
 
     # Traced at a small size; the schedule says how many rows go in at a time, at any size.
     example = torch.zeros(1, 3, 256, 256)
-    with Progress() as progress:
-        logits = stream(splitfx.transform(model, Tile(rows=16), example), source, progress=progress)
-        print(f"class {int(logits.argmax())}")
+    logits = stream(splitfx.transform(model, Tile(rows=16), example), source)
+    print(f"class {int(logits.argmax())}")
 
-        features = splitfx.transform(model, Tile(rows=16, until="layer4.1.relu"), example)
-        path = stream(features, source, out / "layer4.npy", overwrite=True, progress=progress)
+    features = splitfx.transform(model, Tile(rows=16, until="layer4.1.relu"), example)
+    path = stream(features, source, out / "layer4.npy", overwrite=True)
     rows = np.load(path, mmap_mode="r")
     print(f"layer4 is in {path}: {rows.shape}")
     with torch.no_grad():

@@ -9,7 +9,6 @@ from torch import nn
 
 import splitfx
 from splitfx import Recipe, RecipeTuner, SearchSpace, SearchStudy
-from splitfx.ground.progress import Progress
 
 SHAPE = (1, 16, 16)
 
@@ -31,15 +30,13 @@ def main(out: Path = Path("demo-out/search"), epochs: int = 8, tuned: int = 3) -
     digits = splitfx.load_data("digits", SHAPE)
     model = network().eval()
     print(f"training the unsplit network, {epochs} epochs")
-    print(splitfx.finetune(model, digits.train, digits.val, Recipe(epochs=epochs, lr=0.05), progress=False))
-    with Progress() as progress:
-        result = splitfx.search_factors(
-            SearchSpace(model, torch.zeros(1, *SHAPE)),
-            RecipeTuner(digits.train, digits.val, Recipe(epochs=tuned, lr=0.05)),
-            tolerance=0.5,
-            study=SearchStudy(out, resume=True),
-            progress=progress,
-        )
+    print(splitfx.finetune(model, digits.train, digits.val, Recipe(epochs=epochs, lr=0.05)))
+    result = splitfx.search_factors(
+        SearchSpace(model, torch.zeros(1, *SHAPE)),
+        RecipeTuner(digits.train, digits.val, Recipe(epochs=tuned, lr=0.05)),
+        tolerance=0.5,
+        study=SearchStudy(out, resume=True),
+    )
     print(f"\n{result}")
     result.plan.save(out / "plan.toml", overwrite=True)
     splitfx.save(result.split, out / "split", overwrite=True)

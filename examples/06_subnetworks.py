@@ -37,7 +37,7 @@ def main(out: Path = Path("demo-out/subnetworks"), epochs: int = 5) -> dict[str,
     print(splitfx.explain(split))
 
     recipe = Recipe(epochs=epochs, lr=0.01, keep="last")
-    splitfx.finetune(split, digits.train, digits.val, recipe, loss=MultiModelLoss(), progress=False)
+    splitfx.finetune(split, digits.train, digits.val, recipe, loss=MultiModelLoss())
     models = {"base": split.base(), "sub0": split.detach(0), "sub1": split.detach(1)}
     accuracy = {name: evaluate(model, digits.val).accuracy for name, model in models.items()}
     print(f"\n{split.figures(runs=50)}\n")

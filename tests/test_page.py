@@ -2,11 +2,8 @@
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,10 +20,10 @@ from splitfx.report.html.memory import memory_html
 from splitfx.report.html.scene import Item, levels, mark_changes, open_first, plain, scene
 from splitfx.report.html.stages import stage_details
 from splitfx.report.profile import profile
+from tests.browser import dom, needs_browser, probed
 from tests.test_report import split
 from tests.traced import made_once
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>"
 SHAPE = (1, 3, 64, 64)
 
@@ -221,43 +218,6 @@ def test_a_model_that_splitfx_did_not_make_has_no_page(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- in a browser
-
-
-def dom(page: Path, browser: Path) -> str:
-    assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={browser}",
-    ]
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    return done.stdout
-
-
-def probed(graph: Any, script: str, folder: Path) -> dict[str, Any]:
-    """What a script finds on the page of a graph: it fills ``found``. Errors of any script are in ``errors``."""
-    page = splitfx.inspect_html(graph, folder / "page.html")
-    text = page.read_text()
-    text = text.replace(
-        "<body>", "<body><script>var errors=[];addEventListener('error',e=>errors.push(e.message))</script>"
-    )
-    probe = f"""<script>var found={{}};try{{{script}}}catch(e){{errors.push(String(e))}}
-    found.errors=errors;document.body.setAttribute('data-found',encodeURIComponent(JSON.stringify(found)))</script></body>"""
-    page.write_text(text.replace("</body>", probe))
-    from urllib.parse import unquote
-
-    told = re.search(r'data-found="([^"]*)"', dom(page, folder / "browser"))
-    assert told is not None, "the script did not run"
-    return json.loads(unquote(told[1]))
-
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
 
 @needs_browser

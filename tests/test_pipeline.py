@@ -144,7 +144,10 @@ def test_passes_in_order_and_recorded() -> None:
     split = splitfx.transform(model.eval(), plan, inputs, progress=said.append)
     steps = info(split).steps
     assert [s.name for s in steps] == ["fold_batchnorm", "drop_identity", "group"]
-    assert said == ["tracing", *(f"pass {i} of 3: {s.name}" for i, s in enumerate(steps, 1))]
+    assert [s for s in said if "check" not in s] == [
+        "tracing",
+        *(f"pass {i} of 3: {s.name}" for i, s in enumerate(steps, 1)),
+    ]
     assert all(s.seconds >= 0 for s in steps)
     for before, after in itertools.pairwise(steps):
         assert after.before == before.after

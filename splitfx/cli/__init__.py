@@ -21,8 +21,8 @@ from typing import Any
 
 from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Parser, with_all
 from splitfx.cli.commands import COMMANDS
+from splitfx.cli.progress import Progress
 from splitfx.errors import SplitfxError, VerificationError, nearest
-from splitfx.ground.progress import Progress
 from splitfx.text import one_line
 
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser, commands = _parser()
     given, unknown = parser.parse_known_args(argv)
+    given.parsers = parser, commands  # for `completion`
     if given.command is None:
         parser.print_help()
         return OK

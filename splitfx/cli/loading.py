@@ -11,13 +11,13 @@ import torch
 from torch import fx, nn
 
 from splitfx import storage
+from splitfx.cli.progress import Progress
 from splitfx.compiler.inline import parse_sizes
 from splitfx.errors import ExportError, SplitfxError, UnsupportedError
 from splitfx.files import check_target
 from splitfx.frontend.models import load_model
 from splitfx.frontend.trace import trace
 from splitfx.ground import limits
-from splitfx.ground.progress import Progress
 
 
 def inputs_of(given: Namespace) -> tuple[torch.Tensor, ...] | None:
@@ -68,7 +68,6 @@ def graph_of(given: Namespace, progress: Progress) -> fx.GraphModule:
         return split if not given.input else trace(split, inputs_of(given))
     inputs = needed_inputs(given)
     model = model_of(given, progress)
-    progress("tracing")
     return trace(model, inputs)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from splitfx.cli.progress import Progress
 from splitfx.errors import TrainingError
-from splitfx.ground.progress import Progress
 from splitfx.ir.graph import TensorSpec, info
 from splitfx.train.data import Data, Shape, load_data
 

@@ -8,7 +8,6 @@ promise is a `VerificationError`, so no wrong graph leaves this file.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.compiler.sketch import sketch
 from splitfx.errors import PassError, UnsupportedError
+from splitfx.ground.progress import say
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info, take_apart
 from splitfx.ir.verifier import IllegalGraph
@@ -69,16 +69,15 @@ def run_plan(
     graph: fx.GraphModule,
     plan: Plan,
     verify: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> fx.GraphModule:
-    """Run every pass of ``plan`` on a private copy of ``graph``; ``progress`` hears what is being done.
+    """Run every pass of ``plan`` on a private copy of ``graph``.
 
     The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
     """
     settled: list[Pass] = []
     work, origin = graph, info(graph).origin or sketch(graph)
     for number, step in enumerate(plan.passes, 1):
-        progress(f"pass {number} of {len(plan.passes)}: {step.name}")
+        say(f"pass {number} of {len(plan.passes)}: {step.name}")
         work, done = _run(work, step, verify)
         settled.append(done)
     if work is not graph:
@@ -110,6 +109,7 @@ def _run(graph: fx.GraphModule, step: Pass, verify: bool) -> tuple[fx.GraphModul
     notes, reference = outcome.notes, outcome.reference
     del outcome
     if changed and verify:
+        say(f"checking what {step.name} did")
         difference = _held_to_promise(step, graph, work, reference)
         del reference  # as large as the model
         _held_on_other_weights(done, graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
 from splitfx.ground import limits
 from splitfx.ground.exclusive import fresh
+from splitfx.ground.progress import Say, told
 from splitfx.ir.graph import is_canonical
 from splitfx.text import shown
 
 
+@told
 @fresh()
 def transform(
     model: nn.Module,
@@ -28,23 +30,23 @@ def transform(
     example_inputs: Any = None,
     *,
     verify: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> fx.GraphModule:
     """Rewrite ``model`` by ``plan``; returns a new ``torch.fx.GraphModule`` and never changes ``model``.
 
     ``plan`` is a `Plan`, what `Plan.of` makes one of (a pass, a list of passes, a dict), or the path of a plan file.
     ``example_inputs`` (see `trace`) or the plan's ``input_shape`` say the sizes; a graph from `trace` or `transform`
     needs neither. Every pass is held to its promise in float64 unless ``verify`` is off. The result has parameters of
-    its own: train it, save it, export it. Raises `TraceError`, `PlanError`, `UnsupportedError`, `PassError`,
+    its own: train it, save it, export it. ``progress``: a moving line on a terminal; False, nothing; or a function that
+    is told each step. Raises `TraceError`, `PlanError`, `UnsupportedError`, `PassError`,
     `VerificationError`.
     """
     plan = Plan.of(plan)
     if not is_canonical(model) or example_inputs is not None:
-        progress("tracing")
         inputs = inputs_for(model, plan) if example_inputs is None else example_inputs
         model = trace(model, inputs, verify=verify)
     assert isinstance(model, fx.GraphModule)
-    return run_plan(model, plan, verify, progress)
+    return run_plan(model, plan, verify)
 
 
 def inputs_for(model: nn.Module, plan: Plan) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,6 @@ export leaves nothing behind.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -27,12 +26,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from splitfx import __version__
 from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.report.explanation import summary
 
@@ -41,12 +42,11 @@ OPSETS = range(18, 26)
 DEFAULT_OPSET = 20
 INLINE_LIMIT = 2_000_000_000  # bytes of weights; a protobuf file holds less than 2 GiB
 LAYER = "splitfx.layer"  # metadata key, in the graph during export and on the nodes of the file
-_KEPT = (
-    LAYER,
-    "pkg.torch.onnx.name_scopes",
-)  # of the exporter's notes on a node; others may hold local paths
+FOLDED = "splitfx.folded"  # metadata key: the batch norm that became part of this layer
+_KEPT = (LAYER, "pkg.torch.onnx.name_scopes")  # of the exporter's notes on a node; others may hold local paths
 
 
+@told
 def export_onnx(
     split: nn.Module,
     path: str | os.PathLike[str],
@@ -57,6 +57,7 @@ def export_onnx(
     external_data: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    progress: Say = True,
 ) -> Path:
     """Write `split` to `path` as an ONNX model in eval mode, and return the path.
 
@@ -83,15 +84,17 @@ def export_onnx(
     check_target(target, overwrite=overwrite, error=ExportError)
     _need_packages(verify)
     gm = _traced(split, example_inputs)
+    say(f"exporting {target.name}")
     program, exported, fixed = _program(gm, opset, dynamic_batch)
 
     def check(draft: Path) -> None:
         if verify:
+            say(f"comparing {target.name} with the graph")
             agreement.require_agreement(draft, gm, (exported, program.exported_program), LAYER)
 
     _write(program.model, target, external_data, overwrite, check)
     if fixed and dynamic_batch is None:
-        warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=2)
+        warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=3)  # past `told`
     return target
 
 
@@ -129,9 +132,8 @@ def _need_packages(verify: bool) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f"writing ONNX needs onnx and onnxscript ({error}); pip install onnx onnxscript."
-        ) from None
+        need = f"writing ONNX needs onnx and onnxscript ({error}); pip install onnx onnxscript."
+        raise MissingExtraError(need) from None
 
 
 def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -283,13 +285,12 @@ def _finish(
 ) -> None:
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
-    layers = {node.name: node.meta.get("custom", {}).get(LAYER, "") for node in program.exported_program.graph.nodes}
-    _clean_nodes(model, layers)
+    _clean_nodes(model, _layers(program.exported_program))
     _name_batch(model, {} if fixed else _batch_symbols(exported))
     info = graphs.info(gm)
     plan = info.plan.to_toml() if info.plan is not None else None
     batch = f"fixed: {fixed}" if fixed else "dynamic"
-    record = {"splitfx": _version(), "model": info.model_class, "batch": batch, "plan": plan}
+    record = {"splitfx": __version__, "model": info.model_class, "batch": batch, "plan": plan}
     record |= {"tiles": tiled} if tiled else {}
     record["figures"] = asdict(counted := figures(gm))
     model.metadata_props.clear()
@@ -298,14 +299,23 @@ def _finish(
     model.graph.doc_string = None
 
 
-def _clean_nodes(model: Any, layers: dict[str, str]) -> None:
+def _layers(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, str]]:
+    """The layer of every node by its name, and for a batch norm the layer of what it reads, else ""."""
+    of: Callable[[Any], str] = lambda node: node.meta.get("custom", {}).get(LAYER, "")  # noqa: E731
+    norm = "batch_norm"
+    return {n.name: (of(n), of(n.args[0]) if norm in str(n.target) else "") for n in exported.graph.nodes}
+
+
+def _clean_nodes(model: Any, layers: dict[str, tuple[str, str]]) -> None:
     used: set[str] = set()
     for node in model.graph.all_nodes():
         notes = dict(node.metadata_props)
         scopes = notes.get("pkg.torch.onnx.name_scopes", "")
-        layer = layers.get(scopes.rpartition("'")[0].rpartition("'")[2], "")
+        layer, before = layers.get(scopes.rpartition("'")[0].rpartition("'")[2], ("", ""))
         node.metadata_props.clear()
         node.metadata_props.update({key: value for key, value in notes.items() if key in _KEPT})
+        if before and node.op_type != "BatchNormalization":  # the exporter folded it, and names the layer after it
+            node.metadata_props[FOLDED], layer = layer, before
         if layer:
             node.metadata_props[LAYER] = layer
         node.doc_string = None
@@ -354,9 +364,8 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
     import onnx
     import onnx_ir as ir
 
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
+    held = [value.const_value for value in model.graph.initializers.values()]
+    weights = sum(one.nbytes for one in held if one is not None)
     outside = external_data or weights > INLINE_LIMIT
     data = data_name(model, target) if outside else None
     with written_with_data(target, data, overwrite=overwrite) as draft:
@@ -371,9 +380,8 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
-    ]
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
+    loggers = [logging.getLogger(name) for name in names]
     before = [one.level for one in loggers]
     try:
         for one in loggers:
@@ -389,10 +397,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("splitfx")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

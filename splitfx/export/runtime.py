@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from splitfx.errors import ExportError
 from splitfx.export import agreement, sessions
 from splitfx.export.probe import timed
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.ir.modes import in_eval
 
 SECONDS = 600.0
 
 
+@told
 def check_onnx(
     split: nn.Module,
     path: str | os.PathLike[str],
@@ -45,7 +47,7 @@ def check_onnx(
     runs: int = 20,
     tolerance: float | None = None,
     seconds: float = SECONDS,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> RuntimeReport:
     """Run the file on each provider and compare it with `split` in eval mode.
 
@@ -58,7 +60,6 @@ def check_onnx(
     - tolerance: largest error relative to an output's largest absolute value; None means 1e-9 for float64,
       1e-4 for float32, 2e-2 for float16; integers and booleans must be equal.
     - seconds: the most that loading the file and all its runs may take on one provider.
-    - progress: called with one line before each step.
 
     Raises `ExportError` for a missing, truncated or foreign file, one that takes longer or ends the process that runs
     it, inputs that do not fit and unknown providers.
@@ -77,13 +78,13 @@ def check_onnx(
             raise ExportError(f"{sessions.short_name(provider)} is required and does not start: {why}.")
     chosen = list(dict.fromkeys([*required, *(named or sessions.worth_checking())]))
 
-    progress("running the module")
+    say("running the module")
     args, kwargs = _call(split, example_inputs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     expected = _outputs(split, args, kwargs)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="splitfx-check-") as folder:
-        bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder), progress)
+        bench = _Bench(target, expected, threads, runs, tolerance, seconds, Path(folder))
         rows = [_row(bench, provider, split, (args, kwargs)) for provider in chosen]
     fed = tuple(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors)
     return RuntimeReport(str(target), fed, threads, runs, tuple(rows), tolerance)
@@ -133,12 +134,11 @@ class _Bench:
     tolerance: float | None
     seconds: float
     folder: Path
-    progress: Callable[[str], None]
 
 
 def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict]) -> ProviderRow:
     name = sessions.short_name(provider)
-    bench.progress(f"{name}: starting")
+    say(f"{name}: starting")
     if why := sessions.why_not(provider):
         return ProviderRow(name, f"unavailable: {why}")
     keywords, arrays = sessions.flat(*call)
@@ -150,10 +150,10 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
         "inputs": str(_stored(bench.folder / "inputs.npz", arrays)),
         "keywords": keywords,
     }
-    bench.progress(f"{name}: loading, comparing and timing, in a fresh process")
+    say(f"{name}: loading, comparing and timing, in a fresh process")
     outputs = bench.folder / "outputs.npz"
     answer = _asked(bench, {**request, "outputs": str(outputs), "runs": bench.runs})
-    bench.progress(f"{name}: timing torch")
+    say(f"{name}: timing torch")
     torch_times = _torch_times(model, call, provider, bench.runs)
     errors, verdict = _compared(bench, answer["names"], outputs)
     row = ProviderRow(
@@ -170,7 +170,7 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
     )
     if not row.tiles or "peak_bytes" not in answer:
         return row
-    bench.progress(f"{name}: peak memory with onnxruntime's default options")
+    say(f"{name}: peak memory with onnxruntime's default options")
     return replace(row, default_peak_bytes=_asked(bench, {**request, "default_options": True}).get("peak_bytes"))
 
 

@@ -34,6 +34,7 @@ from splitfx.frontend.first_call import FirstCall, first_call, own_copy, run, un
 from splitfx.frontend.oracle import cut_down, require_same, shapes_of
 from splitfx.frontend.size_rules import Heard, SizeOfOne, TooLong, listening, sizes_of, where_fixed
 from splitfx.ground.exclusive import exclusive
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir.copies import anew
 from splitfx.ir.graph import Staged, TensorSpec, TraceInfo, info
 from splitfx.ir.modes import is_opaque, kept_modes, leaf_paths
@@ -44,8 +45,11 @@ DYNAMIC = ("all", "batch", "none")
 _FEWER = {"all": ("all", "sizes", "batch", "none"), "batch": ("batch", "none"), "none": ("none",)}
 
 
+@told
 @exclusive()
-def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify: bool = True) -> fx.GraphModule:
+def trace(
+    model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify: bool = True, progress: Say = True
+) -> fx.GraphModule:
     """Trace ``model`` to its canonical graph.
 
     ``example_inputs`` is a tensor, a tuple of positional inputs, a dict of keyword inputs, or
@@ -67,6 +71,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: str = "all", verify
     inputs = pytree.tree_map(_detached, split_inputs(example_inputs, model))
     check_inputs(model, *inputs)
     register_dataclasses(inputs)
+    say("tracing")
     with _no_collection(), undisturbed(model), quiet():
         if verify:
             return _verified(model, inputs, dynamic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -17,6 +17,7 @@ from splitfx.report.pareto import pareto
 from splitfx.tiling.plan.planner import enough
 
 FACTORS = (2, 4, 8)
+SPILL = "maps that wait for a reduction, such as a norm, lie in a temporary file meanwhile"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Candidate:
     why: str
     passes: tuple[Pass, ...]
     same: bool  # the same function; else it must be trained again
+    instead: str = ""  # of the plan of this name, where that cannot be had or takes more memory
 
 
 def candidates(graph: fx.GraphModule, goals: Goals) -> Iterator[Candidate]:
@@ -49,9 +51,13 @@ def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Ite
     name = "fold + tile" if fold else "tile"
     if goals.peak_bytes is not None:
         tile, why = Tile(budget=goals.peak_bytes), "the fastest that keeps the budget"
-        yield Candidate(f"{name} to {enough(goals.peak_bytes)}", why, (*fold, tile), True)
+        plain = f"{name} to {enough(goals.peak_bytes)}"
+        yield Candidate(plain, why, (*fold, tile), True)
+        yield Candidate(f"{plain}, spill to disk", SPILL, (*fold, replace(tile, spill="disk")), True, plain)
     if goals.least:
-        yield Candidate(name, "the least memory", (*fold, Tile(budget="least")), True)
+        tile = Tile(budget="least")
+        yield Candidate(name, "the least memory", (*fold, tile), True)
+        yield Candidate(f"{name}, spill to disk", SPILL, (*fold, replace(tile, spill="disk")), True, name)
     if goals.peak_bytes is not None or goals.least:
         return  # the whole curve takes a minute, and the budget says which point of it is wanted
     base = run_plan(graph, Plan(fold), verify=False) if fold else graph

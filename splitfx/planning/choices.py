@@ -26,8 +26,9 @@ class Choice:
     """One plan. ``figures`` are counted; ``seconds`` is a median measured here, None where that was not done.
 
     ``time``: as a ratio to the model as it is, measured in turn with it. ``same``: the same function; else it must be
-    trained, and ``accuracy`` in percent is what that gave, None where it was not done. ``missed``: the goals that it
-    does not keep, in words; empty where it keeps them all.
+    trained; ``accuracy`` in percent is what data gave, None where that was not done, and ``learned`` how: "solved" or
+    "trained". ``missed``: the goals that it does not keep, in words; empty where it keeps them all. ``split``: its
+    graph, with those weights.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Choice:
     time: float | None
     same: bool
     accuracy: float | None = None
+    learned: str = ""
     missed: tuple[str, ...] = ()
     split: fx.GraphModule | None = field(default=None, repr=False, compare=False)
 
@@ -50,7 +52,7 @@ class Choice:
         """What became of the model's function, in words."""
         if self.same:
             return "the same"
-        return "to be trained" if self.accuracy is None else "trained"
+        return self.learned or "to be trained"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Plans(Shown):
             lines.append(f"time {seconds(now.seconds)} -> {seconds(best.seconds)}, measured where this was written")
         if best.function == "to be trained":
             lines.append("has fewer connections than the model: train it (splitfx finetune) before you use it")
+        if best.learned:
+            lines.append(f"accuracy {now.accuracy:.2f} % -> {best.accuracy:.2f} %, {best.learned}; those weights")
+            lines.append(
+                "are in its split (--save FOLDER); transform with this file gives the model's own, to be trained"
+            )
         others = [one for one in self.choices if one.keeps and one is not best]
         lines += [f"also keeps the budget: {one.name}, {_time(one)}" for one in others]
         comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
@@ -179,5 +186,6 @@ def _plain(one: Choice) -> dict[str, Any]:
         "time": one.time,
         "same_function": one.same,
         "accuracy": one.accuracy,
+        "learned": one.learned,
         "missed": list(one.missed),
     }

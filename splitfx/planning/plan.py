@@ -3,28 +3,39 @@ machine, and training only where an accuracy is asked for."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
+from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
+from splitfx.ground.timing import took
 from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.planning.candidates import Candidate, candidates
 from splitfx.planning.choices import Choice, Plans
 from splitfx.planning.goals import Amount, Goals, goals
-from splitfx.runtime.measuring import alternate, measure
+from splitfx.planning.study import Notebook, Row
+from splitfx.planning.training import with_accuracy
+from splitfx.runtime.measuring import measure
+from splitfx.train.checkpoint import digest
+from splitfx.train.search.study import TEMPORARY, SearchStudy
 
-RUNS = 7  # timed calls of each plan, in turn with the model
+LEAST, MOST = 7, 60  # timed calls of each plan, in turn with the model
+PAIRED_SECONDS, SURE = 10.0, 0.01  # calls end after so long, or when the ratio is known so well
 
 
+@told
 def plan(
     model: nn.Module,
     example_inputs: Any = None,
@@ -38,7 +49,8 @@ def plan(
     recipe: Any = "finetune",
     device: str = "cpu",
     max_seconds: float = 300.0,
-    progress: Callable[[str], None] = lambda text: None,
+    study: SearchStudy = TEMPORARY,
+    progress: Say = True,
 ) -> Plans:
     """Plans that bring ``model`` below a budget, the best first; ``str()`` is a table.
 
@@ -48,8 +60,9 @@ def plan(
 
     Plans that compute the same function come before those that must be trained. Peaks and MACs are counted, times
     measured here, in turn with the model. With ``accuracy_drop`` (in points of top-1 accuracy), ``train`` and ``val``
-    (data sets as for `finetune`), what must be trained is trained by ``recipe`` and measured on ``val``, the least
-    change first, until one keeps the accuracy. Looking ends after about ``max_seconds``.
+    (data sets as for `finetune`), what changes the function is solved on inputs of ``train``, where that is not enough
+    trained by ``recipe``, and measured on ``val``, the least change first, until one keeps the accuracy. Looking ends
+    after about ``max_seconds``; with a ``study`` that holds an earlier look, it goes on with what that found.
 
     Raises `TraceError`, and `PlanError` for a budget that cannot be read. Where none is kept, ``Plans.best`` raises and
     the table says what comes nearest.
@@ -57,74 +70,110 @@ def plan(
     if accuracy_drop is not None and (train is None or val is None):
         raise PlanError("accuracy_drop needs data to train and to measure on: give train= and val= as well")
     end = time.perf_counter() + max_seconds
-    progress("tracing")
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
-    with in_eval(graph):
-        search = _Search(graph, device, end, progress)
-        now = search.now
-        asked = goals(
-            peak, latency, macs, accuracy_drop, (now.figures.peak_bytes, now.seconds or 0.0, now.figures.macs)
-        )
-        found = search.choices(asked)
-    if accuracy_drop is not None:
-        from splitfx.planning.training import with_accuracy
-
-        now, found = with_accuracy(graph, now, found, asked, (train, val, recipe), end, progress)
-    kept = sorted(_worth_a_choice(found), key=lambda one: _rank(one, asked))
     inputs = ", ".join(dims(s.shape) for s in info(graph).inputs if isinstance(s, TensorSpec))
-    return Plans(info(graph).model_class, inputs, asked, now, tuple(kept), tuple(search.refused), search.complete)
+    budgets = {"peak": peak, "latency": latency, "macs": macs, "accuracy_drop": accuracy_drop}
+    data = "" if train is None else f"{len(train)} and {len(val)} samples, {recipe}"
+    about = {"inputs": inputs, "device": device, "budgets": str(budgets), "data": data}
+    about["weights"] = digest(graph.state_dict())
+    with ExitStack() as held:
+        folder = held.enter_context(study.opened()) if study.folder is not None else None
+        book = Notebook(folder, about)
+        with in_eval(graph):
+            search = _Search(graph, device, end, book)
+            now = search.now.figures
+            asked = goals(peak, latency, macs, accuracy_drop, (now.peak_bytes, search.now.seconds or 0.0, now.macs))
+            found, as_it_is = search.choices(asked), search.now
+        if accuracy_drop is not None:
+            as_it_is, found = with_accuracy(graph, as_it_is, found, asked, (train, val, recipe), end, book)
+    kept = sorted(_worth_a_choice(found), key=lambda one: _rank(one, asked))
+    return Plans(info(graph).model_class, inputs, asked, as_it_is, tuple(kept), tuple(search.refused), search.complete)
 
 
 class _Search:
     """One look at all candidates."""
 
-    def __init__(self, graph: fx.GraphModule, device: str, end: float, progress: Callable[[str], None]) -> None:
-        self.graph, self.device, self.end, self.progress = graph, device, end, progress
+    def __init__(self, graph: fx.GraphModule, device: str, end: float, book: Notebook) -> None:
+        self.graph, self.device, self.end, self.book = graph, device, end, book
         shapes = [s for s in info(graph).shapes if s is not None]
         self.shape: Any = shapes[0] if len(shapes) == 1 else tuple(shapes)
-        progress("measuring the model as it is")
-        found = measure(graph, random_inputs(graph), device, RUNS)
-        self.now = Choice("as it is", "", None, figures(graph), found.seconds, None, True)
+        if book.known.seconds is None:
+            say("measuring the model as it is")
+            book.known.seconds = measure(graph, random_inputs(graph), device, LEAST).seconds
+            book.write()
+        self.now = Choice("as it is", "", None, figures(graph), book.known.seconds, None, True)
         self.refused: list[tuple[str, str]] = []
         self.complete = True
 
     def choices(self, asked: Goals) -> list[Choice]:
-        found: list[Choice] = []
+        found: dict[str, Choice] = {}
         for one in candidates(self.graph, asked):
+            plain = found.get(one.instead)
+            if plain is not None and plain.keeps and not asked.least:
+                continue
             if time.perf_counter() > self.end:
                 self.complete = False
                 break
-            self.progress(f"looking at {one.name}")
-            try:
-                split = run_plan(self.graph, Plan(one.passes, self.shape), verify=False)
-            except SplitfxError as why:
-                self.refused.append((one.name, str(why)))
-                continue
-            if info(split).steps[-1].after == info(split).steps[0].before:
-                continue  # nothing to do for it here
-            found.append(self._measured(one, split, asked))
-        return found
+            row, split = self._looked(one)
+            if row.refused:
+                self.refused.append((one.name, row.refused))
+            elif split is not None:
+                choice = self._measured(one, row, split, asked)
+                if plain is None or choice.figures.peak_bytes < plain.figures.peak_bytes:
+                    found[one.name] = choice
+        return list(found.values())
 
-    def _measured(self, one: Candidate, split: fx.GraphModule, asked: Goals) -> Choice:
-        counted = info(split).plan
-        chosen = Choice(one.name, one.why, counted, figures(split), None, None, one.same, split=split)
-        if not missed(chosen, asked) and time.perf_counter() < self.end:
-            chosen = self._timed(chosen, split)
+    def _looked(self, one: Candidate) -> tuple[Row, fx.GraphModule | None]:
+        """What became of a candidate, now or in an earlier look; no graph where there is nothing for it to do."""
+        say(f"looking at {one.name}")
+        known = self.book.known.rows.get(one.name)
+        if known is not None:
+            again = run_plan(self.graph, Plan.from_toml(known.plan), verify=False) if known.plan else None
+            return known, again
+        try:
+            split = run_plan(self.graph, Plan(one.passes, self.shape), verify=False)
+        except SplitfxError as why:
+            return self.book.row(one.name, Row(refused=str(why))), None
+        if info(split).steps[-1].after == info(split).steps[0].before:
+            return self.book.row(one.name, Row()), None
+        return self.book.row(one.name, Row(info(split).plan.to_toml())), split  # type: ignore[union-attr]
+
+    def _measured(self, one: Candidate, row: Row, split: fx.GraphModule, asked: Goals) -> Choice:
+        chosen = Choice(one.name, one.why, info(split).plan, figures(split), None, None, one.same, split=split)
+        if not missed(chosen, asked) and (row.time is not None or time.perf_counter() < self.end):
+            assert self.now.seconds is not None
+            if row.time is None:
+                say(f"timing {one.name}")
+                row.time = self._ratio(split)
+                self.book.write()
+            chosen = replace(chosen, seconds=row.time * self.now.seconds, time=row.time)
         return replace(chosen, missed=missed(chosen, asked))
 
-    def _timed(self, chosen: Choice, split: fx.GraphModule) -> Choice:
-        """With its time as a ratio to the model's, in turn with it; seconds are that share of the model's own, so that
-        a machine that drifts does not set the rows of a table apart."""
-        assert self.now.seconds is not None
+    def _ratio(self, split: fx.GraphModule) -> float:
+        """The time of a split as a ratio to the model's: the middle one of calls in turn, which a machine that drifts
+        slows alike, until it is known to a hundredth."""
         args, kwargs = random_inputs(self.graph)
-        with in_eval(split):
+        with in_eval(split), torch.inference_mode():
             if self.device != "cpu":
-                ratio = measure(split, (args, kwargs), self.device, RUNS).seconds / self.now.seconds
-            else:
-                calls = {"now": lambda: self.graph(*args, **kwargs), "then": lambda: split(*args, **kwargs)}
-                times = alternate(calls, RUNS)
-                ratio = times["then"] / times["now"]
-        return replace(chosen, seconds=ratio * self.now.seconds, time=ratio)
+                assert self.now.seconds is not None
+                return measure(split, (args, kwargs), self.device, LEAST).seconds / self.now.seconds
+            both = [lambda: self.graph(*args, **kwargs), lambda: split(*args, **kwargs)]
+            ratios: list[float] = []
+            stop = time.perf_counter() + PAIRED_SECONDS
+            for turn in range(-2, MOST):
+                times = [0.0, 0.0]
+                for which in (0, 1) if turn % 2 else (1, 0):
+                    times[which] = took(both[which])
+                ratios += [times[1] / times[0]] if turn >= 0 else []
+                if len(ratios) >= LEAST and (_unsure(ratios) < SURE or time.perf_counter() > stop):
+                    break
+        return statistics.median(ratios)
+
+
+def _unsure(found: list[float]) -> float:
+    """The standard error of a median, as a share of it."""
+    middle = statistics.median(found)
+    return 1.86 * statistics.median(abs(one - middle) for one in found) / math.sqrt(len(found)) / middle
 
 
 def missed(one: Choice, asked: Goals) -> tuple[str, ...]:

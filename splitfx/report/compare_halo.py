@@ -25,6 +25,7 @@ from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, size, table
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, info, is_canonical
@@ -78,8 +79,14 @@ class HaloComparison(Shown):
         plot_halo(self.rows, path, overwrite)
 
 
+@told
 def compare_halo(
-    model: nn.Module, example_inputs: Any, grid: Grid = (2, 2), layers: Sequence[str] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    grid: Grid = (2, 2),
+    layers: Sequence[str] | None = None,
+    *,
+    progress: Say = True,
 ) -> HaloComparison:
     """What the approximate split of an image costs at every layer where its tiles can be combined; or at ``layers``.
 
@@ -96,6 +103,7 @@ def compare_halo(
         raise PlanError(f"a grid is rows and columns of tiles, both at least 1; got {grid}")
     if isinstance(layers, str):
         raise PlanError(f"layers is a list of layer names, not a text: write layers=[{layers!r}]")
+    say("splitting at every layer")
     return HaloComparison(tuple(_Comparison(model, example_inputs, grid).rows(layers)))
 
 

@@ -15,6 +15,7 @@ from splitfx.frontend.example_inputs import inputs_for
 from splitfx.frontend.trace import trace
 from splitfx.ground.difference import apart
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, told
 from splitfx.ground.table import number, size, table, wrap
 from splitfx.ir.graph import is_canonical, layer
 from splitfx.ir.modes import in_eval
@@ -74,7 +75,8 @@ class Difference(Shown):
         return "\n".join(lines)
 
 
-def diff(first: nn.Module, second: nn.Module, example_inputs: Any = None) -> Difference:
+@told
+def diff(first: nn.Module, second: nn.Module, example_inputs: Any = None, *, progress: Say = True) -> Difference:
     """Run both in eval mode on the same inputs and compare what every layer gives.
 
     A model that is no graph from `trace`, `transform` or `load` is traced. ``example_inputs`` is spelled as for

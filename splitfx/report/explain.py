@@ -15,6 +15,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import inputs_for, split_inputs
 from splitfx.ground.difference import apart
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir.graph import info
 from splitfx.ir.modes import in_eval
 from splitfx.ir.notes import Note
@@ -67,7 +68,8 @@ class Comparison(Shown):
         return comparison_text(self)
 
 
-def compare(model: nn.Module, split: nn.Module, example_inputs: Any = None) -> Comparison:
+@told
+def compare(model: nn.Module, split: nn.Module, example_inputs: Any = None, *, progress: Say = True) -> Comparison:
     """Profiles of both, and how far their outputs (in eval mode) are apart on ``example_inputs``, spelled as for
     `trace`; without them, on random inputs of the sizes that ``split`` was made for.
 
@@ -76,6 +78,7 @@ def compare(model: nn.Module, split: nn.Module, example_inputs: Any = None) -> C
     have different shapes.
     """
     example_inputs = inputs_for(example_inputs, model, split)
+    say("running both")
     first, second = outputs(model, example_inputs), outputs(split, example_inputs)
     if [t.shape for t in first] != [t.shape for t in second]:
         raise UnsupportedError(

@@ -13,6 +13,7 @@ from torch import nn
 from splitfx.analysis import facts
 from splitfx.frontend.trace import trace
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import size, table
 from splitfx.ir.graph import is_canonical
 from splitfx.tiling.plan.planner import Candidates, Mode, Point, front
@@ -54,7 +55,8 @@ class Curve(Shown):
         plot_pareto(self.points, path, overwrite)
 
 
-def pareto(model: nn.Module, example_inputs: Any = None, mode: Mode = "auto") -> Curve:
+@told
+def pareto(model: nn.Module, example_inputs: Any = None, mode: Mode = "auto", *, progress: Say = True) -> Curve:
     """Peak memory against estimated time for every way of tiling ``model`` that is worth a choice.
 
     ``model`` is any model with ``example_inputs`` (see `trace`), or a graph from `trace` or `transform`. Peaks are
@@ -63,6 +65,7 @@ def pareto(model: nn.Module, example_inputs: Any = None, mode: Mode = "auto") ->
     Raises `TraceError`, and `UnsupportedError` where sizes do not fit.
     """
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
+    say("counting ways to tile")
     known = facts(graph)
     found, _ = stages(graph, known.regions)
     inside = {n for nodes in found for n in nodes}

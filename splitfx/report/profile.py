@@ -23,6 +23,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.frontend.trace import trace
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, told
 from splitfx.ground.table import dims, number, size, table, wrap
 from splitfx.ir.graph import TensorSpec, info, is_canonical, layer
 from splitfx.ir.ops import is_size, op_name
@@ -144,7 +145,8 @@ class Profile(Shown):
         return self.table()
 
 
-def profile(model: nn.Module, example_inputs: Any = None) -> Profile:
+@told
+def profile(model: nn.Module, example_inputs: Any = None, *, progress: Say = True) -> Profile:
     """Count parameters, work and memory of ``model`` for ``example_inputs``, without running it.
 
     ``model`` is any module, or a graph from `trace` or `transform`, which may go without inputs: the ones

@@ -26,6 +26,7 @@ from splitfx.analysis.live import LiveStorage
 from splitfx.errors import UnsupportedError
 from splitfx.frontend.example_inputs import inputs_for
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import seconds, size
 from splitfx.ground.timing import settling, took
 from splitfx.ir.modes import in_eval
@@ -66,8 +67,14 @@ class Measurement(Shown):
         )
 
 
+@told
 def measure(
-    model: nn.Module, example_inputs: Any = None, device: str | torch.device = "cpu", runs: int = 20
+    model: nn.Module,
+    example_inputs: Any = None,
+    device: str | torch.device = "cpu",
+    runs: int = 20,
+    *,
+    progress: Say = True,
 ) -> Measurement:
     """Run ``model`` on ``example_inputs`` and measure it.
 
@@ -80,6 +87,7 @@ def measure(
     """
     if runs < 1:
         raise UnsupportedError(f"runs must be at least 1; got {runs}")
+    say("measuring")
     place = _device(device)
     args, kwargs = inputs_for(example_inputs, model)
     with in_eval(model), torch.no_grad():

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from splitfx.errors import TrainingError
+from splitfx.ground.progress import Clock, Say, say, told
 from splitfx.ir.graph import info, is_canonical
 from splitfx.ir.modes import kept_modes
 from splitfx.train import batches, checkpoint
@@ -30,11 +31,12 @@ from splitfx.train.history import Epoch, History, Score
 from splitfx.train.objective import Loss, Objective, Regulariser, logits
 from splitfx.train.processes import accelerated
 from splitfx.train.recipe import Recipe
-from splitfx.train.watch import bar, board
+from splitfx.train.watch import board
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
+@told
 def finetune(
     split: nn.Module,
     train: Data,
@@ -48,7 +50,7 @@ def finetune(
     resume: bool = False,
     workers: int = 0,
     device: str = "auto",
-    progress: bool = True,
+    progress: Say = True,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> History:
     """Train ``split`` in place and return what happened, epoch by epoch.
@@ -78,9 +80,10 @@ def finetune(
         _as_before(split),
     ):
         run = _Run(split, train, val, recipe, objective, workers, accelerator)
-        return run.history(None if folder is None else Path(folder), resume, progress, on_epoch)
+        return run.history(None if folder is None else Path(folder), resume, on_epoch)
 
 
+@told
 def evaluate(
     model: nn.Module,
     data: Data,
@@ -89,9 +92,11 @@ def evaluate(
     device: str = "auto",
     workers: int = 0,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    progress: Say = True,
 ) -> Score:
     """Accuracy in percent and mean cross-entropy of a classifier on a data set, in eval mode; see `finetune`."""
     not_empty("given", data)
+    say("measuring accuracy")
     recipe = Recipe(batch_size=batch_size, mixed_precision=mixed_precision)
     with accelerated(mixed_precision, device, unused=False) as accelerator, _as_before(model):
         run = _Run(model, data, data, recipe, Objective(model, recipe), workers, accelerator)
@@ -128,18 +133,17 @@ class _Run:
 
     # ------------------------------------------------------------ the run
 
-    def history(self, folder: Path | None, resume: bool, progress: bool, on_epoch: Callable[[Epoch], None]) -> History:
+    def history(self, folder: Path | None, resume: bool, on_epoch: Callable[[Epoch], None]) -> History:
         check(self.split, self.train, self.val, own_loss=self.objective.loss is not None)
         about = self.about()
         with checkpoint.opened(folder, resume, self.split) if folder and self.writes else nullcontext():
             self.accelerator.wait_for_everyone()
-            return self.trained(folder, resume, progress, on_epoch, about)
+            return self.trained(folder, resume, on_epoch, about)
 
     def trained(
         self,
         folder: Path | None,
         resume: bool,
-        progress: bool,
         on_epoch: Callable[[Epoch], None],
         about: checkpoint.About,
     ) -> History:
@@ -161,13 +165,13 @@ class _Run:
         if done and own is not None:
             self.write_metrics(own, before, done)  # a process that was killed may not have come to it
         steps = batches.steps(batches.sized(self.train), recipe.batch_size, self.process)
-        shown = bar(progress and self.writes, steps * recipe.epochs, steps * len(done))
-        with shown as tick, board(own, done) as log:
+        clock = Clock("training", steps * recipe.epochs, steps * len(done))
+        with board(own, done) as log:
             for number in range(len(done) + 1, recipe.epochs + 1):
                 if self.idle(before, done):
                     stopped = f"no better accuracy in {recipe.patience} epochs"
                     break
-                epoch = self.epoch(number, objective, optimizer, tick)
+                epoch = self.epoch(number, objective, optimizer, clock)
                 done.append(epoch)
                 if epoch.val.accuracy > self.best_score(before, done[:-1]).accuracy:
                     self.best_epoch = number
@@ -208,7 +212,7 @@ class _Run:
         added = self.objective.regulariser
         return {"model": self.split} | ({"regulariser": added} if isinstance(added, nn.Module) else {})
 
-    def epoch(self, number: int, objective: nn.Module, optimizer: Any, tick: Callable[[str], None]) -> Epoch:
+    def epoch(self, number: int, objective: nn.Module, optimizer: Any, clock: Clock) -> Epoch:
         recipe, started = self.recipe, time.perf_counter()
         seed = batches.seeded(recipe.seed, number, self.process)
         self.train_mode()
@@ -224,7 +228,7 @@ class _Run:
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value * size
             seen += size
-            tick(f"epoch {number}/{recipe.epochs} loss {sum(losses.values()):.3f}")
+            clock.tick(f"epoch {number} of {recipe.epochs}, loss {sum(losses.values()):.3f}")
         self.agree()
         total = int(self.accelerator.reduce(seen))
         means = {name: self.summed(value) / total for name, value in sums.items()}

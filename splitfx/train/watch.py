@@ -1,4 +1,4 @@
-"""What one sees of a run while it goes on: a progress bar, and TensorBoard's events where that is installed."""
+"""What one sees of a run afterwards, and while it goes on: TensorBoard's events, where that is installed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from typing import Any
 
 from splitfx.errors import TrainingError
 from splitfx.train.history import Epoch
-
-
-@contextmanager
-def bar(shown: bool, steps: int, done: int) -> Iterator[Callable[[str], None]]:
-    """A function that counts a step and says how it went; of ``steps`` in all, ``done`` before."""
-    from tqdm import tqdm
-
-    with tqdm(total=steps, initial=done, unit="step", disable=None if shown else True, leave=False) as drawn:
-
-        def tick(text: str) -> None:
-            drawn.set_description_str(text, refresh=False)
-            drawn.update()
-
-        yield tick
 
 
 @contextmanager

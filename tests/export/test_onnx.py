@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from splitfx import __version__, transform
 from splitfx.errors import ExportError
 from splitfx.export.data_files import data_files
-from splitfx.export.onnx import LAYER, OPSETS, export_onnx
+from splitfx.export.onnx import FOLDED, LAYER, OPSETS, export_onnx
 from splitfx.frontend.trace import trace
+from splitfx.passes import DropIdentity, FoldBatchNorm
 
 onnx = pytest.importorskip("onnx")
 
@@ -42,8 +44,9 @@ def test_a_graph_with_a_fixed_batch_warns_or_refuses(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="batch cannot be dynamic"):
         export_onnx(graph, tmp_path / "m.onnx", dynamic_batch=True)
     assert list(tmp_path.iterdir()) == []
-    with pytest.warns(UserWarning, match="fixed batch size"):
+    with pytest.warns(UserWarning, match="fixed batch size") as said:
         export_onnx(graph, tmp_path / "m.onnx")
+    assert said[0].filename == __file__  # the caller's line; the command line shows its own warnings alone
     assert shapes(onnx.load(tmp_path / "m.onnx").graph.input)["x"] == [2, 3, 4]
 
 
@@ -58,8 +61,8 @@ def test_file_holds_layers_and_no_local_paths(two_inputs, tmp_path: Path) -> Non
         str(Path(__file__).parent).encode(),
     ):
         assert forbidden not in written
-    layers = {p.value for node in onnx.load(path).graph.node for p in node.metadata_props if p.key == LAYER}
-    assert {"features.1", "head"} <= layers
+    layers = {(p.key, p.value) for node in onnx.load(path).graph.node for p in node.metadata_props}
+    assert {(LAYER, "features.0"), (FOLDED, "features.1"), (LAYER, "head")} <= layers
 
 
 def test_record_of_where_the_file_comes_from(two_inputs, tmp_path: Path) -> None:
@@ -71,6 +74,35 @@ def test_record_of_where_the_file_comes_from(two_inputs, tmp_path: Path) -> None
     assert record["figures"]["params"] == sum(p.numel() for p in two_inputs.parameters())
     assert model.doc_string.startswith("TwoInputs on ")
     assert "as it was traced" in model.doc_string
+
+
+class Norms(nn.Module):
+    """One norm behind its convolution, and one that reads what another layer reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.bn2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        return self.conv2(self.bn2(x) + x)
+
+
+@pytest.mark.parametrize("fold", [False, True], ids=["as traced", "folded"])
+def test_every_layer_keeps_its_name(fold: bool, tmp_path: Path) -> None:
+    """A convolution with a batch norm in it is still the convolution, whoever folded it."""
+    split = transform(Norms().eval(), [FoldBatchNorm()] if fold else [DropIdentity()], torch.randn(1, 3, 8, 8))
+    file = onnx.load(export_onnx(split, tmp_path / "m.onnx"))
+    named = [node.name for node in file.graph.node]
+    assert [n for n in named if "Conv" in n or "Norm" in n] == ["conv1/Conv", "bn2/BatchNormalization", "conv2/Conv"]
+    first = {prop.key: prop.value for prop in file.graph.node[0].metadata_props}
+    assert first[LAYER] == "conv1"
+    assert first.get(FOLDED) == (None if fold else "bn1")
+    record = json.loads({one.key: one.value for one in file.metadata_props}["splitfx"])
+    assert ("fold_batchnorm" if fold else "drop_identity") in record["plan"]
+    assert record["splitfx"] == __version__
+    assert record["figures"]["macs"] == 1 * 6 * 6 * 8 * (27 + 4)
 
 
 def test_the_split_is_not_changed(two_inputs, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,26 @@ import torch
 from torch import nn
 
 import splitfx
-from splitfx import Plan, PlanError, cli
+from splitfx import Plan, PlanError, Recipe, TrainingError, cli
 from splitfx.compiler.pipeline import Figures
+from splitfx.ir.graph import info
+from splitfx.passes import Group, Tile
+from splitfx.planning import training
+from splitfx.planning.candidates import candidates
 from splitfx.planning.choices import Choice, Plans
 from splitfx.planning.goals import Goals, goals
 from splitfx.planning.plan import _worth_a_choice, missed
+from splitfx.train.search.study import SearchStudy
+from tests import readers
 from tests.oracle import assert_equal
+from tests.tiling.test_spill import image
+from tests.tiling.test_spill import model as waiting
+from tests.tiling.trial import STRICT, error
 from tests.traced import made_once
+from tests.train.networks import data
+from tests.train.networks import network as classifier
 
+plans = importlib.import_module("splitfx.planning.plan")  # the package's `plan` is the function
 SHAPE = (1, 3, 64, 64)
 NOW = (100 << 20, 0.02, 10**9)
 
@@ -145,6 +159,102 @@ def test_the_model_is_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_where_no_strips_are_low_enough_maps_go_to_the_disk() -> None:
+    assert "spill" not in str(halved())  # not weighed where strips alone will do
+    found = splitfx.plan(waiting(), image(), peak=70_000)
+    assert [f"{name}, spill to disk" for name, _ in found.refused] == [found.best.name]
+    (tile,) = found.plan.passes
+    assert isinstance(tile, Tile)
+    assert tile.spill == "disk"
+    x = torch.randn_like(image())
+    split = splitfx.transform(waiting(), found.plan, x)
+    assert error(split(x), waiting()(x)) <= STRICT
+    assert splitfx.measure(split, x, runs=1).peak_bytes <= 70_000
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_look_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = lambda resume, **more: splitfx.plan(  # noqa: E731
+        network(), SHAPE, peak="0.5x", study=SearchStudy(tmp_path, resume), progress=said.append, **more
+    )
+    said: list[str] = []
+    first = ask(False, max_seconds=0)
+    assert not first.complete
+    whole = ask(True)
+    assert any(one.startswith("timing") for one in said)
+    said.clear()
+    monkeypatch.setattr(plans, "candidates", lambda *given: list(candidates(*given)))
+    again = ask(True)
+    assert not any(one.startswith(("timing", "measuring")) for one in said)
+    assert str(again) == str(whole)
+    assert again.plan == whole.plan
+    with pytest.raises(TrainingError, match="is not empty"):
+        ask(False)
+    with pytest.raises(PlanError, match="holds another look: budgets is "):
+        splitfx.plan(network(), SHAPE, peak="0.4x", study=SearchStudy(tmp_path, resume=True))
+    (tmp_path / "looked.json").write_text('{"about": 3}')
+    with pytest.raises(PlanError, match=r"looked\.json is damaged: see about: "):
+        ask(True)
+
+
+# ---------------------------------------------------------------- with data
+
+
+def test_layers_are_solved_and_that_is_enough(tmp_path: Path) -> None:
+    ask = lambda: splitfx.plan(  # noqa: E731
+        classifier(), (1, 1, 12, 12), macs="0.8x", accuracy_drop=60.0, train=sets.train, val=sets.val,
+        study=SearchStudy(tmp_path, resume=True),
+    )  # fmt: skip
+    sets = data()
+    found = ask()
+    best = found.best
+    assert best.learned == "solved"
+    assert best.split is not None
+    assert splitfx.evaluate(best.split, sets.val).accuracy == best.accuracy
+    assert best.accuracy >= found.now.accuracy - 60  # type: ignore[operator]
+    others = [one for one in found.choices if not one.same and one is not best]
+    assert all(one.missed == ("was not trained",) for one in others)
+    assert "solved; those weights" in found.to_toml()
+    again = ask()
+    assert again.best.split is not None
+    assert splitfx.evaluate(again.best.split, sets.val).accuracy == best.accuracy
+    assert str(again) == str(found)
+
+
+def test_what_is_not_enough_is_trained_as_long_as_there_is_time() -> None:
+    sets, graph = data(), splitfx.trace(classifier(), (1, 1, 12, 12))
+    recipe = Recipe(epochs=2, lr=0.05)
+    call = lambda end: training._found(  # noqa: E731
+        graph, Plan([Group(factors=2)]), "g", 101.0, (sets.train, sets.val, recipe), end
+    )
+    before = graph.state_dict()["0.weight"].clone()
+    split, learned = call(time.perf_counter() + 600)
+    assert learned.how == "trained"
+    assert splitfx.evaluate(split, sets.val).accuracy == learned.accuracy
+    assert torch.equal(before, graph.state_dict()["0.weight"])
+    assert call(0.0)[1].how == "solved"
+
+
+def test_passes_that_keep_the_function_come_after_the_training() -> None:
+    sets = data()
+    found = splitfx.plan(
+        classifier(), (1, 1, 12, 12), peak="0.9x", macs="0.8x", accuracy_drop=99.0, train=sets.train, val=sets.val
+    )
+    tiled = next(one for one in found.choices if one.accuracy is not None and one.name.endswith("tile"))
+    assert tiled.split is not None
+    assert info(tiled.split).plan == tiled.plan
+    assert splitfx.evaluate(tiled.split, sets.val).accuracy == tiled.accuracy
+    assert splitfx.profile(tiled.split).peak_bytes == tiled.figures.peak_bytes
+
+
+def test_a_median_is_surer_the_nearer_and_the_more_its_values_are() -> None:
+    assert plans._unsure([1.0] * 5) == 0
+    assert plans._unsure([0.9, 1.0, 1.1]) == pytest.approx(1.86 * 0.1 / 3**0.5)
+    assert plans._unsure([0.9, 1.0, 1.1] * 4) < plans._unsure([0.9, 1.0, 1.1])
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -190,3 +300,19 @@ def test_the_command_writes_a_plan_that_transform_takes(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert cli.main(["plan", word, "--input", "1x3x64x64", "--data", "digits", "--quiet"]) == 2
     assert "--accuracy-drop and --data go together" in capsys.readouterr().err
+
+
+def test_the_command_saves_what_was_trained_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readers.file(str(tmp_path / "mynet.py"))
+    saved, study = str(tmp_path / "saved"), str(tmp_path / "study")
+    words = ["plan", f"{tmp_path / 'mynet.py'}:Gray", "--weights", str(tmp_path / "mynet.pt"), "--input", "1x1x16x16"]
+    words += ["--macs", "0.7x", "--accuracy-drop", "90", "--data", "digits", "--study", study, "--quiet"]
+    assert cli.main([*words, "--save", saved]) == 0
+    assert "saved the model by that plan" in capsys.readouterr().out
+    assert splitfx.load(saved)(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
+    assert cli.main(words) == 2
+    assert "is not empty; go on with the search in it" in capsys.readouterr().err
+    assert cli.main([*words, "--save", saved, "--resume"]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--resume", "--json"]) == 0
+    assert any(one["learned"] == "solved" for one in json.loads(capsys.readouterr().out)["choices"])

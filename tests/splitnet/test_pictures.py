@@ -38,8 +38,8 @@ from splitfx.report.plots.splitnet_classes import (
 )
 from splitfx.report.plots.splitnet_matrices import Matrix, carved_blocks, diagonal, matrices, pieces, reduced
 from splitfx.splitnet.assignment import kept
+from tests.browser import dom, needs_browser
 from tests.splitnet.carved import FLAT, NESTED, image, unlike, wide
-from tests.test_page import CHROMIUM, dom
 
 NAMES = ("cat", "dog", "oak", "elm", "<b>rose", "tulip & co", "car")
 TAXONOMY = {
@@ -347,7 +347,7 @@ def test_the_pictures_in_the_page_hold_the_values() -> None:
     assert (np.rint(255 * read[..., 3]) == values).all()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@needs_browser
 def test_the_page_in_a_browser(carved: fx.GraphModule, tmp_path: Path) -> None:
     page = splitfx.inspect_html(carved, tmp_path / "page.html")
     probe = """<script>var box = document.querySelectorAll('svg.classes .in'), page = document.documentElement;

@@ -19,7 +19,7 @@ from torch import nn
 import splitfx
 from splitfx.errors import PlanError, SplitfxError, UnsupportedError
 from splitfx.passes import Tile
-from splitfx.tiling.stream import duration, stream
+from splitfx.tiling.stream import stream
 from splitfx.tiling.stream.sources import RowSource
 from tests import oracle
 from tests.oracle import STRICT, error
@@ -499,7 +499,7 @@ def test_graphs_that_cannot_be_streamed_say_why(net: nn.Module) -> None:
 
 
 def test_progress_says_how_far_and_how_long(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitfx.tiling import stream as module
+    from splitfx.ground import progress as module
 
     ticks = iter(range(0, 10**6, 3))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
@@ -507,7 +507,6 @@ def test_progress_says_how_far_and_how_long(net: nn.Module, monkeypatch: pytest.
     stream(tiled(net, Tile(rows=4)), RowSource(picture(64, 64)), progress=said.append)
     assert re.fullmatch(r"streaming: \d+ % done, \d+:\d\d left", said[0])
     assert said[-1].endswith("0:00 left") or "100 %" in said[-1] or "9" in said[-1]
-    assert [duration(s) for s in (0.4, 61, 3725)] == ["0:00", "1:01", "1:02:05"]
 
 
 @pytest.mark.slow

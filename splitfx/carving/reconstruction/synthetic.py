@@ -17,13 +17,21 @@ from torch import nn
 
 from splitfx.carving.narrow import BatchNorm
 from splitfx.errors import PlanError
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir.modes import in_eval
 
 RATE = 0.1  # of Adam, on coefficients whose spread is 1
 
 
+@told
 def draw_inputs(
-    model: nn.Module, shape: Sequence[int], *, steps: int = 150, batch: int = 128, seed: int = 0
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    steps: int = 150,
+    batch: int = 128,
+    seed: int = 0,
+    progress: Say = True,
 ) -> torch.Tensor:
     """Inputs [N, C, H, W] for a model, made from its batch norms' statistics and nothing else; ``shape`` says how many.
 
@@ -37,6 +45,7 @@ def draw_inputs(
         raise PlanError(
             "draw_inputs: the model has no batch norm with statistics, so nothing says what it was trained on"
         )
+    say("drawing inputs")
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(batch, shape[0] - at) for at in range(0, shape[0], batch)]
     if len(sizes) > 1 and sizes[-1] < batch // 2:  # too few for statistics of their own

@@ -12,6 +12,7 @@ from types import ModuleType
 from splitfx.cli.commands import (
     check,
     compare,
+    completion,
     diff,
     doctor,
     explain,
@@ -41,5 +42,6 @@ _ORDER = (
     search,
     passes,
     doctor,
+    completion,
 )
 COMMANDS: dict[str, ModuleType] = {one.__name__.rpartition(".")[2]: one for one in _ORDER}  # in the order of --help

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import FAILED, OK, Parser, count
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "run an ONNX file under onnxruntime and compare it with the split"
 
@@ -32,7 +32,6 @@ def run(given: Namespace, progress: Progress) -> int:
         require=given.require,
         runs=given.runs,
         seconds=given.seconds,
-        progress=progress,
     )
     printed(given, found.to_json(), str(found))
     return OK if found.ok else FAILED

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import MODEL, Parser, with_model
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "set two models side by side, layer by layer, with the first layer that differs"
 

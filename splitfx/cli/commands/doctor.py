@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import FAILED, OK, Parser
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "look at this installation and say what does not work, and what to do"
 

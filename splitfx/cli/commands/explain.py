@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import Parser, with_split
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "tell what the passes did to a saved split, and what not, and why"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from splitfx.cli.arguments import Parser, with_overwrite, with_split
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "write a saved split as ONNX"
 
@@ -66,7 +66,7 @@ def _export_folder(given: Namespace, progress: Progress) -> int:
     kind, target = ("bundle", given.bundle) if given.bundle else ("branches", given.branches)
     split = saved(given.split, progress)
     free = False if given.fixed_batch else None
-    folder = write(split, target, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite, progress=progress)
+    folder = write(split, target, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite)
     files = sorted(folder.iterdir())
     total = sum(one.stat().st_size for one in files)
     made = {kind: str(folder), "files": [str(one) for one in files], "bytes": total}

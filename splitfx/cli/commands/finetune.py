@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from splitfx.cli.arguments import MODEL, OK, Parser, with_split, with_training
 from splitfx.cli.output import printed
+from splitfx.cli.progress import Progress
 from splitfx.errors import TrainingError
-from splitfx.ground.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,8 +43,7 @@ def run(given: Namespace, progress: Progress) -> int:
 
     split = saved(given.split, progress)
     first = launched()[0] == 0
-    if not first:
-        progress.quiet, progress.moving = True, False
+    progress.quiet = progress.quiet or not first
     recipe = Recipe.from_words(given.recipe, given.set)
     if given.weights and not given.teacher:
         raise TrainingError("--weights are those of the teacher: give --teacher too")
@@ -55,7 +54,7 @@ def run(given: Namespace, progress: Progress) -> int:
     progress(f"training {recipe.epochs} epochs")
     history = finetune(
         split, data.train, data.val, recipe, teacher=teacher, folder=folder, resume=given.resume,
-        workers=given.workers, device=given.device, progress=False,
+        workers=given.workers, device=given.device,
         on_epoch=lambda epoch: progress(_line(epoch, recipe)),
     )  # fmt: skip
     if not first:

@@ -7,8 +7,8 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import Parser, with_overwrite, with_split
 from splitfx.cli.output import printed
+from splitfx.cli.progress import Progress
 from splitfx.errors import SplitfxError
-from splitfx.ground.progress import Progress
 
 TEXT = "list the groups of classes of a saved split; write a page about it: graph, notes, layers"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from splitfx.cli.arguments import Parser, count, with_model
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "run a model and measure time and memory"
 

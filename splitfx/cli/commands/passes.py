@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import Parser
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "list the passes with their promises and options, or describe one"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from splitfx.cli.arguments import DATA, Parser, with_model, with_overwrite
 from splitfx.cli.output import printed
+from splitfx.cli.progress import Progress
 from splitfx.errors import PlanError
-from splitfx.ground.progress import Progress
 
 TEXT = "look for plans that bring a model below a budget of memory, time or work; write the best one"
 
@@ -26,17 +26,25 @@ def arguments(one: Parser) -> None:
     one.add_argument("--device", default="cpu", help="where times are measured, cpu or cuda (default cpu)")
     one.add_argument("--seconds", type=float, default=300, metavar="S", help="look for about so long (default 300)")
     one.add_argument("--out", metavar="FILE", help="write the best plan here, with comments that say why")
+    one.add_argument("--save", metavar="FOLDER", help="save the model by the best plan here, with what was trained")
+    one.add_argument("--study", metavar="FOLDER", help="keep here what was looked at and trained; --resume goes on")
+    one.add_argument("--resume", action="store_true", help="go on with the look in --study, or begin it")
     with_overwrite(one)
 
 
 def run(given: Namespace, progress: Progress) -> int:
+    from splitfx import storage
     from splitfx.cli.loading import free_file, graph_of
     from splitfx.planning.plan import plan
+    from splitfx.train.search.study import SearchStudy
 
     if (given.accuracy_drop is None) != (given.data is None):
         raise PlanError("--accuracy-drop and --data go together")
     if given.out:
         free_file(given.out, given.overwrite)
+    if given.save:
+        storage.KIND.check_target(given.save, overwrite=given.overwrite, advice="add --overwrite")
+    study = SearchStudy(given.study, given.resume)
     graph = graph_of(given, progress)
     found = plan(
         graph,
@@ -45,7 +53,7 @@ def run(given: Namespace, progress: Progress) -> int:
         macs=_number(given.macs),
         device=given.device,
         max_seconds=given.seconds,
-        progress=progress,
+        study=study,
         **_training(given, graph, progress),
     )
     text = str(found)
@@ -53,6 +61,11 @@ def run(given: Namespace, progress: Progress) -> int:
         found.save(Path(given.out), overwrite=given.overwrite)
         text += f"\n\nwrote the plan marked * to {given.out}; "
         text += f"splitfx transform {given.model} --plan {given.out} --out split/"
+    if given.save:
+        split = found.best.split
+        assert split is not None
+        storage.save(split, given.save, overwrite=given.overwrite)
+        text += f"\n\nsaved the model by that plan to {given.save}"
     return printed(given, found.to_json(), text)
 
 

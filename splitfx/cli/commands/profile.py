@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from splitfx.cli.arguments import Parser, count, with_model, with_overwrite
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 TEXT = "count parameters, work and memory of every layer, without running it"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from splitfx.cli.arguments import Parser, count, counts, with_model, with_training
 from splitfx.cli.output import printed
+from splitfx.cli.progress import Progress
 from splitfx.errors import MissingExtraError, PlanError, TrainingError
-from splitfx.ground.progress import Progress
 
 if TYPE_CHECKING:
     from splitfx.train.recipe import Recipe
@@ -78,7 +78,6 @@ def _searched(given: Namespace, space: SearchSpace, recipe: Recipe, progress: Pr
         "study": SearchStudy(Path(given.out), given.resume, given.study),
         "max_trials": given.max_trials,
         "max_seconds": given.max_seconds,
-        "progress": progress,
     }
     if given.method == "pareto":
         return _print_front(given, search_front(space, tuner, **common), progress)

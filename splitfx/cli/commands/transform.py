@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from splitfx.cli.arguments import Parser, with_model, with_overwrite
 from splitfx.cli.output import printed
-from splitfx.ground.progress import Progress
+from splitfx.cli.progress import Progress
 
 if TYPE_CHECKING:
     from splitfx.compiler.plan import Plan
@@ -41,7 +41,7 @@ def run(given: Namespace, progress: Progress) -> int:
     folder = storage.KIND.check_target(given.out, overwrite=given.overwrite, advice="add --overwrite")
     plan = _plan(given)
     model = model_of(given, progress)
-    split = transform(model, plan, inputs_of(given), verify=not given.no_verify, progress=progress)
+    split = transform(model, plan, inputs_of(given), verify=not given.no_verify)
     progress("saving")
     storage.save(split, folder, overwrite=given.overwrite)
     told = explain(split)

@@ -12,7 +12,6 @@ no more than the stem and its own branches.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,12 +23,14 @@ from splitfx.errors import ExportError
 from splitfx.export.bundles.branches_runner import KIND, Branches, Manifest, OnnxPart, fingerprint
 from splitfx.export.onnx import export_onnx
 from splitfx.ground.difference import relative_error
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.splitnet.tree import Tree
 
 PARITY = 1e-4  # of the largest output: onnxruntime in float32 against torch
 
 
+@told
 def export_branches(
     split: fx.GraphModule,
     folder: str | os.PathLike[str],
@@ -38,7 +39,7 @@ def export_branches(
     dynamic_batch: bool | None = None,
     provider: str = "cpu",
     overwrite: bool = False,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> Path:
     """Write the parts of ``split``'s tree to ``folder``, and return it.
 
@@ -50,14 +51,14 @@ def export_branches(
     with KIND.written_whole(folder, overwrite=overwrite) as draft:
         rows = []
         for part in tree.parts:
-            progress(f"exporting {part.name}")
+            say(f"exporting {part.name}")
             file = f"{part.name.replace(', ', '-').replace(' ', '-')}.onnx"
             export_onnx(part.graph, draft / file, opset=opset, dynamic_batch=dynamic_batch)
             given = {f.name: getattr(part, f.name) for f in fields(OnnxPart) if hasattr(part, f.name)}
             rows.append(OnnxPart(**{**given, "file": file, **fingerprint(draft / file)}))
         model = graphs.info(split).model_class
         KIND.write_manifest(draft, Manifest(tree.inputs, tree.arguments, tree.classes, rows, model))
-        progress("checking")
+        say("checking")
         _check_parity(tree, draft, provider)
     return Path(os.path.abspath(folder))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from splitfx.errors import ExportError
 from splitfx.export import onnx as writing
 from splitfx.export.bundles.submodels_runner import KIND, BundleModel, Manifest, Weights
 from splitfx.export.runtime import check_onnx
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.subnetworks.choose import ModelFigures
 from splitfx.subnetworks.entry import entries
@@ -32,6 +32,7 @@ SMALL = 64  # bytes: shapes, scalars and the like stay in the files
 ALIGNED = 64  # bytes that a weight starts at a multiple of
 
 
+@told
 def export_bundle(
     split: fx.GraphModule,
     folder: str | os.PathLike[str],
@@ -42,7 +43,7 @@ def export_bundle(
     provider: str = "cpu",
     runs: int = 20,
     overwrite: bool = False,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> Path:
     """Write the base model and all sub-models of ``split`` to ``folder``, and return it.
 
@@ -59,10 +60,10 @@ def export_bundle(
     writing._need_packages(verify=True)
     with KIND.written_whole(target, overwrite=overwrite) as draft:
         models = [split.base(), *(split.detach(i) for i in range(len(entries(split))))]
-        weights = _write_models(split, models, draft, opset, dynamic_batch, progress)
+        weights = _write_models(split, models, draft, opset, dynamic_batch)
         rows = []
         for found, model in zip(split.figures(), models, strict=True):
-            rows.append(_row(split, found, model, draft, val, provider, runs, progress))
+            rows.append(_row(split, found, model, draft, val, provider, runs))
         record = graphs.info(split)
         inputs = [shape for shape in record.shapes if shape is not None]
         held = Weights(WEIGHTS, weights)
@@ -79,7 +80,6 @@ def _write_models(
     draft: Path,
     opset: int,
     dynamic_batch: bool | None,
-    progress: Callable[[str], None],
 ) -> int:
     """Every model's file, and the one of weights; its size in bytes."""
     import onnx
@@ -89,7 +89,7 @@ def _write_models(
     with open(draft / WEIGHTS, "wb") as data:
         store = _Store(data, draft)
         for name, model in zip(split.names, models, strict=True):
-            progress(f"exporting {name}")
+            say(f"exporting {name}")
             made, _ = writing.made(model, opset, dynamic_batch, fuse)
             for value in made.graph.initializers.values():
                 if value.const_value is not None:
@@ -145,10 +145,9 @@ def _row(
     val: Any,
     provider: str,
     runs: int,
-    progress: Callable[[str], None],
 ) -> BundleModel:
     name = found.name
-    progress(f"checking {name}")
+    say(f"checking {name}")
     report = check_onnx(model, draft / f"{name}.onnx", providers=(provider,), runs=runs)
     row = report.rows[0]
     if not row.ok:
@@ -160,7 +159,7 @@ def _row(
         found.params,
         found.peak_bytes,
         seconds=None if row.median_ms is None else row.median_ms / 1e3,
-        accuracy=_accuracy(model, val, name, progress),
+        accuracy=_accuracy(model, val, name),
         behind=graphs.layer(entries(split)[found.number][0].all_input_nodes[0]) if found.number >= 0 else "",
         ops=found.ops,
         runtime_peak_bytes=row.peak_bytes,
@@ -169,10 +168,10 @@ def _row(
     )
 
 
-def _accuracy(model: fx.GraphModule, val: Any, name: str, progress: Callable[[str], None]) -> float | None:
+def _accuracy(model: fx.GraphModule, val: Any, name: str) -> float | None:
     if val is None:
         return None
     from splitfx.train.finetune import evaluate
 
-    progress(f"accuracy of {name}")
+    say(f"accuracy of {name}")
     return evaluate(model, val).accuracy

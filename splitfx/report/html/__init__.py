@@ -99,7 +99,7 @@ def _scenes(split: fx.GraphModule) -> tuple[Item | None, Item]:
     if before is not None:
         mark_changes(after, before)
         mark_changes(before, after)
-        open_first(before)
+        open_first(before, any(item.changed for item in after.items))
     open_first(after)
     return before, after
 
@@ -185,8 +185,8 @@ def _tiles(before: Figures | None, now: Figures, counted: Profile, stages: Mappi
 
 def _tile(name: str, value: str, words: object, before: int | None, now: int) -> str:
     assert callable(words)
-    change = "" if before is None else f"was {words(before)} "
-    if before is not None:
+    change = "" if before is None else "as before" if before == now else f"was {words(before)} "
+    if before not in (None, now):
         up = ' class="up"' if now > before else ""
         change += f"<em{up}>{escape(ratio(before, now))}</em>"
     return f'<div class="tile"><small>{name}</small><b>{value}</b><small>{change}</small></div>'

@@ -60,19 +60,30 @@ def scene(nodes: Sequence[Sketch], stages: Mapping[str, Sequence[Sketch]] | None
     return root
 
 
-def open_first(root: Item) -> None:
-    """Open boxes from the outside inwards, as long as no more than `OPEN` are shown: where something changed, only the
-    boxes around it."""
-    changes = any(item.changed for item in root.items)
-    shown, waiting = len(root.items), [item for item in root.items if item.items]
+def open_first(root: Item, changes: bool = False) -> None:
+    """Open boxes from the outside inwards, as long as no more than `OPEN` are shown: where something changed, here or,
+    with ``changes``, in the scene beside it, only the boxes around that."""
+    changes = changes or any(item.changed for item in root.items)
+    shown, waiting = len(root.items), _siblings(root.items)
     while waiting:
-        waiting.sort(key=lambda one: (one.kind != "tiled", one.kind == "repeat"))
-        item = waiting.pop(0)
-        if (changes and not item.changed) or (shown + len(item.items) - 1 > OPEN and item.kind != "tiled"):
+        waiting.sort(key=lambda some: (some[0].kind != "tiled", some[0].kind == "repeat"))
+        some = waiting.pop(0)
+        more = sum(len(one.items) - 1 for one in some)
+        if (changes and not some[0].changed) or (shown + more > OPEN and some[0].kind != "tiled"):
             continue
-        item.open = True
-        shown += len(item.items) - 1
-        waiting += [one for one in item.items if one.items]
+        shown += more
+        for one in some:
+            one.open = True
+        waiting += _siblings([inner for one in some for inner in one.items])
+
+
+def _siblings(items: Sequence[Item]) -> list[list[Item]]:
+    """Boxes that open together: those of one module in several branches."""
+    found: dict[tuple[str, int], list[Item]] = {}
+    for place, one in enumerate(items):
+        if one.items:
+            found.setdefault((one.path, -1 if one.branch is not None else place), []).append(one)
+    return list(found.values())
 
 
 def mark_changes(root: Item, other: Item) -> None:
@@ -112,10 +123,14 @@ def plain(item: Item, notes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 def _items(found: Sequence[Box], depth: int, above: str) -> list[Item]:
     runs: list[tuple[Any, list[Box]]] = []
+    # Where branches become finer, what several of them read stands alone, or one would seem to read the other.
+    apart = lambda a, b: None not in (a.branch, b.branch) and a.branch != b.branch  # noqa: E731
+    forks = {id(above) for box in found for above in box.before if apart(box, above)}
     for box in found:
         parts = box.path.split(".")
         key = (parts[depth] if depth < len(parts) else None, box.branch)
-        if runs and runs[-1][0] == key and key[0] is not None and box.kind not in ("input", "tiled"):
+        alone = not runs or id(runs[-1][1][-1]) in forks or box.kind in ("input", "tiled")
+        if not alone and runs[-1][0] == key and key[0] is not None:
             runs[-1][1].append(box)
         else:
             runs.append((key, [box]))

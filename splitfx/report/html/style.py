@@ -58,7 +58,8 @@ svg.memory{width:100%;height:auto;min-width:680px;display:block}
 rect.before{fill:var(--soft);fill-opacity:.35}polygon.after{fill:var(--blue);fill-opacity:.5;stroke:var(--blue)}
 rect.after{fill:var(--blue);fill-opacity:.6}
 .over{fill:transparent}.over:hover{fill:var(--ink);fill-opacity:.14}
-.peak.before{fill:var(--soft)}.peak.after{fill:var(--orange)}svg text.mark{fill:var(--ink);font-size:12px}
+.peak.before{fill:var(--soft)}.peak.after{fill:var(--orange)}svg text.mark{fill:var(--ink);font-size:12px;
+paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .alive td:nth-child(3),.alive th:nth-child(3){text-align:left}
 #view{position:relative;border:1px solid var(--line);border-radius:10px;background:var(--card);overflow:hidden}
 #graph{display:block;width:100%;height:min(74vh,820px);touch-action:none;cursor:grab}

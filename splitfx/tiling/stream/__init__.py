@@ -11,8 +11,7 @@ early is an error, and a file that is being written gets its name when it is com
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import fx
 
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.ground.progress import Clock, Say, told
 from splitfx.ground.table import dims
 from splitfx.ir.graph import TensorSpec, info, layer, module_of
 from splitfx.ir.modes import module_has_mode
@@ -35,9 +35,8 @@ from splitfx.tiling.stream.rows import Layout
 from splitfx.tiling.stream.sinks import Reduce, Sink, Writer, opened
 from splitfx.tiling.stream.sources import RowSource
 
-Say = Callable[[str], None]
 
-
+@told
 def stream(
     split: fx.GraphModule,
     source: Any,
@@ -46,7 +45,7 @@ def stream(
     reduce: Reduce | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Say = lambda text: None,
+    progress: Say = True,
 ) -> Any:
     """Run ``split``, whose first stage was tiled by `Tile`, on an image that is read row by row.
 
@@ -65,7 +64,7 @@ def stream(
     With ``resume`` the rows lie in ``sink.part`` until all are there, and what was stopped goes on behind the last of
     them when it is called again; a reduction over the whole map inside the stage is then made again.
 
-    ``progress`` is told how far it is and the time left. Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
+    Raises `PlanError`, `UnsupportedError`, `SplitfxError`.
     """
     call, tiled = _stage_of(split)
     given = source if isinstance(source, RowSource) else RowSource(source, layout=_layout(split))
@@ -78,7 +77,7 @@ def stream(
         if writer is not None and writer.begun:
             program = Program(program.stage, program.schedule, partial(Scheduler, first=writer.begun))
             image.forget_after = _forgettable(program, given) if not given.raw.again else []
-        results = Streaming(program, image, writer, _Clock(program, progress)).run_all()
+        results = Streaming(program, image, writer, Clock("streaming", program.firings)).run_all()
         given.raw.finish()
     if sink is not None:
         return Path(sink) if isinstance(sink, str | os.PathLike) else None
@@ -221,7 +220,7 @@ def _takes_image(program: Program, one: Instruction) -> bool:
 class Streaming(Execution):
     """An execution whose first source is an `_Image`, and whose map goes to a writer where there is one."""
 
-    def __init__(self, program: Program, image: _Image, writer: Writer | None, clock: _Clock) -> None:
+    def __init__(self, program: Program, image: _Image, writer: Writer | None, clock: Clock) -> None:
         super().__init__(program, functional=False)
         self.image, self.writer, self.clock = image, writer, clock
 
@@ -277,26 +276,3 @@ class Streaming(Execution):
             super().store(one)
         else:
             self.writer.write(one.rows, one.columns, self.registers[one.src])
-
-
-class _Clock:
-    """Says how much of the work is done and how long the rest will take."""
-
-    def __init__(self, program: Program, say: Say) -> None:
-        self.total, self.done, self.say = max(1, program.firings), 0, say
-        # A moving line may change often; where every word stays, seldom.
-        self.pause = 0.2 if getattr(say, "moving", False) else 10.0
-        self.started = self.last = time.monotonic()
-
-    def tick(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.last >= self.pause:
-            self.last = now
-            left = (now - self.started) * (self.total - self.done) / self.done
-            self.say(f"streaming: {100 * self.done / self.total:.0f} % done, {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

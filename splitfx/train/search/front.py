@@ -23,6 +23,7 @@ from torch import fx
 
 from splitfx.errors import PlanError
 from splitfx.ground.notebook import Shown
+from splitfx.ground.progress import Say, told
 from splitfx.ground.table import number, size, table
 from splitfx.train.picture import chart
 from splitfx.train.search.preview import preview_search
@@ -94,6 +95,7 @@ class SearchFront(Shown):
                 axes.annotate(key_of(one.factors), place, (4, -11), textcoords="offset points", fontsize=8)
 
 
+@told
 def search_front(
     space: SearchSpace,
     tuner: Tuner,
@@ -102,7 +104,7 @@ def search_front(
     max_seconds: float | None = None,
     study: SearchStudy = TEMPORARY,
     verify: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> SearchFront:
     """The plans between which accuracy, multiply-accumulates and peak are a choice, by Optuna's multi-objective
     sampler.
@@ -117,7 +119,7 @@ def search_front(
         folder = held.enter_context(study.opened())
         choices = [(1, *able) for able in space.choices()]
         trials = Trials(folder, made_for, choices, DIRECTIONS, study.database, seed=tuner.seed)
-        front = _Front(space, tuner, trials, limit, verify, progress).run()
+        front = _Front(space, tuner, trials, limit, verify).run()
         weakref.finalize(front, held.pop_all().close)  # it reads its splits when they are asked for
         return front
 

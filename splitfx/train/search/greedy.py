@@ -10,12 +10,12 @@ is killed goes on with ``resume``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import fx
 
 from splitfx.errors import PlanError
+from splitfx.ground.progress import Say, say, told
 from splitfx.ir.graph import copy_graph
 from splitfx.train.search.space import SearchSpace, changed, figures, key_of
 from splitfx.train.search.study import TEMPORARY, SearchStudy
@@ -29,6 +29,7 @@ DIGITS = 6  # of an accuracy in percent: 93.57 - 93.06 is 0.51
 Reference = Literal["original", "block"]
 
 
+@told
 def search_factors(
     space: SearchSpace,
     tuner: Tuner,
@@ -39,7 +40,7 @@ def search_factors(
     max_trials: int | None = None,
     max_seconds: float | None = None,
     verify: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Say = True,
 ) -> SearchResult:
     """The greedy search of paper A (Fig. 4) for the factor of each block.
 
@@ -58,7 +59,7 @@ def search_factors(
     made_for, limit = about("greedy", space, tuner), Limit(max_trials, max_seconds)
     with study.opened() as folder:
         trials = Trials(folder, made_for, [(1, *space.factors)] * len(space.names()), url=study.database)
-        return _Greedy(space, tuner, trials, limit, verify, progress).run(tolerance, reference)
+        return _Greedy(space, tuner, trials, limit, verify).run(tolerance, reference)
 
 
 class _Greedy(Worker):
@@ -93,7 +94,7 @@ class _Greedy(Worker):
             known = self.trials.all().get(ORIGINAL)
             if known is not None:
                 return known.accuracy
-            self.progress("scoring the original model")
+            say("scoring the original model")
             work = copy_graph(self.space.dense)
             started = time.perf_counter()
             accuracy = self.tuner.score(work)

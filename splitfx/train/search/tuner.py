@@ -83,7 +83,7 @@ class RecipeTuner(Tuner):
     def tuned(self, split: fx.GraphModule, teacher: nn.Module, folder: Path) -> float:
         history = finetune(
             split, self.train, self.val, self.recipe, teacher=teacher, folder=folder, resume=True,
-            device=self.device, workers=self.workers, progress=False,
+            device=self.device, workers=self.workers,
         )  # fmt: skip
         return history.accuracy if self.recipe.keep == "best" else history.epochs[-1].val.accuracy
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from splitfx.errors import PlanError
+from splitfx.ground.progress import say
 from splitfx.train.search.inherit import extended
 from splitfx.train.search.space import SearchSpace, figures, key_of
 from splitfx.train.search.trials import RUN, Trials
@@ -50,17 +50,16 @@ class Worker:
         trials: Trials,
         limit: Limit,
         verify: bool,
-        progress: Callable[[str], None],
     ) -> None:
         self.space, self.tuner, self.trials, self.limit = space, tuner, trials, limit
-        self.verify, self.progress = verify, progress
+        self.verify = verify
 
     def trial(self, factors: tuple[int, ...], trained: fx.GraphModule | None = None, costs: bool = False) -> None:
         """Train and score the split by ``factors``, from the weights of ``trained`` where there are some, and write it
         down with its accuracy and, where ``costs``, its multiply-accumulates and peak."""
         key, started = key_of(factors), time.perf_counter()
         told = f"factors {', '.join(map(str, factors))}"
-        self.progress(f"{told}: training")
+        say(f"{told}: training")
         split = extended(self.space.dense, trained, self.space.step(factors), self.verify)
         if max(factors) == 1:
             accuracy = self.tuner.score(split)
@@ -70,4 +69,4 @@ class Worker:
         values = [accuracy, *([float(cost.macs), float(cost.peak_bytes)] if costs else [])]
         self.trials.finish(key, factors, split, values, time.perf_counter() - started)
         self.limit.done += 1
-        self.progress(f"{told}: accuracy {accuracy:.2f} %")
+        say(f"{told}: accuracy {accuracy:.2f} %")
