@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
-from splitfx.export.following import Call, other_sizes
+from splitfx.export.following import NEAR, Call, other_sizes
 from splitfx.export.report import OutputError
 from splitfx.ground.difference import apart
 from splitfx.ground.exclusive import reseed
@@ -124,20 +124,14 @@ def _run(path: Path, session: Any, call: Call, wanted: Sequence[str] | None = No
 
 def _larger(path: Path, session: Any, graph: fx.GraphModule, call: Call) -> Call | None:
     """Inputs with another batch, one that the graph takes; None where the file's batch is fixed."""
-    sizes = {one.name: one.shape for one in session.get_inputs()}
-    if all(isinstance(size, int) for shape in sizes.values() for size in shape[:1]):
+    if all(isinstance(size, int) for one in session.get_inputs() for size in one.shape):
         return None
-    traced = sessions.flat(*call)[0]
-    names = sessions.matched(session, traced, path)
-    for larger in other_sizes(graph):
-        pairs = zip(names, traced, sessions.flat(*larger)[0], strict=True)
-        if any(a != b and isinstance(size, int) for name, x, y in pairs
-               for a, b, size in zip(x.shape, y.shape, sizes[name], strict=False)):  # fmt: skip
-            continue  # it differs where the file is fixed
+    for larger in other_sizes(graph, NEAR):
         try:
+            sessions.feeds(session, *larger, path)
             outputs(graph, *larger)
-        except (RuntimeError, ValueError, TypeError, UnsupportedError):
-            continue  # this graph takes multiples of its batch only
+        except (ExportError, RuntimeError, ValueError, TypeError, UnsupportedError):
+            continue  # sizes that the file fixes, or a graph that takes multiples of its batch only
         return larger
     raise ExportError(
         f"{path.name} was not written: its batch is free, and the graph takes no other than the traced one; "

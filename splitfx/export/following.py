@@ -33,14 +33,18 @@ def _grown(
     return tuple(size * times + more if d in grow else size for d, size in enumerate(shape))
 
 
-def other_sizes(gm: fx.GraphModule) -> Iterator[Call]:
+NEAR, FAR = 1, 2
+
+
+def other_sizes(gm: fx.GraphModule, times: int) -> Iterator[Call]:
     """Random inputs of other sizes that the graph takes: with another batch and another height, then with one of the
-    two; larger by one first, then multiples."""
+    two; so many ``times`` as large and one more, then multiples. `NEAR` is quick to run, `FAR` changes what a layer
+    computes of its size."""
     record = graphs.info(gm)
     seen = {record.shapes}
     for dims in ((0, 2), (0,), (2,)):
-        for times, more in ((1, 1), (2, 0), (3, 0)):
-            shapes = tuple(_grown(record, i, dims, times, more) for i in range(len(record.inputs)))
+        for by, more in ((times, 1), (2, 0), (3, 0)):
+            shapes = tuple(_grown(record, i, dims, by, more) for i in range(len(record.inputs)))
             if shapes not in seen and not record.sizes.broken(record.shapes, shapes):
                 wanted = iter([shape for shape in shapes if shape is not None])
                 yield graphs.drawn(record, 0, lambda spec, wanted=wanted: replace(spec, shape=next(wanted)))

@@ -31,7 +31,7 @@ from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
-from splitfx.export.following import Call, batch_symbols, follow, freed, mark, other_sizes
+from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
 from splitfx.ir import graph as graphs
@@ -140,7 +140,7 @@ def _in_loops(
         return program, exported, stages
 
     def others() -> Iterator[Any]:
-        for call in other_sizes(gm):
+        for call in other_sizes(gm, FAR):
             with contextlib.suppress(ExportError):  # a size that the graph does not take
                 yield written(call)[0].model
 
@@ -375,7 +375,14 @@ def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch._subclasses.fake_tensor")
+        for name in (
+            "torch.onnx",
+            "onnxscript",
+            "onnx_ir",
+            "torch.export",
+            "torch._dynamo",
+            "torch._subclasses.fake_tensor",
+        )
     ]
     before = [one.level for one in loggers]
     try:

@@ -10,13 +10,12 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx.analysis.shapes import shapes
 from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
-from splitfx.export import sessions, strips, tiles
+from splitfx.export import sessions, tiles
 from splitfx.export.onnx import LAYER, export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.ir.graph import TensorSpec, by_path, copy_graph
+from splitfx.ir.graph import by_path, copy_graph
 from splitfx.passes import FoldBatchNorm, Tile
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle

@@ -50,7 +50,7 @@ class Loop:
     def write(self) -> list[ir.Node]:
         """The nodes that take the place of the flow's; what they give is in ``found``."""
         self._strips()
-        members: list[list[ir.Node]] = [[] for _ in range(self.flow.groups)]
+        members: list[list[Any]] = [[] for _ in range(self.flow.groups)]
         for node in self.flow.rules:
             members[self._group(node)].append(node)
         for group, nodes in enumerate(members):
@@ -70,7 +70,7 @@ class Loop:
         self._finish(dict(zip([inside for _, inside, _ in self.states], ends, strict=True)), finals)
         return self.outer.nodes
 
-    def _group(self, node: ir.Node) -> int:
+    def _group(self, node: Any) -> int:
         return max(self.flow.places[v].group for v in (*node.inputs, *node.outputs) if v in self.flow.places)
 
     # ------------------------------------------------------------ strips
@@ -127,7 +127,7 @@ class Loop:
 
     def filler(self, value: ir.Value, rows: int, fill: float = 0.0) -> ir.Value:
         """So many rows of padding of a value, for all columns; in the outer graph."""
-        dims = list(value.shape.dims)  # type: ignore[union-attr]
+        dims: list[Any] = list(value.shape.dims) if value.shape is not None else []
         dims[2] = None
         return self.full(dims, value.dtype, fill, rows)
 
@@ -154,8 +154,9 @@ class Loop:
         """For each map that is read behind the loop the sequence of its pieces."""
         found = {}
         for value in self.ends:
-            kind = ir.SequenceType(ir.TensorType(value.dtype))
-            empty = self.outer("SequenceEmpty", dtype=int(value.dtype))
+            dtype: Any = value.dtype
+            kind = ir.SequenceType(ir.TensorType(dtype))
+            empty = self.outer("SequenceEmpty", dtype=int(dtype))
             empty.type = kind
             inside = self.body.value("pieces")
             inside.type = kind
@@ -172,25 +173,25 @@ class Loop:
         for node, (total, count) in self.totals.items():
             self.found[node.outputs[0]] = self._number(node, ends[total], ends[count] if count is not None else None)
 
-    def _number(self, node: ir.Node, total: ir.Value, count: ir.Value | None) -> ir.Value:
+    def _number(self, node: Any, total: Any, count: ir.Value | None) -> ir.Value:
         outer, out = self.outer, node.outputs[0]
         if count is not None:
-            shape = node.inputs[0].shape.dims  # type: ignore[union-attr]
+            shape = node.inputs[0].shape.dims
             others = math.prod(int(shape[a]) for a in _axes(node) if a != 2)
             wide = outer("Cast", outer("Mul", count, outer.number([others])), to=int(total.dtype))
             total = outer("Div", total, outer("Squeeze", wide))
         return outer("Cast", total, like=out, to=int(out.dtype))
 
 
-def _axes(node: ir.Node) -> list[int]:
-    rank = len(node.inputs[0].shape)  # type: ignore[arg-type, union-attr]
+def _axes(node: Any) -> list[int]:
+    rank = len(node.inputs[0].shape)
     return sorted(range(2, rank)) if node.op_type.startswith("Global") else sorted(reduced(node, rank) or ())
 
 
 class _Group:
     """The nodes of one group, in a branch of their own unless they run in every strip."""
 
-    def __init__(self, loop: Loop, group: int, nodes: Sequence[ir.Node]) -> None:
+    def __init__(self, loop: Loop, group: int, nodes: Sequence[Any]) -> None:
         self.loop, self.group, self.nodes = loop, group, list(nodes)
         self.inline = loop.always(group)
         self.scope = loop.body if self.inline else Scope(f"group_{group}", loop.names)
@@ -258,7 +259,7 @@ class _Group:
 
     # ------------------------------------------------------------ nodes
 
-    def _node(self, node: ir.Node, rule: Rule) -> None:
+    def _node(self, node: Any, rule: Rule) -> None:
         if rule.kind == "reduce":
             self._reduce(node, rule)
             return
@@ -288,7 +289,7 @@ class _Group:
         tensor = ir.convenience.get_const_tensor(value)
         return value if tensor is None else self.scope.parameter(value, tensor)
 
-    def _behind(self, node: ir.Node, rule: Rule) -> ir.Value:
+    def _behind(self, node: Any, rule: Rule) -> ir.Value:
         """What a window reads: the rows kept, those of this strip, and behind the last one the padding."""
         value, places = node.inputs[0], self.loop.flow.places
         assert value is not None
@@ -322,7 +323,7 @@ class _Group:
         stop = scope("Mul", loop.lasts, scope.number([rule.after]))
         return scope.rows(loop.filler(value, rule.after, rule.fill), scope.number([0]), stop)
 
-    def _level(self, inputs: list[Any], node: ir.Node, lag: int) -> list[Any]:
+    def _level(self, inputs: list[Any], node: Any, lag: int) -> list[Any]:
         """The same rows of all maps: those that are ahead wait for the last."""
         places = self.loop.flow.places
         maps = [(i, v) for i, v in enumerate(node.inputs) if v in places]
@@ -343,7 +344,7 @@ class _Group:
             self.gives.append((state, scope.rows(whole, count, scope.number([END])), state))
         return self._kept[key]
 
-    def _reduce(self, node: ir.Node, rule: Rule) -> None:
+    def _reduce(self, node: Any, rule: Rule) -> None:
         loop, scope, out = self.loop, self.scope, node.outputs[0]
         x = self.there[node.inputs[0]]
         dtype = ir.DataType.FLOAT if out.dtype == ir.DataType.FLOAT16 else out.dtype
@@ -366,10 +367,10 @@ class _Group:
         loop.totals[node] = (total, count)
 
 
-def _without_rows(node: ir.Node) -> list[ir.Attr]:
+def _without_rows(node: Any) -> list[ir.Attr]:
     """The attributes of a window that pads no rows, and rounds up by its padding of columns."""
     given = {name: a for name, a in node.attributes.items() if name != "ceil_mode"}
-    sizes, made = (list(v.shape.dims)[2:] for v in (node.inputs[0], node.outputs[0]))  # type: ignore[union-attr]
+    sizes, made = (list(v.shape.dims)[2:] for v in (node.inputs[0], node.outputs[0]))
     pads = list(given["pads"].value) if "pads" in given else [0] * (2 * len(sizes))
     pads[0] = pads[len(sizes)] = 0
     if "ceil_mode" in node.attributes and node.attributes["ceil_mode"].value:

@@ -77,7 +77,7 @@ class Scope:
 
 def loose(x: ir.Value) -> ir.Value:
     """The type of a value, and its shape with any number of rows."""
-    dims = list(x.shape.dims) if x.shape is not None else None
+    dims: list[Any] | None = list(x.shape.dims) if x.shape is not None else None
     if dims is not None and len(dims) > 2:
         dims[2] = None
     return ir.Value(type=x.type, shape=None if dims is None else ir.Shape(dims))
