@@ -64,3 +64,9 @@ def share(text: str) -> float | None:
     """A budget as a share of what there is: 0.5 for ``0.5x``; None for what is written in another way."""
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*[x×]\s*", text)
     return float(found[1]) if found is not None else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

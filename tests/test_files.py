@@ -225,17 +225,17 @@ def test_what_only_looks_like_a_draft_stays(tmp_path: Path):
 def test_writers_whose_drafts_are_swept_before_they_are_locked_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real, swept = drafts._lock, []
+    real, swept = drafts.locked, []
 
     def lock(number: int) -> bool:
         if len(swept) < 3:  # another process comes by at the worst moment, and takes the draft for a dead one
             swept.append(number)
-            monkeypatch.setattr(drafts, "_lock", real)
+            monkeypatch.setattr(drafts, "locked", real)
             sweep(tmp_path)
-            monkeypatch.setattr(drafts, "_lock", lock)
+            monkeypatch.setattr(drafts, "locked", lock)
         return real(number)
 
-    monkeypatch.setattr(drafts, "_lock", lock)
+    monkeypatch.setattr(drafts, "locked", lock)
     file(tmp_path / "a.txt", "new")
     assert len(swept) == 3
     assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export import sessions
+from splitfx.export.following import NEAR, Call, other_sizes
 from splitfx.export.report import OutputError
 from splitfx.ground.difference import apart
 from splitfx.ground.exclusive import reseed
@@ -32,7 +32,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 NUDGE = 8  # units in the last place by which inputs are moved to see what rounding does to an output
 STEADY = 1e-2  # an output that rounding moves by more than this part of its largest value says nothing
 SHOWN = 2**30  # bytes of inner values that are looked at to name a layer
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Programs = tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]
 UNCHECKED = "pass verify=False to write it unchecked"
 
@@ -125,31 +124,19 @@ def _run(path: Path, session: Any, call: Call, wanted: Sequence[str] | None = No
 
 def _larger(path: Path, session: Any, graph: fx.GraphModule, call: Call) -> Call | None:
     """Inputs with another batch, one that the graph takes; None where the file's batch is fixed."""
-    free = {one.name for one in session.get_inputs() if one.shape and not isinstance(one.shape[0], int)}
-    if not free:
+    if all(isinstance(size, int) for one in session.get_inputs() for size in one.shape):
         return None
-    names = sessions.matched(session, sessions.flat(*call)[0], path)
-    for times, more in ((1, 1), (2, 0), (3, 0)):
-        larger = _grown(graph, [name in free for name in names], times, more)
+    for larger in other_sizes(graph, NEAR):
         try:
+            sessions.feeds(session, *larger, path)
             outputs(graph, *larger)
-        except (RuntimeError, ValueError, TypeError, UnsupportedError):
-            continue  # this graph takes multiples of its batch only
+        except (ExportError, RuntimeError, ValueError, TypeError, UnsupportedError):
+            continue  # sizes that the file fixes, or a graph that takes multiples of its batch only
         return larger
     raise ExportError(
         f"{path.name} was not written: its batch is free, and the graph takes no other than the traced one; "
         "pass dynamic_batch=False."
     )
-
-
-def _grown(graph: fx.GraphModule, free: list[bool], times: int, more: int) -> Call:
-    """Random inputs of which the tensors that are ``free`` have ``times`` the traced batch, and ``more``."""
-    wanted = iter(free)
-
-    def grown(spec: graphs.TensorSpec) -> graphs.TensorSpec:
-        return replace(spec, shape=(spec.shape[0] * times + more, *spec.shape[1:])) if next(wanted) else spec
-
-    return graphs.drawn(graphs.info(graph), 1, grown)
 
 
 # ---------------------------------------------------------------- the words of a refusal

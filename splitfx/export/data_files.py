@@ -25,7 +25,7 @@ LETTERS = 16  # of the digest
 def data_name(model: Any, target: Path) -> str:
     """The name for the weights of an ONNX model in memory: other weights have another."""
     found = hashlib.sha256()
-    for value in model.graph.initializers.values():
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
         tensor = value.const_value
         found.update(f"{value.name} {tensor.dtype} {tensor.shape}\n".encode())
         found.update(tensor.tobytes())

@@ -31,11 +31,13 @@ from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
+from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
 from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.report.explanation import summary
+from splitfx.text import first_line
 
 # What the exporter writes by itself and onnxruntime loads; below 18 it converts, and often fails.
 OPSETS = range(18, 26)
@@ -110,10 +112,57 @@ def _program(
     gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True
 ) -> tuple[Any, torch.export.ExportedProgram, str]:
     """torch's ONNX program, the exported program behind it, and why the batch is fixed."""
+    why = ""
+    if fuse and tiles.is_tiled(gm):
+        found = _in_loops(gm, opset, dynamic_batch)
+        if not isinstance(found, str):
+            return found
+        why = found
     with _quiet():
-        exported, fixed, tiled = _export(gm, dynamic_batch)
+        exported, fixed, tiled = _export(gm, dynamic_batch, why)
         program = _convert(rewrites.rewritten(exported), opset, _output_names(exported), fuse)
-    _finish(program, gm, exported, fixed, tiled)
+    _finish(program, exported, fixed)
+    _record(program.model, gm, fixed, tiled)
+    return program, exported, fixed
+
+
+def _in_loops(
+    gm: fx.GraphModule, opset: int, asked: bool | None
+) -> tuple[Any, torch.export.ExportedProgram, str] | str:
+    """As `_program`, every tiled stage as loops over strips of rows; why not, where one would not be."""
+    from splitfx.export import loops
+
+    def written(call: Call) -> tuple[Any, torch.export.ExportedProgram, dict[str, list[str]]]:
+        copy = graphs.copy_graph(gm, share=True).eval()
+        stages = tiles.untiled(copy, LAYER)
+        mark(copy, LAYER)
+        with _quiet():
+            exported = follow(copy, call, None)
+            program = _convert(rewrites.rewritten(exported), opset, _output_names(exported))
+        _finish(program, exported, "fixed")
+        return program, exported, stages
+
+    def others() -> Iterator[Any]:
+        for call in other_sizes(gm, FAR):
+            with contextlib.suppress(ExportError):  # a size that the graph does not take
+                yield written(call)[0].model
+
+    program, exported, stages = written(graphs.random_inputs(gm))
+    rows = max((s[2] for s in graphs.info(gm).shapes if s is not None and len(s) > 2), default=1)
+    fixed = "fixed on request"
+    if asked is not False:
+        fixed = loops.free_sizes(program.model, others())
+        if fixed and asked:
+            raise ExportError(
+                f"the batch cannot be dynamic: {fixed}. Leave dynamic_batch out to export the traced size."
+            )
+    tiled = []
+    for path, layers in stages.items():
+        words, why = loops.write_loops(program.model, layers, LAYER, rows)
+        if not words:
+            return why
+        tiled.append(f"{path}: {words}")
+    _record(program.model, gm, fixed, tiled)
     return program, exported, fixed
 
 
@@ -147,64 +196,16 @@ def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
     return trace(split, example_inputs)
 
 
-def _export(gm: fx.GraphModule, asked: bool | None) -> tuple[torch.export.ExportedProgram, str, list[str]]:
+def _export(
+    gm: fx.GraphModule, asked: bool | None, why: str = ""
+) -> tuple[torch.export.ExportedProgram, str, list[str]]:
     """The exported program of a private eval copy, why its batch is fixed ("" when it is free), and what its
-    tiled stages became.
+    tiled stages became; ``why``: why they are no loops.
     """
     copy = graphs.copy_graph(gm, share=True).eval()
-    tiled = tiles.write_out(copy, LAYER)
-    for node in copy.graph.nodes:
-        # "custom" is the one entry of a node's meta that torch.export hands on to the exported graph.
-        node.meta["custom"] = {LAYER: graphs.layer(node)}
-    if asked is False:
-        return _follow(copy, graphs.random_inputs(gm), None), "fixed on request", tiled
-    if graphs.info(gm).dynamic in ("none", "sizes"):
-        why = "the model was traced with a fixed batch size"
-    elif tiled:
-        why = "its tiled stage is written out for the traced sizes"
-    else:
-        exported, why = _with_free_batch(copy, gm)
-        if exported is not None:
-            return exported, "", tiled
-    if asked:
-        raise ExportError(f"the batch cannot be dynamic: {why}. Leave dynamic_batch out to export the traced size.")
-    return _follow(copy, graphs.random_inputs(gm), None), why, tiled
-
-
-def _with_free_batch(copy: fx.GraphModule, gm: fx.GraphModule) -> tuple[torch.export.ExportedProgram | None, str]:
-    tensors = [spec for spec in graphs.info(gm).inputs if isinstance(spec, graphs.TensorSpec) and spec.shape]
-    ones = all(spec.shape[0] == 1 for spec in tensors)
-    inputs = graphs.random_inputs(gm, batch=2 if ones else None)  # torch.export bakes a size of 1 into the graph
-    shapes = torch.export.ShapesCollection()
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, torch.Tensor) and leaf.dim():
-            shapes[leaf] = {0: torch.export.Dim.AUTO}
-    try:
-        exported = _follow(copy, inputs, shapes)
-    except ExportError as error:
-        return None, str(error)
-    return (exported, "") if _batch_symbols(exported) else (None, "the graph fixes the sizes of its inputs")
-
-
-def _follow(gm: fx.GraphModule, inputs: tuple[tuple, dict], shapes: Any) -> torch.export.ExportedProgram:
-    args, kwargs = inputs
-    try:
-        return torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch raises many kinds here; all mean the same to the caller
-        raise ExportError(f"torch.export cannot follow the graph: {_first_line(error)}") from error
-
-
-def _batch_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """torch's symbol of each input's free dimension 0 -> its name in the file, `batch` or `batch_<input>`."""
-    free: dict[str, str] = {}
-    for name in exported.graph_signature.user_inputs:
-        value = next((n.meta.get("val") for n in exported.graph.nodes if n.name == name), None)
-        size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else 1
-        if isinstance(size, torch.SymInt) and not str(size).isdigit():  # a fixed one prints as digits
-            free.setdefault(str(size), str(name))
-    if len(free) == 1:
-        return dict.fromkeys(free, "batch")
-    return {symbol: f"batch_{name}" for symbol, name in free.items()}
+    tiled = tiles.write_out(copy, LAYER, why)
+    fixed = f"its tiled stage is written out for the traced sizes, as no loop holds it: {why}" if tiled else ""
+    return *freed(copy, gm, asked, LAYER, fixed), tiled
 
 
 def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str], fuse: bool = True) -> Any:
@@ -230,7 +231,7 @@ def _cause(error: BaseException) -> str:
     """The innermost cause: the outer ones are the exporter's advice on how to report a bug to torch."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
+    return first_line(error)
 
 
 def _place(exported: torch.export.ExportedProgram, error: BaseException | None) -> str:
@@ -280,13 +281,15 @@ def _is_tensor_output(exported: torch.export.ExportedProgram, index: int) -> boo
     return isinstance(user[index].arg, torch.export.graph_signature.TensorArgument)
 
 
-def _finish(
-    program: Any, gm: fx.GraphModule, exported: torch.export.ExportedProgram, fixed: str, tiled: list[str]
-) -> None:
+def _finish(program: Any, exported: torch.export.ExportedProgram, fixed: str) -> None:
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
     _clean_nodes(model, _layers(program.exported_program))
-    _name_batch(model, {} if fixed else _batch_symbols(exported))
+    _name_batch(model, {} if fixed else batch_symbols(exported))
+
+
+def _record(model: Any, gm: fx.GraphModule, fixed: str, tiled: list[str]) -> None:
+    """What the file is of, for `check_onnx` and for viewers."""
     info = graphs.info(gm)
     plan = info.plan.to_toml() if info.plan is not None else None
     batch = f"fixed: {fixed}" if fixed else "dynamic"
@@ -364,8 +367,8 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
     import onnx
     import onnx_ir as ir
 
-    held = [value.const_value for value in model.graph.initializers.values()]
-    weights = sum(one.nbytes for one in held if one is not None)
+    held = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    weights = sum(tensor.nbytes for tensor in held if tensor is not None)
     outside = external_data or weights > INLINE_LIMIT
     data = data_name(model, target) if outside else None
     with written_with_data(target, data, overwrite=overwrite) as draft:
@@ -373,14 +376,14 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
         try:
             onnx.checker.check_model(str(draft))
         except onnx.checker.ValidationError as error:
-            raise ExportError(f"onnx.checker refuses the exported model: {_first_line(error)}") from error
+            raise ExportError(f"onnx.checker refuses the exported model: {first_line(error)}") from error
         check(draft)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo")
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch._subclasses.fake_tensor")
     loggers = [logging.getLogger(name) for name in names]
     before = [one.level for one in loggers]
     try:
@@ -392,8 +395,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for one, level in zip(loggers, before, strict=True):
             one.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,24 +1,15 @@
-"""What a tiled stage becomes in an ONNX file: a schedule of its own, written out for the traced sizes.
+"""A tiled stage that no loop holds, as the steps of its schedule, written out for the traced sizes.
 
-onnxruntime orders nodes anew, and every Slice or Concat copies its piece and breaks the blocked layout in which its
-convolutions are fast. A file that follows the stage's own instructions therefore holds more and runs longer than they
-say. Two forms:
-
-- *strips*: the layers up to a cut run once per strip of rows, each on its rows and their halo, padded at the halo's
-  ends too; nothing is cropped before the cut, where the rows that saw that padding are dropped. Strips are of unequal
-  heights: onnxruntime re-uses the memory of equal shapes only, and keeps it until the last of them is done.
-- *steps*: the instructions of the stage's schedule, coarser where they would be more than `LIMIT`. For stages in
-  which strips save too little; onnxruntime may then hold more than it does for the untiled graph.
-
-Which one, and what it was estimated to hold, is written into the file, and `check_onnx` says what it really takes.
+The steps are the instructions of the stage's schedule, coarser where they would be more than `LIMIT`. onnxruntime
+orders nodes anew, and every Slice or Concat copies its piece and breaks the blocked layout in which its convolutions
+are fast: such a file may hold more than the untiled one. `splitfx.export.loops` is the better form.
 
 Refuses: a stage with more than `LIMIT` steps under every schedule (`ExportError`).
-Promises: both compute what the stage computes; a file never holds more than `LIMIT` steps of a stage.
+Promises: a file computes what the stage computes, and never holds more than `LIMIT` steps of it.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +21,6 @@ from torch.fx.traceback import annotate
 
 from splitfx.analysis.shapes import shapes
 from splitfx.errors import ExportError
-from splitfx.export.strips import Strips, best
 from splitfx.ir import graph as graphs
 from splitfx.tiling.plan.instructions import Instruction, Schedule
 from splitfx.tiling.run.execution import Execution, Program
@@ -45,10 +35,11 @@ def is_tiled(module: nn.Module) -> bool:
     return any(isinstance(m, Tiled) for m in module.modules())
 
 
-def write_out(graph: fx.GraphModule, key: str) -> list[str]:
-    """Replace every `Tiled` of a private copy by a module that torch.export can follow; says what each became.
+def write_out(graph: fx.GraphModule, key: str, why: str = "") -> list[str]:
+    """Replace every `Tiled` of a private copy by its steps, which torch.export can follow; says what each became.
 
-    ``key`` is the name under which nodes of the exported graph carry their layer. Raises `ExportError`.
+    ``key`` is the name under which nodes of the exported graph carry their layer; ``why``: why it is no loop. Raises
+    `ExportError`.
     """
     said: list[str] = []
     if not is_tiled(graph):
@@ -59,24 +50,32 @@ def write_out(graph: fx.GraphModule, key: str) -> list[str]:
         assert isinstance(tiled, Tiled)
         held = [values[n] for n in node.all_input_nodes]
         specs = tuple(graphs.TensorSpec(tuple(map(int, t.shape)), t.dtype, str(t.device)) for t in held)
-        inside = shapes(tiled.stage, specs)
+        program, words = _program(str(node.target), tiled, shapes(tiled.stage, specs))
+        said.append(f"{node.target}: {words}{f'; no loop: {why}' if why else ''}")
+        graphs.set_path(graph, str(node.target), Steps(tiled.stage, program, key).eval())
+    return said
+
+
+class Plain(nn.Module):
+    """Runs a stage as it is, each node marked with its layer."""
+
+    def __init__(self, stage: fx.GraphModule) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return fx.Interpreter(self.stage, garbage_collect_values=False).run(*inputs)
+
+
+def untiled(graph: fx.GraphModule, key: str) -> dict[str, list[str]]:
+    """Replace every `Tiled` of a private copy by its stage as it is; the layers of each, by its path."""
+    found: dict[str, list[str]] = {}
+    for path, tiled in [(p, m) for p, m in graph.named_modules() if isinstance(m, Tiled)]:
         for one in tiled.stage.graph.nodes:
             one.meta["custom"] = {key: graphs.layer(one)}
-        plan = best(tiled.stage, inside)
-        if plan is not None:
-            form: nn.Module = Strips(tiled.stage, plan)
-            said.append(f"{node.target}: {plan.words()}")
-        else:
-            program, words = _program(str(node.target), tiled, inside)
-            form = Steps(tiled.stage, program, key)
-            said.append(f"{node.target}: {words}")
-            warnings.warn(
-                f"{node.target}: strips would save too little in ONNX, it is written out as {words}; onnxruntime may "
-                "hold more than for the untiled graph: see check_onnx",
-                stacklevel=4,
-            )
-        graphs.set_path(graph, str(node.target), form.eval())
-    return said
+        found[path] = [graphs.layer(one) for one in tiled.stage.graph.nodes]
+        graphs.set_path(graph, path, Plain(tiled.stage).eval())
+    return found
 
 
 # ---------------------------------------------------------------- steps

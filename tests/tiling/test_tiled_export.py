@@ -10,13 +10,12 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from splitfx.analysis.shapes import shapes
 from splitfx.compiler.pipeline import run_pass
 from splitfx.errors import ExportError
-from splitfx.export import sessions, strips, tiles
+from splitfx.export import sessions, tiles
 from splitfx.export.onnx import LAYER, export_onnx
 from splitfx.export.runtime import check_onnx
-from splitfx.ir.graph import TensorSpec, by_path, copy_graph
+from splitfx.ir.graph import by_path, copy_graph
 from splitfx.passes import FoldBatchNorm, Tile
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle
@@ -25,22 +24,6 @@ from tests.traced import made_once
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-class Pools(nn.Module):
-    """Strides, dilation, a pool that rounds up, an average over its padding, a concat, and odd sizes everywhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 7, stride=2, padding=3)
-        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.wide, self.far = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2)
-        self.mean = nn.AvgPool2d(3, 2, padding=1)
-        self.last = nn.Conv2d(16, 4, (5, 1), padding=(2, 0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(self.stem(x).relu())
-        return self.last(self.mean(torch.cat([self.wide(x), self.far(x).sigmoid()], 1)))
 
 
 class Residuals(nn.Module):
@@ -85,74 +68,6 @@ def tiled(
     return graph, run_pass(graph, Tile(**options or {"rows": 16}))[0]
 
 
-def stage_of(split: fx.GraphModule, size: tuple[int, int]) -> tuple[fx.GraphModule, strips._Finder]:
-    stage = next(m for m in split.modules() if isinstance(m, Tiled)).stage.double()
-    return stage, strips._Finder(stage, shapes(stage, (TensorSpec((1, 3, *size), torch.float64),)))
-
-
-def plans(split: fx.GraphModule, size: tuple[int, int]) -> list[strips.Plan]:
-    _, finder = stage_of(split, size)
-    return [p for cut in finder.cuts() for count in (2, 3, 5, 8) if (p := finder.plan(cut, count)) is not None]
-
-
-# ---------------------------------------------------------------- strips
-
-
-@pytest.fixture
-def any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "MORE", 100.0)
-
-
-@pytest.mark.parametrize("size", [(96, 32), (131, 29)])
-@pytest.mark.parametrize("model", [Pools, Residuals])
-def test_strips_are_exact_at_every_cut(model: type[nn.Module], size: tuple[int, int], any_cost: None) -> None:
-    split = tiled(model, size)[1]
-    stage, _ = stage_of(split, size)
-    x = torch.randn(1, 3, *size, dtype=torch.float64)
-    found = plans(split, size)
-    assert len({p.cut for p in found}) >= 5
-    for plan in found:
-        oracle.assert_equal(strips.Strips(stage, plan)(x), stage(x))
-        heights = [s.stop - s.start for s in plan.strips]
-        assert len(set(heights)) == len(heights), "equal heights have equal shapes, which the runtime keeps"
-
-
-def test_sabotage_a_halo_one_short(monkeypatch: pytest.MonkeyPatch, any_cost: None) -> None:
-    size = (96, 32)
-    split = tiled(Residuals, size)[1]
-    stage, _ = stage_of(split, size)
-    need = strips._Finder._need
-
-    def short(self: strips._Finder, inside: Any, low: int, high: int) -> tuple[int, int]:
-        first, last = need(self, inside, low, high)
-        return first, last - 1 if last < size[0] else last
-
-    monkeypatch.setattr(strips._Finder, "_need", short)
-    x = torch.randn(1, 3, *size, dtype=torch.float64)
-    wrong = [p for p in plans(split, size) if oracle.difference(strips.Strips(stage, p)(x), stage(x))]
-    assert wrong
-
-
-class Tall(nn.Module):
-    """A constant as tall as the map: a strip of the map is not a map of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.place = nn.Parameter(torch.randn(1, 8, 96, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.conv(x) + self.place)
-
-
-def test_what_has_a_place_in_the_map_is_not_cut(any_cost: None) -> None:
-    size = (96, 32)
-    for model in (Tall(), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3))):
-        split = tiled(model, size, rows=96)[1] if isinstance(model, Tall) else tiled(model, size)[1]
-        if any(isinstance(m, Tiled) for m in split.modules()):
-            assert all(p.cut.target in ("conv", "0") for p in plans(split, size))
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -160,24 +75,6 @@ def record(path: Path) -> tuple[list[Any], list[str]]:
     """Nodes, and how often each operation is there."""
     nodes = list(onnx.load(path).graph.node)
     return nodes, [n.op_type for n in nodes]
-
-
-@pytest.mark.filterwarnings("ignore:.*fixed batch size")
-def test_a_file_of_strips(tmp_path: Path) -> None:
-    split = tiled(Residuals, (192, 64))[1]
-    path = export_onnx(split, tmp_path / "m.onnx")
-    nodes, kinds = record(path)
-    strips = kinds.count("Slice") // 2
-    assert strips >= 2
-    assert kinds.count("Concat") == 1
-    assert "Pad" not in kinds
-    layers = [p.value for n in nodes for p in n.metadata_props if p.key == LAYER]
-    assert layers.count("stem.0") == strips
-    report = check_onnx(split, path, providers=["cpu"], runs=1)
-    assert report.ok
-    assert report.rows[0].tiles[0].startswith(f"tiled: {strips} strips up to ")
-    assert report.rows[0].tiles[0] in str(report)
-    assert all(len(line) <= 100 for line in str(report).splitlines())
 
 
 @pytest.mark.filterwarnings("ignore:.*fixed batch size")

@@ -91,7 +91,7 @@ def _write_models(
         for name, model in zip(split.names, models, strict=True):
             say(f"exporting {name}")
             made, _ = writing.made(model, opset, dynamic_batch, fuse)
-            for value in made.graph.initializers.values():
+            for value in (v for graph in made.graphs() for v in graph.initializers.values()):
                 if value.const_value is not None:
                     value.const_value = store.placed(value.const_value)
             data.flush()

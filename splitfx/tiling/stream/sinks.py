@@ -208,7 +208,7 @@ class _Array:
         place = (slice(None), slice(rows[0] * self.unit, rows[1] * self.unit))
         if found.dim() > 2:
             place += (slice(*columns),)
-        strip = found if isinstance(self.array, torch.Tensor) else found.numpy()
+        strip: Any = found if isinstance(self.array, torch.Tensor) else found.numpy()
         self.array[(0, *place) if self.batched else place] = strip
 
 
