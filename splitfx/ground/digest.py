@@ -12,6 +12,7 @@ def digest(state: Mapping[str, torch.Tensor], words: str = "") -> str:
     """Of the numbers of a ``state_dict``, and of ``words`` beside them."""
     found = hashlib.sha256(words.encode())
     for key in sorted(state):
-        values = state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(key.encode() + values.numpy().tobytes())
+        tensor = state[key]
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

@@ -9,9 +9,8 @@ Raises `ParallelError` naming the rank that is gone, does not answer or differs,
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
@@ -67,9 +66,9 @@ class Link:
         except (RuntimeError, ValueError) as error:
             raise ParallelError(f"the ranks did not come together within {START:g} s: {_first(error)}") from error
 
-    def agree(self, digest: bytes) -> None:
-        """Check that every rank holds the same: ``digest``, 32 bytes. Ranks may come up to `START` seconds late."""
-        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).clone().to(self.device)
+    def agree(self, held: str) -> None:
+        """Check that every rank holds the same, by a `digest` of it. Ranks may come up to `START` seconds late."""
+        own = torch.frombuffer(bytearray(held.encode()), dtype=torch.uint8).clone().to(self.device)
         there = [torch.empty_like(own) for _ in range(self.size)]
         with self.guarded("another rank"):
             waiting: Any = (
@@ -197,15 +196,6 @@ def _place(device: str) -> torch.device:
         raise UnsupportedError(f"local rank {number} needs a GPU of its own; there are {there}: start fewer processes")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def weights_digest(about: str, state: Mapping[str, torch.Tensor]) -> bytes:
-    """32 bytes for a text and every tensor of a state_dict."""
-    made = hashlib.sha256(about.encode())
-    for name, tensor in state.items():
-        made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        made.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return made.digest()
 
 
 def _by_peer(given: Iterable[tuple[int, torch.dtype, Any]]) -> list[tuple[tuple[int, torch.dtype], list[Any]]]:

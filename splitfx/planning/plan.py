@@ -17,6 +17,7 @@ from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
+from splitfx.ground.digest import digest
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ground.timing import took
@@ -28,7 +29,6 @@ from splitfx.planning.goals import Amount, Goals, goals
 from splitfx.planning.study import Notebook, Row
 from splitfx.planning.training import with_accuracy
 from splitfx.runtime.measuring import measure
-from splitfx.train.checkpoint import digest
 from splitfx.train.search.study import TEMPORARY, SearchStudy
 
 LEAST, MOST = 7, 60  # timed calls of each plan, in turn with the model

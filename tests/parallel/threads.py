@@ -35,10 +35,10 @@ class ThreadLink(Link):
         self.wires, self.rank, self.size = wires, wires.place.rank, wires.size
         self.device, self.timeout, self.broken, self.sent_bytes = torch.device("cpu"), PATIENCE, "", 0
 
-    def agree(self, digest: bytes) -> None:
-        own = torch.tensor(list(digest), dtype=torch.uint8)
+    def agree(self, held: str) -> None:
+        own = torch.tensor(list(held.encode()), dtype=torch.uint8)
         others = [r for r in range(self.size) if r != self.rank]
-        came = self.swap([(r, own) for r in others], [(r, ((32,), torch.uint8)) for r in others])
+        came = self.swap([(r, own) for r in others], [(r, (tuple(own.shape), torch.uint8)) for r in others])
         self.sent_bytes = 0
         if not all(torch.equal(one, own) for one in came):
             raise ParallelError("ranks hold different models")
