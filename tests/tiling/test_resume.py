@@ -158,6 +158,17 @@ def test_a_damaged_record_is_refused(tiled: Any, text: str | None, words: str, t
         splitfx.stream(split, x.numpy(), path, reduce=breaking(3), resume=True)
 
 
+def test_a_part_that_was_cut_off_is_refused(tiled: Any, tmp_path: Path) -> None:
+    split, x = tiled
+    with pytest.raises(Stopped):
+        splitfx.stream(split, x.numpy(), tmp_path / "map.npy", reduce=breaking(3), resume=True)
+    part = tmp_path / "map.npy.part"
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(PlanError, match=r"map\.npy\.part was cut off: remove it and map\.npy\.part\.json"):
+        splitfx.stream(split, x.numpy(), tmp_path / "map.npy", reduce=breaking(1000), resume=True)
+    assert not (tmp_path / "map.npy").exists()
+
+
 def test_what_cannot_go_on_says_so(tiled: Any, tmp_path: Path) -> None:
     split, x = tiled
     with pytest.raises(PlanError, match="resume is for files"):

@@ -71,7 +71,7 @@ class ShareExecution(Execution):
 
     def run(self, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The results, each whole or as the rows that this rank owns."""
-        self.like = next(iter(inputs))
+        self.like = inputs[0]
         return super().run(inputs)
 
     def act(self, instruction: Instruction | Cross) -> None:

@@ -69,9 +69,8 @@ class Steady:
             chunks.append(
                 tuple((c.whole or c.start - buffer.done, c.stop - buffer.done, c.bytes) for c in buffer.chunks)
             )
-        return _State(
-            done, (held, *chunks), cost.macs, cost.moved_bytes, cost.spilled_bytes, Counter(cost.fired)
-        )  # fmt: skip
+        counted = cost.macs, cost.moved_bytes, cost.spilled_bytes
+        return _State(done, (held, *chunks), *counted, Counter(cost.fired))
 
     def _times(self, step: int, before: _State, shifts: dict[Kernel, int]) -> int:
         """How often the last period is repeated, before the end of any value is in sight."""

@@ -78,13 +78,13 @@ def opened(
         return
     kernel = _the_map(program)
     change = _change(reduce)
-    if callable(sink) and not isinstance(sink, Settable):
+    if isinstance(sink, Settable):
+        yield _into_array(sink, program, kernel, change)
+        return
+    if callable(sink):
         if program.schedule.tiles[1] > 1:
             raise PlanError("a function takes full rows, and this stage runs in columns: give a path as the sink")
         yield _Handed(sink, change)
-        return
-    if isinstance(sink, Settable):
-        yield _into_array(sink, program, kernel, change)
         return
     if not isinstance(sink, str | os.PathLike) or Path(sink).suffix not in _FILES:
         ends = " or ".join(_FILES)
@@ -152,8 +152,7 @@ def _form(
     """Sizes and type of what is written, found on a row of zeros."""
     value = program.stage.values[kernel.node]
     shape = tuple(int(s) for s in value.shape)
-    unit = kernel.sizes[1] if kernel.joined else 1
-    row = torch.zeros((*shape[:2], unit, *shape[3:]), dtype=value.dtype)
+    row = torch.zeros((*shape[:2], kernel.unit, *shape[3:]), dtype=value.dtype)
     try:
         found = change(row)
     except Exception as error:  # the caller's own function: whatever it raises is said in one line
@@ -224,9 +223,12 @@ class _File:
     ) -> None:  # fmt: skip
         self.part, self.begun = part, part.rows if part is not None else 0
         self.file, self.shape, self.dtype, self.change = file, shape, dtype, change
-        self.unit = kernel.sizes[1] if kernel.joined else 1  # places of the third axis that are one row
+        self.unit = kernel.unit  # places of the third axis that are one row
         self.offset = self.head()
-        file.truncate(self.offset + prod(shape) * dtype.itemsize)
+        size = self.offset + prod(shape) * dtype.itemsize
+        if part is not None and self.begun and os.fstat(file.fileno()).st_size != size:
+            raise PlanError(f"{part.record.stem} was cut off: remove it and {part.record.name}")
+        file.truncate(size)
 
     def head(self) -> int:
         """Write what stands in front of the numbers; gives where they begin."""
