@@ -164,9 +164,15 @@ class Regions:
     def _asks(self, user: fx.Node, rank: int) -> bool:
         row = op(user)
         if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD) or row.reduces == "moments":
-            return True
+            return row.axes in (0, rank - 2)
         keeps = row.spatial in (Spatial.POINTWISE, Spatial.MOVE) and user in self.values
         return keeps and rank == len(self.sizes(user)) and self.leads(user)
+
+    def misread(self, node: fx.Node) -> str:
+        """Why a node does not see the axes of its map as they lie: without a batch they are one further in front."""
+        row, axes = op(node), len(self.sizes(self.placed(node).operand)) - 2
+        own = row.axes or (len(self._own_window(node).kernel) if row.window is not None else axes)
+        return "" if own == axes else f"{op_name(node)} reads a map without a batch"
 
     def placed(self, node: fx.Node) -> Placed:
         """What the row of a node that reads a map is asked with."""
@@ -210,9 +216,12 @@ class Regions:
 
     def window(self, node: fx.Node) -> Window:
         """The window of a conv or pool, over as many axes as its map has."""
+        found = self._own_window(node)
+        return found if len(self.sizes(node)) > 3 else found.with_column()
+
+    def _own_window(self, node: fx.Node) -> Window:
         weight, axes = bind(node).get("weight"), len(self.sizes(node)) - 2
-        found = window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
-        return found if axes > 1 else found.with_column()
+        return window(node, axes, shape(self.values[weight]) if isinstance(weight, fx.Node) else ())
 
 
 def made_before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -290,15 +299,13 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if row.spatial in (Spatial.WINDOW, Spatial.PAD) and _beside_rows(node, at, known):
         known.beside.add(node)
         return dims, ""
-    if row.refuses is not None and (why := row.refuses(at)):
+    if why := known.misread(node) or (row.refuses(at) if row.refuses is not None else ""):
         return whole, why
     if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
         like = MAPS.get(len(sizes)) == dims and len(known.sizes(maps[0])) == len(sizes)
         like = like and (len(sizes) > 3 or known.extents[maps[0]][1] == 1)
         like = like or row.spatial is Spatial.PAD  # of a constant, wherever rows lie
         why = "" if like else f"{name} does not read a map with channels in front"
-        if like and row.window is not None and len(known.window(node).kernel) != max(2, len(sizes) - 2):
-            why = f"{name} reads a map without a batch"
         if not isinstance(known.values[node], torch.Tensor):
             why = f"{name} returns more than a map"
         sequence = dims == NCL and len(sizes) == 3 and at.extent[1] == 1

@@ -11,6 +11,7 @@ An operation without a row is `UNKNOWN`: a barrier that passes leave whole and n
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -260,6 +261,12 @@ class Op:
     layer: Layer | None = None
     raised: Raised | None = None
     decomposition: Callable[..., Any] | None = None  # the same in aten operators, for exports
+
+    @property
+    def axes(self) -> int:
+        """The spatial axes that its name counts, such as 2 of max_pool2d; 0 for as many as its operand has."""
+        counted = re.search(r"(\d)d(_|$)", self.name)
+        return int(counted[1]) if counted and self.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.GLOBAL) else 0
 
     @property
     def convolves(self) -> bool:

@@ -28,11 +28,11 @@ def stages(graph: fx.GraphModule, regions: Regions) -> tuple[list[list[fx.Node]]
         if inside:
             found.setdefault(level[node], []).append(node)
     working = [_alone(graph, nodes, roles, regions) for _, nodes in sorted(found.items())]
-    return [nodes for nodes in working if any(roles.kind[n] is Kind.ROWS for n in nodes)], roles
+    return [nodes for nodes in working if nodes], roles
 
 
 def _alone(graph: fx.GraphModule, nodes: list[fx.Node], roles: Roles, regions: Regions) -> list[fx.Node]:
-    """The nodes of a stage that have a role in it by themselves. Whether a value that was computed whole is a map may
+    """The nodes of a stage that have a role in it by themselves, none if no rows are left. Whether a value is a map may
     be known from what reads it outside; in the stage it then is none, and what follows stays outside as well."""
     while True:
         nodes = _trimmed(nodes, roles, regions)
@@ -40,7 +40,7 @@ def _alone(graph: fx.GraphModule, nodes: list[fx.Node], roles: Roles, regions: R
         inside = Roles(small, Regions({new: regions.values[old] for old, new in copied.items()}))
         lost = {old for old in nodes if inside.kind[copied[old]] is None}
         if not lost:
-            return nodes
+            return nodes if any(inside.kind[copied[old]] is Kind.ROWS for old in nodes) else []
         for node in nodes:
             if any(n in lost for n in node.all_input_nodes):
                 lost.add(node)

@@ -32,7 +32,7 @@ def reduction(node: fx.Node, regions: Regions) -> str:
         return regions.barrier(node) or f"{op_name(node)} is no reduction"
     if not only_first(node, regions):
         return f"the places that {op_name(node)} found are read"
-    return row.consumes(regions.placed(node))
+    return regions.misread(node) or row.consumes(regions.placed(node))
 
 
 def only_first(node: fx.Node, regions: Regions) -> bool:

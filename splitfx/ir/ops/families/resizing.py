@@ -217,6 +217,7 @@ rows(
     workspace=_workspace,
 )
 _SHUFFLES: dict[str, Any] = {
+    "refuses": lambda at: "" if at.rank == 4 else f"{op_name(at.node)} reads other than a batch of images",
     "spatial": Spatial.RESIZE,
     "channel": Channel.MOVE,
     "piece": _shuffle,
