@@ -19,8 +19,7 @@ from torch import fx
 
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.ground.digest import digest
-from splitfx.ir.graph import copy_graph
+from splitfx.ir.graph import copy_graph, fingerprint
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.placement import Placement, Stem, place
 from splitfx.splitnet.tree import STEM, Part, Tree
@@ -202,4 +201,4 @@ def share(tree: Tree, placement: Placement, rank: int) -> Part:
 def _digest(tree: Tree, placement: Placement, gather: str) -> str:
     """What has to be the same on all ranks: the parts, who runs them, and every weight."""
     about = repr((placement.stem, placement.groups, gather, tree.classes, tree.pieces))
-    return digest(tree.graph.state_dict(), about)
+    return fingerprint(tree.graph, about)

@@ -17,11 +17,10 @@ from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
-from splitfx.ground.digest import digest
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ground.timing import took
-from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
+from splitfx.ir.graph import TensorSpec, fingerprint, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.planning.candidates import Candidate, candidates
 from splitfx.planning.choices import Choice, Plans
@@ -75,7 +74,7 @@ def plan(
     budgets = {"peak": peak, "latency": latency, "macs": macs, "accuracy_drop": accuracy_drop}
     data = "" if train is None else f"{len(train)} and {len(val)} samples, {recipe}"
     about = {"inputs": inputs, "device": device, "budgets": str(budgets), "data": data}
-    about["weights"] = digest(graph.state_dict())
+    about["weights"] = fingerprint(graph)
     with ExitStack() as held:
         folder = held.enter_context(study.opened()) if study.folder is not None else None
         book = Notebook(folder, about)

@@ -26,6 +26,17 @@ class Stopped(Exception):
     pass
 
 
+class Shifts(nn.Module):
+    shift: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.ones(3, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
 @pytest.fixture(scope="module", params=["convs", "attention"])
 def tiled(request: pytest.FixtureRequest) -> tuple[fx.GraphModule, torch.Tensor]:
     torch.manual_seed(0)
@@ -112,7 +123,12 @@ def test_strips_that_come_once_are_read_forward(tmp_path: Path) -> None:
     path = tmp_path / "map.npy"
     with pytest.raises(SplitfxError, match="ended after 20 of 37"):
         splitfx.stream(split, source(20), path, resume=True)
-    splitfx.stream(split, source(), path, resume=True)
+    again = source()
+    tall: list[int] = []
+    real: Any = again.raw._keep  # type: ignore[attr-defined]
+    again.raw._keep = lambda strip: (real(strip), tall.append(sum(b.shape[1] for b in again.raw.buffer)))  # type: ignore[attr-defined]
+    splitfx.stream(split, again, path, resume=True)
+    assert max(tall) <= 8, "rows that are there already do not wait"
     with torch.no_grad():
         assert np.allclose(np.load(path), model(x).numpy(), rtol=1e-12)
 
@@ -135,6 +151,49 @@ def test_another_stream_is_refused(tiled: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         weight[0] -= 1
     assert (tmp_path / "map.npy.part").read_bytes() == held
+
+
+@pytest.mark.parametrize("what", ["image", "last row", "mean", "scale", "layer", "buffer"])
+def test_rows_of_something_else_are_not_gone_on_with(what: str, tmp_path: Path) -> None:
+    """Of the same sizes and weights: the file would hold rows of both."""
+    torch.manual_seed(0)
+    x = torch.randn(2, ROWS, 9, dtype=torch.float64).numpy()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), Shifts()).double().eval()
+    split = splitfx.transform(model, Tile(rows=3), torch.from_numpy(x)[None])
+    options: dict[str, Any] = {"mean": (0, 0), "std": (1, 1), "scale": 1.0}
+    path = tmp_path / "map.npy"
+
+    def run(after: int, **changed: Any) -> None:
+        splitfx.stream(split, RowSource(x, **{**options, **changed}), path, reduce=breaking(after), resume=True)
+
+    with pytest.raises(Stopped):
+        run(4)
+    if what in ("image", "last row"):
+        x[:, 0 if what == "image" else -1] += 1
+    elif what == "layer":
+        convolution: Any = next(m for m in split.modules() if isinstance(m, nn.Conv2d))
+        convolution.dilation, convolution.padding = (2, 2), (2, 2)
+    elif what == "buffer":
+        next(b for n, b in split.named_buffers() if n.endswith("shift")).add_(1)
+    changed = {"mean": {"mean": (0, 1)}, "scale": {"scale": 2.0}}.get(what, {})
+    with pytest.raises(PlanError, match=f"its {'model' if what in ('layer', 'buffer') else 'source'} is"):
+        run(1000, **changed)
+    assert not path.exists()
+
+
+def test_a_function_is_known_by_its_code(tmp_path: Path) -> None:
+    split = splitfx.transform(nn.Conv2d(2, 3, 3, padding=1).eval(), Tile(rows=3), torch.randn(1, 2, ROWS, 9))
+    x = torch.randn(ROWS, 2, 9).numpy()
+
+    def run(reduce: Any, rows: int = ROWS) -> Any:
+        strips = RowSource((x[i].reshape(2, 1, 9) for i in range(rows)), size=(ROWS, 9), layout="CHW")
+        return splitfx.stream(split, strips, tmp_path / "map.npy", reduce=reduce, resume=True)
+
+    with pytest.raises(SplitfxError, match="ended after 20"):
+        run(lambda strip: strip > 0.25, 20)
+    with pytest.raises(PlanError, match="its reduce is"):
+        run(lambda strip: strip > 0.75)
+    assert run(lambda strip: strip > 0.25) == tmp_path / "map.npy"
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,34 @@ def test_an_array_that_cannot_hold_the_map_is_left_alone(decoder: Any) -> None:
     labels = np.zeros((1, 1, *shape[2:]), np.int64)
     splitfx.stream(tiled, x.numpy(), labels, reduce="argmax")
     assert np.array_equal(labels, tiled(x).argmax(1, keepdim=True).numpy())
+
+
+def test_the_image_itself_is_no_sink() -> None:
+    """Rows that are written are read again: the result was another one."""
+    x = torch.randn(1, 2, 14, 11)
+    tiled = split(nn.Conv2d(2, 2, 3, padding=1).eval(), x)
+    held = torch.zeros(5, 14, 11)
+    for source, sink in ((held[:2], held[:2]), (held[:2].numpy(), held[1:3]), (held[:2], held[1:3].numpy())):
+        with pytest.raises(PlanError, match="the sink is the image itself"):
+            splitfx.stream(tiled, splitfx.RowSource(source, layout="CHW"), sink)
+    assert not held.any()
+    held[:2] = x[0]
+    splitfx.stream(tiled, held[:2], held[2:4])  # beside it is fine
+    with torch.no_grad():
+        assert torch.allclose(held[2:4], tiled(x)[0])
+    with pytest.raises(PlanError, match="an array of torch.bfloat16 cannot hold"):
+        splitfx.stream(tiled, held[:2], torch.zeros(2, 14, 11, dtype=torch.bfloat16))
+
+
+def test_a_map_whose_columns_lie_in_front(tmp_path: Path) -> None:
+    model = call(lambda x, conv: conv(x).permute(0, 3, 2, 1), lambda: nn.Conv2d(2, 12, 3))().eval()
+    x = torch.randn(1, 2, 14, 11)
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    array = np.zeros(wanted.shape, np.float32)
+    splitfx.stream(split(model, x), x.numpy(), array)
+    path = splitfx.stream(split(model, x), x.numpy(), tmp_path / "map.npy")
+    assert np.allclose(array, wanted, atol=1e-6)
+    assert np.allclose(np.load(path), wanted, atol=1e-6)
+    with pytest.raises(PlanError, match="permute has its columns elsewhere"):
+        splitfx.stream(split(model, x, rows=0, grid=(2, 2)), x.numpy(), array)

@@ -21,11 +21,10 @@ from torch import fx, nn
 
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.ground.digest import digest
 from splitfx.ground.exclusive import autocasts
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import size
-from splitfx.ir.graph import TensorSpec, info, layer
+from splitfx.ir.graph import TensorSpec, fingerprint, info, layer
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.shard.network import ROW_DIM, Network
 from splitfx.parallel.shard.shares import Division
@@ -93,8 +92,7 @@ class Shard:
         try:
             self.rank, self.size = self.link.rank, self.link.size
             self.division = Division.of(self.size, weights)
-            about = f"{graph.graph} {gather} {given} {tuple(weights)}"
-            self.link.agree(digest(graph.state_dict(), about))
+            self.link.agree(fingerprint(graph, f"{gather} {given} {tuple(weights)}"))
             self.gather, self.job = gather, Job(self.link)
             self.network = Network(graph, self.job, self.division, gather, given == "rows")
         except Exception:

@@ -102,8 +102,8 @@ class Calls:
         arguments = [self._resolver(kernel, a) for a in node.args]
         options = {k: self._resolver(kernel, v) for k, v in node.kwargs.items()}
         target: Any = module if module is not None else out_of_place(node.target)
-        # A result in the operand's memory is copied: it would keep a larger piece alive, or be overwritten with it.
-        over, copies = overwriting(node), kernel.row.result.may_share
+        # A piece in the operand's memory is copied: it would keep a larger one alive, or be overwritten with it.
+        over, copies = overwriting(node), kernel.row.result.may_share and kernel.kind is not Kind.WHOLE
         converts = op_name(node) == "to"  # which copies by itself, but for a type that the operand has already
         # Of a sum or a product of two, either may be overwritten.
         second = (

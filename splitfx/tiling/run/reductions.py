@@ -190,7 +190,9 @@ class _Exponentials(Reduction):
     def part(self, *pieces: torch.Tensor) -> Parts:
         x = pieces[0].to(_accumulator(pieces[0].dtype))
         most = x.amax(self.dims, keepdim=True)
-        return most.double(), (x - most).exp().sum(self.dims, keepdim=True).double()
+        apart = x - most
+        powers = apart.exp() if joins_by_hand() else apart.exp_()
+        return most.double(), powers.sum(self.dims, keepdim=True).double()
 
     def joined(self, a: Parts, b: Parts, count: int) -> Parts:
         both = torch.maximum(a[0], b[0])

@@ -16,7 +16,7 @@ from splitfx.analysis.memory import Temporaries
 from splitfx.analysis.regions import Edge, Regions
 from splitfx.ground.exclusive import Autocast
 from splitfx.ir.graph import module_of, output_node
-from splitfx.ir.ops import Result, Spatial, bind, op, op_name
+from splitfx.ir.ops import Result, Spatial, bind, in_place, op, op_name
 from splitfx.ir.ops.families.padding import in_front
 from splitfx.tiling.stage.kernel import KEEP_ALL, Keeping, Kernel, Stage, waiting
 from splitfx.tiling.stage.roles import Kind, Roles, is_norm, reduction
@@ -156,7 +156,9 @@ class _Builder:
         kernel.reads.append((operand, h, w))
 
     def _views(self, kernel: Kernel, operand: Kernel) -> bool:
-        """The value lies in the memory of one that it takes."""
+        """The value lies in the memory of one that it takes; what is written there by the model is a value of its own."""
+        if in_place(kernel.node):
+            return False
         row, mine, theirs = op(kernel.node), self.values[kernel.node], self.values[operand.node]
         if row.result is Result.OPERAND:
             return True

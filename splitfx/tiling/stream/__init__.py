@@ -72,11 +72,12 @@ def stream(
     _check_channels(split, given)
     program = tiled.program((image,), replan=False)  # type: ignore[arg-type]  # asks for sizes, type and device only
     if not given.raw.again:
-        image.forget_after = _forgettable(program, given)
-    with torch.no_grad(), opened(sink, reduce, program, overwrite, resume) as writer:
+        image.spare(_needed(program, given))
+    with torch.no_grad(), opened(sink, reduce, program, given, overwrite, resume) as writer:
         if writer is not None and writer.begun:
             program = Program(program.stage, program.schedule, partial(Scheduler, first=writer.begun))
-            image.forget_after = _forgettable(program, given) if not given.raw.again else []
+            if not given.raw.again:
+                image.spare(_needed(program, given))
         results = Streaming(program, image, writer, Clock("streaming", program.firings)).run_all()
         given.raw.finish()
     if sink is not None:
@@ -168,6 +169,11 @@ class _Image:
         self.forget_after: list[int] = []  # for every read the first row that is read later
         self.reads = 0
 
+    def spare(self, needed: list[int]) -> None:
+        """Keep no row longer than it is ``needed``: for every read, and behind the last, from which row on."""
+        self.source.raw.forget(needed[0])
+        self.forget_after = needed[1:]
+
     def piece(self, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor:
         start, stop = rows if rows is not None else (0, self.shape[2])
         found = self.source.read(start, stop, columns, self.dtype, self.device)
@@ -177,15 +183,15 @@ class _Image:
         return found
 
 
-def _forgettable(program: Program, source: RowSource) -> list[int]:
-    """After every read of the image, the first row that a later one needs. Rows come once: raises `PlanError` where all
-    of them would have to be kept."""
+def _needed(program: Program, source: RowSource) -> list[int]:
+    """For every read of the image, and behind the last, the first row that it or a later one needs. Rows come once:
+    raises `PlanError` where all of them would have to be kept."""
     height = source.shape[1]
     spans = [rows or (0, height) for rows in _image_reads(program)]
-    found = [height] * len(spans)
-    for i in reversed(range(len(spans) - 1)):
-        found[i] = min(found[i + 1], spans[i + 1][0])
-    for (start, stop), later in zip(spans, found, strict=True):
+    found = [height] * (len(spans) + 1)
+    for i in reversed(range(len(spans))):
+        found[i] = min(found[i + 1], spans[i][0])
+    for (start, stop), later in zip(spans, found[1:], strict=True):
         if stop == height and later < start:
             raise PlanError(
                 "the tiled stage reads the image more than once (it holds a reduction that is applied to the map, or "
@@ -275,4 +281,5 @@ class Streaming(Execution):
         if self.writer is None or one.kernel.exit < 0:
             super().store(one)
         else:
-            self.writer.write(one.rows, one.columns, self.registers[one.src])
+            full = one.columns == (0, one.kernel.sizes[1])
+            self.writer.write(one.rows, None if full else one.columns, self.registers[one.src])

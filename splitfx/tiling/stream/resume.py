@@ -31,10 +31,11 @@ PAUSE = 1.0  # seconds between two notes of how many rows are there
 
 class Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What rows are of: the ``model`` by the digest of its stage, the sizes of the ``image`` and of the ``map``, its
-    number type, and the reduction by its name."""
+    number type, the reduction by its name and code, and the ``source`` by some of its rows and how they are scaled."""
 
     model: Text
     image: tuple[Count, ...]
+    source: Text
     map: tuple[Count, ...]
     dtype: Text
     reduce: Text

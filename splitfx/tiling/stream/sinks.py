@@ -12,20 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from splitfx.analysis.regions import MAPS
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
 from splitfx.ground.digest import digest
 from splitfx.ground.table import dims
-from splitfx.ir.graph import layer
+from splitfx.ir.graph import fingerprint, layer
 from splitfx.tiling.run.execution import Program
 from splitfx.tiling.stage.kernel import Kernel
 from splitfx.tiling.stream.resume import Part, Told, going_on
 from splitfx.tiling.stream.rows import Rectangular
+from splitfx.tiling.stream.sources import RowSource
 
 
 @runtime_checkable
@@ -52,19 +55,19 @@ _PICTURES = (np.uint8, np.float32, np.int16, np.int32)  # number types of TIFF f
 
 
 class Writer(Protocol):
-    """Takes strips from top to bottom; of a stage that runs in columns, one column of strips after the other. The
-    first ``begun`` rows are there from a run before."""
+    """Takes strips from top to bottom; of a stage that runs in ``columns``, one column of strips after the other, else
+    full rows (None). The first ``begun`` rows are there from a run before."""
 
     begun: int
 
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None: ...
+    def write(self, rows: tuple[int, int], columns: tuple[int, int] | None, piece: torch.Tensor) -> None: ...
 
 
 @contextmanager
 def opened(
-    sink: Sink | None, reduce: Reduce | None, program: Program, overwrite: bool, resume: bool = False
+    sink: Sink | None, reduce: Reduce | None, program: Program, source: RowSource, overwrite: bool, resume: bool = False
 ) -> Iterator[Writer | None]:
-    """What takes the rows of the one map that a stage gives; None without a sink.
+    """What takes the rows of the one map that a stage gives of ``source``; None without a sink.
 
     Raises `PlanError` where the stage gives something else, or the sink is none; `UnsupportedError` for numbers that
     its file cannot hold.
@@ -79,7 +82,7 @@ def opened(
     kernel = _the_map(program)
     change = _change(reduce)
     if isinstance(sink, Settable):
-        yield _into_array(sink, program, kernel, change)
+        yield _into_array(sink, program, kernel, change, source)
         return
     if callable(sink):
         if program.schedule.tiles[1] > 1:
@@ -94,26 +97,39 @@ def opened(
         raise UnsupportedError(f"a file cannot hold {dtype}: convert the model to float32, or give a function")
     made, numbers = _FILES[Path(sink).suffix], np.dtype(_NUMBERS[dtype])
     if resume:
-        with going_on(sink, _told(program, shape, dtype, reduce), overwrite) as part:
+        with going_on(sink, _told(program, source, shape, dtype, reduce), overwrite) as part:
             yield made(part.file, shape, numbers, kernel, change, part)
         return
     with written_whole(sink, overwrite=overwrite) as draft, draft.open("w+b", buffering=0) as file:
         yield made(file, shape, numbers, kernel, change)
 
 
-def _told(program: Program, shape: tuple[int, ...], dtype: torch.dtype, reduce: Reduce | None) -> Told:
+def _told(
+    program: Program, image: RowSource, shape: tuple[int, ...], dtype: torch.dtype, reduce: Reduce | None
+) -> Told:
     """What the rows of a file are of."""
     if program.schedule.tiles != (1, 1):
         raise PlanError("resume needs full rows, and this stage runs in tiles: plan it with Tile(mode='stream')")
     stage, (source, *_) = program.stage, program.stage.sources
-    name = reduce if isinstance(reduce, str) else getattr(reduce, "__qualname__", type(reduce).__name__)
     return Told(
-        model=digest(stage.graph.state_dict(), stage.graph.code),
+        model=fingerprint(stage.graph),
         image=tuple(int(s) for s in stage.values[source.node].shape),
+        source=image.fingerprint(),
         map=shape,
         dtype=str(dtype),
-        reduce="none" if reduce is None else name,
+        reduce=_named(reduce),
     )
+
+
+def _named(reduce: Reduce | None) -> str:
+    """A reduction by its name, and a function by its code as well: two lambdas have one name."""
+    if reduce is None or isinstance(reduce, str):
+        return reduce or "none"
+    name, code = getattr(reduce, "__qualname__", type(reduce).__name__), getattr(reduce, "__code__", None)
+    if code is None:
+        return name
+    numbers = [one for one in code.co_consts if not isinstance(one, CodeType)]
+    return f"{name} {digest({}, repr((code.co_code, code.co_names, numbers)))}"
 
 
 def _the_map(program: Program) -> Kernel:
@@ -124,6 +140,8 @@ def _the_map(program: Program) -> Kernel:
         raise PlanError(
             f"a sink takes one map, and the tiled stage gives {given}: choose where it ends, as in Tile(until='layer4')"
         )
+    if program.schedule.tiles[1] > 1 and exits[0].dims != MAPS.get(len(program.stage.values[exits[0].node].shape)):
+        raise PlanError(f"{layer(exits[0].node)} has its columns elsewhere than behind its rows: use rows=, not grid=")
     if exits[0].users or exits[0].takers:
         raise PlanError(f"{layer(exits[0].node)} is read again inside the stage, so a sink cannot take it away")
     return exits[0]
@@ -174,21 +192,23 @@ class _Handed:
     change: Callable[[torch.Tensor], torch.Tensor]
     begun: int = 0
 
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+    def write(self, rows: tuple[int, int], columns: tuple[int, int] | None, piece: torch.Tensor) -> None:
         found = self.change(piece)
         self.function(rows[0], found.clone() if found is piece else found)  # the memory of the piece is used again
 
 
 def _into_array(
-    array: Settable, program: Program, kernel: Kernel, change: Callable[[torch.Tensor], torch.Tensor]
+    array: Settable, program: Program, kernel: Kernel, change: Callable[[torch.Tensor], torch.Tensor], source: RowSource
 ) -> _Array:
     """Raises `PlanError` for an array that cannot hold the map."""
     shape, dtype = _form(program, kernel, change)
     if tuple(array.shape) not in (shape, shape[1:]):
         raise PlanError(f"the map is {dims(shape)}, and the array that is given for it {dims(array.shape)}")
-    held = np.dtype(array.dtype) if not isinstance(array.dtype, torch.dtype) else np.dtype(_NUMBERS[array.dtype])
-    if dtype not in _NUMBERS or not np.can_cast(_NUMBERS[dtype], held):
+    held = _NUMBERS.get(array.dtype) if isinstance(array.dtype, torch.dtype) else np.dtype(array.dtype)
+    if dtype not in _NUMBERS or held is None or not np.can_cast(_NUMBERS[dtype], held):
         raise PlanError(f"the map's numbers are {dtype}, which an array of {array.dtype} cannot hold")
+    if source.lies_in(array):
+        raise PlanError("the sink is the image itself, whose rows are read again after they were written: give another")
     return _Array(array, len(array.shape) == len(shape), kernel.unit, change)
 
 
@@ -202,10 +222,10 @@ class _Array:
     change: Callable[[torch.Tensor], torch.Tensor]
     begun: int = 0
 
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+    def write(self, rows: tuple[int, int], columns: tuple[int, int] | None, piece: torch.Tensor) -> None:
         found = self.change(piece)[0].cpu()
         place = (slice(None), slice(rows[0] * self.unit, rows[1] * self.unit))
-        if found.dim() > 2:
+        if columns is not None:
             place += (slice(*columns),)
         strip: Any = found if isinstance(self.array, torch.Tensor) else found.numpy()
         self.array[(0, *place) if self.batched else place] = strip
@@ -234,10 +254,9 @@ class _File:
         """Write what stands in front of the numbers; gives where they begin."""
         raise NotImplementedError
 
-    def write(self, rows: tuple[int, int], columns: tuple[int, int], piece: torch.Tensor) -> None:
+    def write(self, rows: tuple[int, int], columns: tuple[int, int] | None, piece: torch.Tensor) -> None:
         found = self.change(piece)[0].cpu().contiguous().numpy().astype(self.dtype, copy=False)
-        full = len(self.shape) == 3 or columns == (0, self.shape[3])
-        self.put(rows[0] * self.unit, 0 if full else columns[0], full, found)
+        self.put(rows[0] * self.unit, columns[0] if columns is not None else 0, columns is None, found)
         if self.part is not None:
             self.part.reached(rows[1])
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from splitfx.errors import PlanError, SplitfxError
+from splitfx.ground.digest import digest
 from splitfx.ground.table import dims
 from splitfx.tiling.stream.image_files import file_rows
 from splitfx.tiling.stream.rows import (
@@ -97,9 +98,32 @@ class RowSource:
                 change(torch.tensor(values, dtype=dtype, device=device).reshape(-1, *[1] * (x.dim() - 2)))
         return x
 
+    def fingerprint(self) -> str:
+        """A few letters of how it is normalised and of some of its rows: the first, and where any may be read at any
+        time one in the middle and the last."""
+        rows = (0, self.raw.height // 2, self.raw.height - 1) if self.raw.again else (0,)
+        held = {str(row): self.raw.read(row, row + 1) for row in rows}
+        scaled = [None if values is None else [float(v) for v in values] for values in (self.mean, self.std)]
+        return digest(held, f"{scaled} {self.scale}")
+
+    def lies_in(self, array: Any) -> bool:
+        """The numbers are those of this array, or some of them."""
+        held = getattr(self.raw, "data", None)
+        both = [one.detach().numpy() if _on_cpu(one) else one for one in (held, array)]
+        if not all(isinstance(one, np.ndarray) for one in both):
+            return held is array
+        try:
+            return np.shares_memory(*both, max_work=10**6)  # type: ignore[arg-type]
+        except np.exceptions.TooHardError:
+            return True
+
     def whole(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
         """The whole image as one tensor, for a comparison with the model itself."""
         return self.read(0, self.raw.height, None, dtype, device)
+
+
+def _on_cpu(array: Any) -> bool:
+    return isinstance(array, torch.Tensor) and array.device.type == "cpu" and array.dtype is not torch.bfloat16
 
 
 def _rows(data: Any, layout: Layout | None, size: tuple[int, ...] | None) -> Rows:

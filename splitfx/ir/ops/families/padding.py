@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, part_bytes, picked
+from splitfx.ir.ops.pieces import Call, Job, Piece, Pieces, Span, Table, lengths_read, padded, picked
 from splitfx.ir.ops.reading import bind, op_name
 from splitfx.ir.ops.row import At, Channel, Dims, Placed, Spatial, Taps, rows
 
@@ -98,10 +99,11 @@ def _circle(job: Job) -> Call:
     ]
 
     def call(run: Piece, pieces: Pieces, wholes: Pieces) -> torch.Tensor:
-        x = pieces[0] if pieces else picked(value(pieces, wholes), 2, tables[0], run.rows, 0)
+        source = pieces[0] if pieces else value(pieces, wholes)
+        x = source if pieces else picked(source, 2, tables[0], run.rows, 0)
         for axis in range(1, axes):
             x = picked(x, 2 + axis, tables[axis], (0, int(sizes[axis])), 0)
-        return x if not pieces and x is not value(pieces, wholes) else x.clone()
+        return x.clone() if x is source else x
 
     return call
 
@@ -171,16 +173,17 @@ def _along_any(job: Job, value: float) -> Call:
 
 
 def _workspace(job: Job, span: Span) -> int:
-    """Mirrored rows are taken first, then columns, then the rest, each only where the piece is at a border."""
-    if mode_of(job.node) in ("constant", "circular"):
-        return part_bytes(job.row_bytes, job.sizes[1], *span.count) if mode_of(job.node) == "circular" else 0
-    read, lengths, made = job.reads[0], lengths_read(job, span), [0]
-    sizes = (*job.reads[0].sizes, *job.reads[0].rest)
+    """Rows from the other end are taken first, then columns, then the rest, each only where the piece is at a border."""
+    if mode_of(job.node) == "constant":
+        return 0
+    given, made = job.values[job.node.args[0]], [0]  # type: ignore[index]
+    sizes = [*given.shape[2:], 1][: max(2, given.dim() - 2)]  # a sequence has a column
+    lengths = lengths_read(job, span) if job.reads else list(sizes)
     for axis, (start, stop) in enumerate(job.spans(span)):
         before = in_front(job.node, axis, job.values)
-        if start < before or stop > before + sizes[axis]:
+        if start < before or stop > before + sizes[axis] or (axis == 0 and not job.reads):
             lengths[axis] = stop - start
-            made.append(read.bytes(lengths))
+            made.append(math.prod((*given.shape[:2], *lengths)) * given.element_size())
     return max(a + b for a, b in pairwise(made)) - made[-1] if len(made) > 1 else 0
 
 
