@@ -170,7 +170,8 @@ class Regions:
 
     def misread(self, node: fx.Node) -> str:
         """Why a node does not see the axes of its map as they lie: without a batch they are one further in front."""
-        row, axes = op(node), len(self.sizes(self.placed(node).operand)) - 2
+        row, first = op(node), node.args[0] if node.args else None
+        axes = len(self.sizes(first)) - 2 if isinstance(first, fx.Node) else row.axes
         own = row.axes or (len(self._own_window(node).kernel) if row.window is not None else axes)
         return "" if own == axes else f"{op_name(node)} reads a map without a batch"
 

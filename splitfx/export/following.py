@@ -10,8 +10,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from splitfx.errors import ExportError
+from splitfx.analysis.shapes import shapes
+from splitfx.errors import ExportError, UnsupportedError
 from splitfx.ir import graph as graphs
+from splitfx.ir.ops import is_size
 from splitfx.text import first_line
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,6 +51,64 @@ def other_sizes(gm: fx.GraphModule, times: int) -> Iterator[Call]:
                 wanted = iter([shape for shape in shapes if shape is not None])
                 yield graphs.drawn(record, 0, lambda spec, wanted=wanted: replace(spec, shape=next(wanted)))
             seen.add(shapes)
+
+
+AHEAD = ((1, 1), (1, 2), (1, 3), (1, 5), (1, 6), (1, 7), (5, 3))  # times, and more, of the sizes in between
+
+
+def unsteady(gm: fx.GraphModule, call: Call) -> str:
+    """Why a graph that does the same at the traced sizes as at those of ``call`` may do something else at others: the
+    first layer that computes with sizes and makes of two of them the same number, or leaves its operand as it is, but
+    not of others. Empty where there is none."""
+    record = graphs.info(gm)
+    leaves = [v for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
+    there = iter(tuple(v.shape) for v in leaves)
+    shapes_ = [next(there) if shape is not None else None for shape in record.shapes]
+    pairs = [(a, b) for a, b in zip(record.shapes, shapes_, strict=True) if a is not None and b is not None]
+    dims = tuple({d for a, b in pairs for d, (x, y) in enumerate(zip(a, b, strict=True)) if x != y})
+    first, last = _made_of_sizes(gm, record.inputs), _made_of_sizes(gm, _at(record, shapes_))
+    for times, more in AHEAD if first else ():
+        between = [_grown(record, i, dims, times, more) for i in range(len(record.inputs))]
+        if record.sizes.broken(record.shapes, between):
+            continue
+        try:
+            found = _made_of_sizes(gm, _at(record, between))
+        except UnsupportedError:  # sizes that it does not take
+            continue
+        for name, (layer, *now) in found.items():
+            if any(a == b != c for a, b, c in zip(first[name][1:], last[name][1:], now, strict=True)):
+                return f"{layer} makes something else of the sizes at some of them"
+    return ""
+
+
+def _at(record: graphs.TraceInfo, shapes_: list[tuple[int, ...] | None]) -> tuple[Any, ...]:
+    """The inputs of a graph, with these shapes."""
+    pairs = zip(record.inputs, shapes_, strict=True)
+    return tuple(replace(spec, shape=shape) if shape is not None else spec for spec, shape in pairs)
+
+
+def _made_of_sizes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[str, list[Any], bool]]:
+    """For every node that reads sizes, in tiled stages too: its layer, the numbers, and whether what comes out is as
+    large as what goes in."""
+    if not any(is_size(n) for g in (graph, *_stages(graph)) for n in g.graph.nodes):
+        return {}
+    values, found = shapes(graph, inputs), dict[str, tuple[str, list[Any], bool]]()
+    for node in graph.graph.nodes:
+        module = graphs.module_of(node)
+        if isinstance(module, graphs.Staged):
+            given = [values[n] for n in node.all_input_nodes]
+            specs = tuple(graphs.TensorSpec(tuple(t.shape), t.dtype, str(t.device)) for t in given)
+            found |= {f"{node.name}.{name}": one for name, one in _made_of_sizes(module.stage, specs).items()}
+        read = [values[n] for n in node.all_input_nodes if is_size(n)]
+        if read and not is_size(node) and node.op != "output":
+            of = [values[n] for n in (*node.all_input_nodes[:1], node)]
+            same = len({tuple(v.shape) for v in of if isinstance(v, torch.Tensor)}) == 1
+            found[node.name] = (graphs.layer(node), read, same)
+    return found
+
+
+def _stages(graph: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module.stage for module in graph.modules() if isinstance(module, graphs.Staged)]
 
 
 def freed(

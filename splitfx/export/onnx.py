@@ -31,7 +31,7 @@ from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
-from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes
+from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes, unsteady
 from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
 from splitfx.ground.progress import Say, say, told
@@ -142,8 +142,13 @@ def _in_loops(
         _finish(program, exported, "fixed")
         return program, exported, stages
 
+    between: list[str] = []
+
     def others() -> Iterator[Any]:
         for call in other_sizes(gm, FAR):
+            if why := unsteady(gm, call):
+                between.append(why)
+                continue
             with contextlib.suppress(ExportError):  # a size that the graph does not take
                 yield written(call)[0].model
 
@@ -152,6 +157,7 @@ def _in_loops(
     fixed = "fixed on request"
     if asked is not False:
         fixed = loops.free_sizes(program.model, others())
+        fixed = between[0] if fixed and between else fixed
         if fixed and asked:
             raise ExportError(
                 f"the batch cannot be dynamic: {fixed}. Leave dynamic_batch out to export the traced size."

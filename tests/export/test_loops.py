@@ -277,6 +277,26 @@ def test_a_height_that_a_layer_fixes_is_fixed(low: None, tmp_path: Path) -> None
     assert session.get_inputs()[0].shape == ["batch", 3, 48, WIDTH]
 
 
+@pytest.mark.parametrize(
+    "what", [lambda y, x: y[:, :, : x.shape[2] // 4 * 2], lambda y, x: F.pad(y, (0, 0, 0, x.shape[2] % 2))]
+)
+def test_a_height_that_a_layer_computes_with_is_fixed(what: Any, low: None, tmp_path: Path) -> None:
+    """Cut and padded to whole blocks: nothing of it is in a file of 40 rows, nor in one of 80."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return what(F.avg_pool2d(self.b(self.a(x).relu()), 2), x)
+
+    split = run_pass(splitfx.trace(Blocks().eval(), torch.randn(1, 3, 40, WIDTH)), Tile(rows=8))[0]
+    session = sessions.open_session(export_onnx(split, tmp_path / "m.onnx"), sessions.CPU, sessions.session_options(1))
+    assert session.get_inputs()[0].shape == ["batch", 3, 40, WIDTH]
+    assert "loop" in sessions.tiles(session)[0]
+
+
 def test_what_no_loop_holds_says_why(tmp_path: Path) -> None:
     class Flipped(nn.Module):
         def __init__(self) -> None:

@@ -64,6 +64,29 @@ def test_nothing_to_tile(name: str) -> None:
     assert stages(graph, facts(graph).regions)[0] == []
 
 
+WITHOUT_BATCH = {
+    "convolution": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU()),
+    "transposed": lambda: nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(4, 3, 2, 2)),
+    "max pool": lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.ReLU()),
+    "avg pool": lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()),
+    "shuffle": lambda: nn.Sequential(nn.ReLU(), nn.PixelShuffle(2)),
+    "unshuffle": lambda: nn.Sequential(nn.ReLU(), nn.PixelUnshuffle(2)),
+    "pooled": lambda: nn.Sequential(nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_BATCH)
+def test_an_image_without_a_batch_is_no_sequence(name: str) -> None:
+    """[C, H, W] is as long as [N, C, L], and is none: what reads H and W of it is never called on its columns."""
+    torch.manual_seed(0)
+    graph, x = traced(WITHOUT_BATCH[name](), torch.randn(4, 20, 18))
+    for options in ({"rows": 2}, {"budget": "least"}):
+        split = splitfx.transform(graph, Tile(**options), verify=False)
+        assert_equal(split, graph, x)
+        said = " ".join(str(splitfx.explain(split)).split())
+        assert "without a batch" in said or "shuffle" in name
+
+
 def test_a_write_through_a_view_says_why_nothing_is_tiled() -> None:
     _, _, graph = odd("in_place_views", double=True)
     reasons = set(Roles(graph, facts(graph).regions).why.values())

@@ -203,6 +203,7 @@ MIDDLE: dict[str, Make] = {
     "padded in one axis": call(lambda x: x + F.pad(x.flatten(2), (3, 4)).abs()[:, :, 3:-4].reshape(x.shape)),
     "channels padded in one axis": call(lambda x: x + F.pad(x.flatten(2), (0, 0, 1, 0))[:, 1:].reshape(x.shape)),
     "running sums": call(lambda x: x + x.cumsum(2)),  # has no rows: it runs whole
+    "running sums, in place": call(lambda x: F.elu_(x.cumsum(2).mul_(0.3))),
 }
 
 
@@ -249,6 +250,21 @@ def test_predicted_bytes_are_held(name: str) -> None:
     for schedule in SCHEDULES:
         predicted, measured = peaks(tile(graph, schedule).tiled.float(), given)
         assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted} predicted, {measured} held"
+
+
+@pytest.mark.parametrize(
+    "end", [lambda x: x.cumsum(2)[..., ::2], lambda x: x.cumsum(2).flatten(2)], ids=["cut", "view"]
+)
+def test_a_whole_value_that_is_given_is_copied_once(end: Any) -> None:
+    torch.manual_seed(0)
+    model = call(
+        lambda x, a, b: (b(a(x)), end(a(x).cumsum(2))), lambda: nn.Conv2d(2, C, 1), lambda: nn.Conv2d(C, 1, 3)
+    )()
+    x = torch.randn(2, 2, 40, 30)
+    trial = tile(splitfx.trace(model.eval(), x), Schedule(2))
+    predicted, measured = peaks(trial.tiled, (x,))
+    assert abs(predicted - measured) <= 0.01 * measured
+    assert_equal(trial.split.double(), trial.graph.double(), x.double())
 
 
 def test_what_is_made_before_a_stage_is_counted_once() -> None:

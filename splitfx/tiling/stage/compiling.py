@@ -156,7 +156,7 @@ class _Builder:
         kernel.reads.append((operand, h, w))
 
     def _views(self, kernel: Kernel, operand: Kernel) -> bool:
-        """The value lies in the memory of one that it takes; what is written there by the model is a value of its own."""
+        """The value lies in the memory of one that it takes; what the model writes there gets a memory of its own."""
         if in_place(kernel.node):
             return False
         row, mine, theirs = op(kernel.node), self.values[kernel.node], self.values[operand.node]

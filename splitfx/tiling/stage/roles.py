@@ -87,7 +87,7 @@ class Roles:
             return Kind.ROWS, ""
         if not maps and operands and kinds <= {Kind.WHOLE, Kind.REDUCE} and _spreads(node, regions):
             return Kind.ROWS, ""
-        why = reduction(node, regions) if maps else ""
+        why = reduction(node, regions) if maps else regions.misread(node)
         return (Kind.WHOLE if runs_whole(node, regions) else None), why
 
     def is_map(self, node: fx.Node, regions: Regions) -> bool:

@@ -173,7 +173,7 @@ def _along_any(job: Job, value: float) -> Call:
 
 
 def _workspace(job: Job, span: Span) -> int:
-    """Rows from the other end are taken first, then columns, then the rest, each only where the piece is at a border."""
+    """Rows from elsewhere are taken first, then columns, then the rest, each only where the piece is at a border."""
     if mode_of(job.node) == "constant":
         return 0
     given, made = job.values[job.node.args[0]], [0]  # type: ignore[index]
