@@ -16,7 +16,6 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.errors import UnsupportedError
-from splitfx.ground.digest import digest
 from splitfx.ir.notes import Note
 from splitfx.ir.sizes import Sizes
 
@@ -268,13 +267,6 @@ def specs_as_now(graph: fx.GraphModule) -> tuple[Any, ...]:
         else s
         for s in known
     )
-
-
-def fingerprint(graph: fx.GraphModule, words: str = "") -> str:
-    """A few letters of all that a graph's results follow from, and of ``words`` beside it: its nodes, its layers with
-    their options, its parameters and buffers, also those that are not saved."""
-    held = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
-    return digest(held, f"{graph.graph}\n{nn.Module.__repr__(graph)}\n{words}")
 
 
 def by_path(module: nn.Module) -> dict[str, torch.Tensor]:

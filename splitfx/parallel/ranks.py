@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from splitfx.analysis.fingerprint import fingerprint
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
-from splitfx.ir.graph import copy_graph, fingerprint
+from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.placement import Placement, Stem, place
 from splitfx.splitnet.tree import STEM, Part, Tree

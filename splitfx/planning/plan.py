@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from splitfx.analysis.fingerprint import fingerprint
 from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
@@ -20,7 +21,7 @@ from splitfx.frontend.trace import trace
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ground.timing import took
-from splitfx.ir.graph import TensorSpec, fingerprint, info, is_canonical, random_inputs
+from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.planning.candidates import Candidate, candidates
 from splitfx.planning.choices import Choice, Plans

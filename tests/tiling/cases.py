@@ -136,6 +136,9 @@ RULES: dict[str, Make] = {
     },
     "pixel shuffle": lambda: nn.Sequential(nn.Conv2d(C, 9, 1), nn.PixelShuffle(3)),
     "pixel unshuffle": call(lambda x: F.pixel_unshuffle(F.pad(x, (1, 0, 2, 0)), 3)),
+    "rms norm of channels": call(
+        lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), lambda: nn.RMSNorm(C)
+    ),
     # pads
     "pad": pad(1, 2, 3, 4),
     "pad columns": pad(2, 1),

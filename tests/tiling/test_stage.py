@@ -80,8 +80,8 @@ def test_an_image_without_a_batch_is_no_sequence(name: str) -> None:
     """[C, H, W] is as long as [N, C, L], and is none: what reads H and W of it is never called on its columns."""
     torch.manual_seed(0)
     graph, x = traced(WITHOUT_BATCH[name](), torch.randn(4, 20, 18))
-    for options in ({"rows": 2}, {"budget": "least"}):
-        split = splitfx.transform(graph, Tile(**options), verify=False)
+    for step in (Tile(rows=2), Tile(budget="least")):
+        split = splitfx.transform(graph, step, verify=False)
         assert_equal(split, graph, x)
         said = " ".join(str(splitfx.explain(split)).split())
         assert "without a batch" in said or "shuffle" in name

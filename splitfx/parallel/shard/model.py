@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from splitfx.analysis.fingerprint import fingerprint
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
 from splitfx.ground.exclusive import autocasts
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import size
-from splitfx.ir.graph import TensorSpec, fingerprint, info, layer
+from splitfx.ir.graph import TensorSpec, info, layer
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.shard.network import ROW_DIM, Network
 from splitfx.parallel.shard.shares import Division

@@ -18,12 +18,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from splitfx.analysis.fingerprint import fingerprint
 from splitfx.analysis.regions import MAPS
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.files import written_whole
 from splitfx.ground.digest import digest
 from splitfx.ground.table import dims
-from splitfx.ir.graph import fingerprint, layer
+from splitfx.ir.graph import layer
 from splitfx.tiling.run.execution import Program
 from splitfx.tiling.stage.kernel import Kernel
 from splitfx.tiling.stream.resume import Part, Told, going_on

@@ -117,6 +117,15 @@ def _moments(job: Job, span: Span) -> int:
     return 2 * size // max(1, int(np.prod(bind(job.node)["normalized_shape"])))
 
 
+def _squares(job: Job, span: Span) -> int:
+    """Of a norm that torch makes of several operations: the scale of every place, and what is scaled, not yet
+    multiplied by the weight."""
+    module = module_of(job.node)
+    weight = module.weight if module is not None else bind(job.node).get("weight")
+    size = part_bytes(job.row_bytes, job.sizes[1], *span.count)
+    return _moments(job, span) // 2 + size if weight is not None else _moments(job, span)
+
+
 def _groups(a: Bound, w: torch.Tensor) -> tuple[type[nn.Module], dict[str, Any]]:
     return nn.GroupNorm, {"num_groups": a["num_groups"], "num_channels": w.numel(), "eps": a["eps"]}
 
@@ -165,13 +174,13 @@ add(
         raised=Raised(_groups),
     )
 )
-for _kind, _name in ((nn.LayerNorm, "layer_norm"), (nn.RMSNorm, "rms_norm")):
+for _kind, _name, _workspace in ((nn.LayerNorm, "layer_norm", _moments), (nn.RMSNorm, "rms_norm", _squares)):
     rows(
         _name,
         modules={_name: [_kind]},
         per_output=4,
         follows=last_dims,
-        workspace=_moments,
+        workspace=_workspace,
         layer=Layer(narrow=_reordered),
         raised=_normalized(_kind),
     )
