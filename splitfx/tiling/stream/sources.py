@@ -108,12 +108,12 @@ class RowSource:
 
     def lies_in(self, array: Any) -> bool:
         """The numbers are those of this array, or some of them."""
-        held = getattr(self.raw, "data", None)
-        both = [one.detach().numpy() if _on_cpu(one) else one for one in (held, array)]
+        held: Any = getattr(self.raw, "data", None)
+        both: list[Any] = [one.detach().numpy() if _on_cpu(one) else one for one in (held, array)]
         if not all(isinstance(one, np.ndarray) for one in both):
             return held is array
         try:
-            return np.shares_memory(*both, max_work=10**6)  # type: ignore[arg-type]
+            return np.shares_memory(*both, max_work=10**6)
         except np.exceptions.TooHardError:
             return True
 
