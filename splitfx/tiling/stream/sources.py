@@ -113,7 +113,7 @@ class RowSource:
         if not all(isinstance(one, np.ndarray) for one in both):
             return held is array
         try:
-            return np.shares_memory(*both, max_work=10**6)
+            return np.shares_memory(*both, max_work=10**6)  # type: ignore[arg-type]  # numpy knows two of its numbers
         except np.exceptions.TooHardError:
             return True
 
