@@ -91,7 +91,7 @@ def measure(
     place = _device(device)
     args, kwargs = inputs_for(example_inputs, model)
     with in_eval(model), torch.no_grad():
-        there = _placed(model, place)
+        there = placed(model, place)
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         before = torch.cuda.memory_allocated(place) if place.type == "cuda" else 0
@@ -143,7 +143,7 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _placed(model: nn.Module, place: torch.device) -> nn.Module:
+def placed(model: nn.Module, place: torch.device) -> nn.Module:
     """The model itself where it lies on ``place``, else a copy there."""
     state = [*model.parameters(), *model.buffers()]
     if all(t.device.type == place.type and place.index in (None, t.device.index) for t in state):
