@@ -26,10 +26,10 @@ COLUMNS = (
     ("looked", "looked for", lambda v: f"{v:.0f} s"),
     ("before", "peak before", size),
     ("peak", "after", size),
-    ("peak_error", "run again", lambda v: f"{v:.3f}"),
-    ("time", "time", lambda v: str(Ratio(*v))),
-    ("time_again", "run again", lambda v: str(Ratio(*v))),
-    ("time_error", "off by", lambda v: f"{v:+.1%}"),
+    ("peak_error", "run again", lambda v: "-" if v is None else f"{v:.3f}"),
+    ("time", "time", lambda v: "-" if v is None else str(Ratio(*v))),
+    ("time_again", "run again", lambda v: "-" if v is None else str(Ratio(*v))),
+    ("time_error", "off by", lambda v: "-" if v is None else f"{v:+.1%}"),
 )
 LEFT = (0, 1)
 

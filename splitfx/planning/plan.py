@@ -27,7 +27,7 @@ from splitfx.planning.choices import Choice, Plans
 from splitfx.planning.goals import Amount, Goals, goals
 from splitfx.planning.study import Notebook, Row
 from splitfx.planning.training import with_accuracy
-from splitfx.runtime.measuring import measure, placed
+from splitfx.runtime.measuring import device_of, measure, placed
 from splitfx.runtime.turns import Ratio, ratios
 from splitfx.train.search.study import TEMPORARY, SearchStudy
 
@@ -68,6 +68,8 @@ def plan(
     """
     if accuracy_drop is not None and (train is None or val is None):
         raise PlanError("accuracy_drop needs data to train and to measure on: give train= and val= as well")
+    goals(peak, latency, macs, accuracy_drop, (1 << 60, 1.0, 1 << 60))  # what cannot be read is told before the work
+    place = device_of(device)
     end = time.perf_counter() + max_seconds
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
     inputs = ", ".join(dims(s.shape) for s in info(graph).inputs if isinstance(s, TensorSpec))
@@ -79,7 +81,7 @@ def plan(
         folder = held.enter_context(study.opened()) if study.folder is not None else None
         book = Notebook(folder, about)
         with in_eval(graph):
-            search = _Search(graph, device, end, book)
+            search = _Search(graph, place, end, book)
             now = search.now.figures
             asked = goals(peak, latency, macs, accuracy_drop, (now.peak_bytes, search.now.seconds or 0.0, now.macs))
             found, as_it_is = search.choices(asked), search.now
@@ -92,7 +94,7 @@ def plan(
 class _Search:
     """One look at all candidates."""
 
-    def __init__(self, graph: fx.GraphModule, device: str, end: float, book: Notebook) -> None:
+    def __init__(self, graph: fx.GraphModule, device: torch.device, end: float, book: Notebook) -> None:
         self.graph, self.device, self.end, self.book = graph, device, end, book
         shapes = [s for s in info(graph).shapes if s is not None]
         self.shape: Any = shapes[0] if len(shapes) == 1 else tuple(shapes)
@@ -145,7 +147,7 @@ class _Search:
         if not new or time.perf_counter() > self.end:
             return
         say(f"timing {', '.join(new)}")
-        place = torch.device(self.device)
+        place = self.device
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), random_inputs(self.graph))
         with ExitStack() as modes:
             here = {name: placed(split, place) for name, split in {"": self.graph, **new}.items()}

@@ -88,7 +88,7 @@ def measure(
     if runs < 1:
         raise UnsupportedError(f"runs must be at least 1; got {runs}")
     say("measuring")
-    place = _device(device)
+    place = device_of(device)
     args, kwargs = inputs_for(example_inputs, model)
     with in_eval(model), torch.no_grad():
         there = placed(model, place)
@@ -110,7 +110,7 @@ def alternate(
     functions: Mapping[str, Callable[[], Any]], runs: int = 20, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Median seconds of each function, called in turn, so that a drift of the machine meets all alike."""
-    return {name: statistics.median(times) for name, times in timed(functions, runs, _device(device)).items()}
+    return {name: statistics.median(times) for name, times in timed(functions, runs, device_of(device)).items()}
 
 
 def timed(
@@ -131,7 +131,8 @@ def _p90(times: Sequence[float]) -> float:
     return sorted(times)[math.ceil(0.9 * len(times)) - 1]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """Raises `UnsupportedError` for one that is not here."""
     try:
         place = torch.device(device)
     except RuntimeError as error:

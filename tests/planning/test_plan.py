@@ -75,6 +75,7 @@ def halved() -> Plans:
         ({"peak": 1 << 20}, Goals(peak_bytes=1 << 20)),
         ({"peak": "0.5x"}, Goals(peak_bytes=50 << 20)),
         ({"peak": "0.5 ×"}, Goals(peak_bytes=50 << 20)),
+        ({"peak": "50%"}, Goals(peak_bytes=50 << 20)),
         ({"peak": "least"}, Goals(least=True)),
         ({"latency": "0.5x"}, Goals(seconds=0.01)),
         ({"latency": "15 ms"}, Goals(seconds=0.015)),
@@ -158,6 +159,16 @@ def test_a_budget_that_cannot_be_kept_names_what_comes_nearest() -> None:
     with pytest.raises(PlanError, match=r"no plan was found for a peak of at most 10\.00 KiB.*the least is"):
         _ = found.best
     assert "cannot be had" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"peak": "half"}, "such as '64 MiB'"), ({"device": "gpu"}, "there is no device 'gpu'")]
+)
+def test_what_cannot_be_read_is_told_before_the_work(given: dict[str, Any], message: str) -> None:
+    said: list[str] = []
+    with pytest.raises(splitfx.SplitfxError, match=message):
+        splitfx.plan(network(), SHAPE, **given, progress=said.append)
+    assert not said
 
 
 def test_accuracy_needs_data() -> None:
