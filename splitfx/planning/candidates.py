@@ -85,7 +85,7 @@ def _groups(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iter
     """Norms stay: what is split is trained again, and they are folded after that."""
     mixed = None if goals.macs is None else _least_change(graph, goals.macs)
     if mixed is not None and len(set(mixed)) > 1:
-        words = ", ".join(map(str, mixed))
+        words = ",".join(map(str, mixed))
         yield from _group(words, f"blocks in {words} branches: as few as keep the budget", mixed, goals, fold)
     for factor in FACTORS:
         yield from _group(str(factor), f"every block in {factor} branches", factor, goals, fold)
@@ -94,7 +94,7 @@ def _groups(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iter
 def _group(
     words: str, why: str, factors: int | tuple[int, ...], goals: Goals, fold: tuple[Pass, ...]
 ) -> Iterator[Candidate]:
-    why += "; fewer connections, to be trained"
+    why += "; fewer connections"
     yield Candidate(f"group by {words}", why, (Group(factors=factors),), False)
     if goals.peak_bytes is not None:
         tile = Tile(budget=goals.peak_bytes)

@@ -52,7 +52,7 @@ class Choice:
         """What became of the model's function, in words."""
         if self.same:
             return "the same"
-        return self.learned or "to be trained"
+        return self.learned.partition(",")[0].partition(" (")[0] or "to be trained"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Plans(Shown):
             "",
             table(head, rows, left=(0, 1, len(head) - 1)),
         ]
-        lines += [""] + [wrap(f"{one.name}: {one.why}") for one in self.choices]
+        lines += [""] + [wrap(f"{one.name}: {one.why}{'; ' * bool(one.learned)}{one.learned}") for one in self.choices]
         lines += [wrap(f"{name} cannot be had: {why}") for name, why in self.refused]
         lines += [] if self.complete else ["the time ran out before every plan was looked at: give more seconds"]
         return "\n".join(lines)

@@ -28,7 +28,7 @@ from splitfx.planning.goals import Amount, Goals, goals
 from splitfx.planning.study import Notebook, Row
 from splitfx.planning.training import with_accuracy
 from splitfx.runtime.measuring import device_of, measure, placed
-from splitfx.runtime.turns import Ratio, ratios
+from splitfx.runtime.turns import MOST_SECONDS, ratios
 from splitfx.train.search.study import TEMPORARY, SearchStudy
 
 CALLS = 7  # of the model alone, for the amount that shares are of
@@ -144,7 +144,8 @@ class _Search:
         """Time what was not timed before, all in turn with the model."""
         rows = self.book.known.rows
         new = {one.name: one.split for one in kept if rows[one.name].time is None and one.split is not None}
-        if not new or time.perf_counter() > self.end:
+        left = self.end - time.perf_counter()
+        if not new or left < 0:
             return
         say(f"timing {', '.join(new)}")
         place = self.device
@@ -154,9 +155,9 @@ class _Search:
             for one in here.values():
                 modes.enter_context(in_eval(one))
             calls = {name: partial(one, *args, **kwargs) for name, one in here.items()}
-            found = ratios(calls.pop(""), calls, place)
+            found = ratios(calls.pop(""), calls, place, min(MOST_SECONDS, left / 2 / len(new)))  # the rest is to train
         for name, known in found.items():
-            rows[name].time, rows[name].spread, rows[name].pairs = known.middle, known.spread, known.pairs
+            rows[name].time, rows[name].spread = known.middle, known.spread
         self.book.write()
 
     def _timed(self, one: Choice, asked: Goals) -> Choice:
@@ -164,8 +165,7 @@ class _Search:
         if row.time is None:
             return one
         assert self.now.seconds is not None
-        known = Ratio(row.time, row.spread, row.pairs)
-        timed = replace(one, seconds=known.middle * self.now.seconds, time=known.middle, spread=known.spread)
+        timed = replace(one, seconds=row.time * self.now.seconds, time=row.time, spread=row.spread)
         return replace(timed, missed=missed(timed, asked))
 
 

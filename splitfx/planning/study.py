@@ -27,7 +27,6 @@ class Row(msgspec.Struct):
     refused: str = ""
     time: float | None = None  # as a ratio to the model's
     spread: float = 0.0  # ± of that
-    pairs: int = 0  # of calls, from which it is known
 
 
 class Learned(msgspec.Struct):

@@ -134,7 +134,7 @@ def _trained(
 
     def in_time(epoch: Epoch) -> None:
         done.append(epoch)
-        if time.perf_counter() > end:
+        if len(done) < epochs and time.perf_counter() > end:
             raise Late
 
     train, val, recipe = data

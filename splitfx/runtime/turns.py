@@ -26,8 +26,8 @@ SEEN = 0.01  # what two digits show
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two times: the middle one of ``pairs`` of calls. ``spread``: ± so much holds it in 95 of 100 measurements, by
-    how far the middle ratios of five parts of the time lie from each other."""
+    """Of two times: the middle one of ``pairs`` of calls. ``spread``: half of a 95 % interval, from how far the
+    middle ratios of five parts of the time lie from each other (batch means)."""
 
     middle: float
     spread: float
@@ -50,9 +50,13 @@ def ratio(found: list[float]) -> Ratio:
 
 
 def ratios(
-    base: Callable[[], Any], others: Mapping[str, Callable[[], Any]], device: torch.device | str = "cpu"
+    base: Callable[[], Any],
+    others: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    most: float = MOST_SECONDS,
 ) -> dict[str, Ratio]:
-    """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or the time is over."""
+    """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or after ``most`` seconds
+    for each of them, but not before five calls of each."""
     settle = settling(torch.device(device))
     found: dict[str, list[float]] = {name: [] for name in others}
     open_ = list(others)
@@ -68,12 +72,12 @@ def ratios(
                     its, mine = took(base, settle), took(others[name], settle)
                 found[name].append(mine / its)
             passed = (time.perf_counter() - start) / len(others)
-            open_ = [name for name in open_ if not _known(found[name], passed)]
+            open_ = [name for name in open_ if not _known(found[name], passed, most)]
     return {name: ratio(times) for name, times in found.items()}
 
 
-def _known(found: list[float], passed: float) -> bool:
-    if len(found) < PARTS or passed > MOST_SECONDS:
+def _known(found: list[float], passed: float, most: float) -> bool:
+    if len(found) < PARTS or passed > most:
         return len(found) >= PARTS
     now = ratio(found)
     return len(found) >= LEAST and passed >= LEAST_SECONDS and now.spread <= SURE * now.middle

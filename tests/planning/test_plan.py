@@ -138,7 +138,7 @@ def test_half_the_work_needs_training_and_says_so() -> None:
 def test_single_blocks_are_split_less_where_the_work_allows_it() -> None:
     """What is chosen keeps the budget, and no block of it can be halved: every combination is counted for it."""
     graph = splitfx.trace(network(), SHAPE)
-    macs = {
+    macs: dict[tuple[int, ...], int] = {
         factors: figures(run_plan(graph, Plan([Group(factors=factors)]), verify=False)).macs
         for factors in itertools.product((1, 2, 4, 8), repeat=2)
     }
@@ -287,6 +287,7 @@ def test_training_is_as_long_as_there_is_time(end: float, how: str, monkeypatch:
     recipe = Recipe(epochs=2, batch_size=4, lr=0.001)
     split, learned = training._found(graph, Plan([Group(factors=2)]), "g", 101.0, (sets.train, sets.val, recipe), end)
     assert learned.how == how
+    assert dataclasses.replace(choice("g", 1, 1, 1.0, same=False), learned=how).function == how.partition(",")[0]
     assert splitfx.evaluate(split, sets.val).accuracy == learned.accuracy
 
 
