@@ -1,7 +1,7 @@
 """What `splitfx.plan` finds for half the peak, how long it looks, and whether the plan holds when it is run.
 
 The best plan is run anew on the model: its peak and its time against what the table said, and its time against the
-model's, measured in turn.
+model's, measured in turn: the table says within which spread that is known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import splitfx
 from splitfx.ground.table import size
-from splitfx.runtime.measuring import alternate
+from splitfx.runtime.turns import Ratio, ratios
 
 NAME = "plans"
 COLUMNS = (
@@ -26,9 +26,10 @@ COLUMNS = (
     ("looked", "looked for", lambda v: f"{v:.0f} s"),
     ("before", "peak before", size),
     ("peak", "after", size),
-    ("peak_error", "run again", lambda v: f"{v:.3f}"),
-    ("time", "time", lambda v: f"x{v:.2f}"),
-    ("time_again", "run again", lambda v: f"x{v:.2f}"),
+    ("peak_error", "run again", lambda v: "-" if v is None else f"{v:.3f}"),
+    ("time", "time", lambda v: "-" if v is None else str(Ratio(*v))),
+    ("time_again", "run again", lambda v: "-" if v is None else str(Ratio(*v))),
+    ("time_error", "off by", lambda v: "-" if v is None else f"{v:+.1%}"),
 )
 LEFT = (0, 1)
 
@@ -95,9 +96,11 @@ def row(name: str, model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     split = splitfx.transform(model, found.plan, shape)
     x = torch.randn(shape)
     again = splitfx.measure(split, x, runs=1).peak_bytes
-    times = alternate({"model": lambda: model(x), "split": lambda: split(x)}, 7)
+    time_again = ratios(lambda: model(x), {"split": lambda: split(x)})["split"]
+    assert best.time is not None
     return {
         "model": name, "plan": best.name, "looked": looked, "before": before, "peak": best.figures.peak_bytes,
-        "peak_error": again / best.figures.peak_bytes, "time": best.time, "time_again": times["split"] / times["model"],
+        "peak_error": again / best.figures.peak_bytes, "time": (best.time, best.spread),
+        "time_again": (time_again.middle, time_again.spread), "time_error": time_again.middle / best.time - 1,
         "table": str(found),
     }  # fmt: skip

@@ -83,6 +83,13 @@ def test_python_m_splitfx_lists_the_commands() -> None:
     [
         (["profil"], "'profile'"),
         (["passes", "--jsno"], "'--json'"),
+        (["plan", "tiny.py:Tiny", "--memory", "64MB"], "Did you mean '--peak'?"),
+        (["plan", "tiny.py:Tiny", "--flops=0.5x"], "Did you mean '--macs'?"),
+        (["plan", "tiny.py:Tiny", "--epochs", "3"], "Did you mean '--set epochs=N'?"),
+        (["profile", "tiny.py:Tiny", "--shape", "1x3x8x8"], "Did you mean '--input'?"),
+        (["profile", "tiny.py", "--input", "1x3x8x8"], "Write tiny.py:NAME"),
+        (["profile", "tiny.pth", "--input", "1x3x8x8"], "name the model that they are of, with --weights tiny.pth"),
+        (["check", "tiny.py", "nowhere"], "tiny.py is a file, not the folder of a saved split"),
         (["profile", "torchvision:resnet81", "--input", "1x3x8x8"], "Did you mean 'resnet"),
         (["profile", "tiny.py:Tinny", "--input", "1x3x8x8"], "'Tiny'"),
         (["profile", "tiny.py:broken", "--input", "1x3x8x8"], "ValueError: no luck at tiny.py:13"),

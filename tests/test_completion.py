@@ -1,4 +1,4 @@
-"""`splitfx completion`: the script holds every command and option, and bash completes by it."""
+"""`splitfx completion`: the script holds every command and option, and bash and fish complete by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from splitfx import cli
 from splitfx.cli.commands import COMMANDS
 from splitfx.cli.commands.completion import SHELLS
 
-BASH = shutil.which("bash")
+BASH, FISH = shutil.which("bash"), shutil.which("fish")
+TYPED = [
+    ("splitfx tra", ["transform"]),
+    ("splitfx plan --acc", ["--accuracy-drop"]),
+    ("splitfx passes fold", ["fold_batchnorm"]),
+    ("splitfx profile net.", ["net.py"]),
+    ("splitfx explain sp", ["split"]),
+    ("splitfx nothing-like-it", []),
+]
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -26,34 +34,38 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_it_holds_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
     assert all(name in text for name in COMMANDS)
-    assert all(option in text for option in ("--peak", "--accuracy-drop", "--html", "--overwrite"))
+    mark = "-l " if shell == "fish" else "--"
+    assert all(f"{mark}{option}" in text for option in ("peak", "accuracy-drop", "html", "overwrite"))
 
 
 @pytest.mark.skipif(BASH is None, reason="no bash here")
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("splitfx tra", ["transform"]),
-        ("splitfx plan --acc", ["--accuracy-drop"]),
-        ("splitfx passes fold", ["fold_batchnorm"]),
-        ("splitfx profile net.", ["net.py"]),
-        ("splitfx explain sp", ["split"]),
-        ("splitfx nothing-like-it", []),
-    ],
-)
+@pytest.mark.parametrize(("typed", "offered"), TYPED)
 def test_bash_completes(typed: str, offered: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "complete.sh").write_text(script("bash", capsys))
-    (tmp_path / "net.py").touch()
-    (tmp_path / "split").mkdir()
     ask = (
-        "source complete.sh; COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); "
+        "source complete; COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); "
         'function_=$(complete -p splitfx | sed "s/.*-F \\([^ ]*\\).*/\\1/"); '
         '$function_ splitfx "${COMP_WORDS[COMP_CWORD]}"; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    done = subprocess.run(
-        [str(BASH), "--norc", "-c", ask, "bash", typed], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert [line.rstrip("/ ") for line in done.stdout.split()] == offered, done.stderr
+    lines = answered([str(BASH), "--norc", "-c", ask, "bash", typed], script("bash", capsys), tmp_path)
+    assert [line.rstrip("/ ") for line in lines] == offered
+
+
+@pytest.mark.skipif(FISH is None, reason="no fish here")
+@pytest.mark.parametrize(("typed", "offered"), TYPED)
+def test_fish_completes(typed: str, offered: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = "source complete; complete -C $argv[1]"  # a line each: what is offered, a tab, what it is
+    lines = answered([str(FISH), "--no-config", "-c", ask, typed], script("fish", capsys), tmp_path)
+    assert [line.split("\t")[0].rstrip("/") for line in lines] == offered
+
+
+def answered(command: list[str], completions: str, folder: Path) -> list[str]:
+    """What a shell prints in a folder with a file and a folder to complete."""
+    (folder / "complete").write_text(completions)
+    (folder / "net.py").touch()
+    (folder / "split").mkdir()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert not done.stderr
+    return [line for line in done.stdout.splitlines() if line]
 
 
 def test_an_unknown_shell_and_a_missing_package(
@@ -61,7 +73,7 @@ def test_an_unknown_shell_and_a_missing_package(
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main(["completion", "fisch"])
-    assert "Known: bash, zsh" in capsys.readouterr().err
+    assert "Known: bash, fish, zsh" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 2
     assert "pip install 'splitfx[completion]'" in capsys.readouterr().err

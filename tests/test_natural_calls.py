@@ -1,5 +1,6 @@
 """What people type: plans, inputs and results in the forms that come to mind first."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import splitfx
-from splitfx import Plan, PlanError, UnsupportedError
+from splitfx import ExportError, Plan, PlanError, TraceError, UnsupportedError
 from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ir.graph import info
 from splitfx.passes import FoldBatchNorm, Group, Tile
@@ -68,6 +69,8 @@ def test_a_plan_file_by_its_path(tmp_path: Path) -> None:
     [
         (3, "a plan is a splitfx.Plan, a pass, a list of passes, a dict or the path of a file; got 3"),
         ("no.toml", "no.toml: there is no such plan file"),
+        ("tile", "The pass of that name is Tile"),
+        (Tile, "Tile is the class of a pass: give Tile"),
         ({"name": "tyle"}, "pass 1 of the plan: no pass is named 'tyle'. Did you mean 'tile'?"),
         ([Tile(rows=8), {"rows": 8}], "pass 2 of the plan has no name"),
         ([Tile(rows=8), 8], "pass 2 of the plan is not a pass: 8"),
@@ -80,7 +83,41 @@ def test_what_is_no_plan(given: Any, message: str) -> None:
         splitfx.transform(network(), given, SHAPE)
 
 
-@pytest.mark.parametrize(("given", "same"), [(1 << 16, "64 KiB"), ("0.75x", "57 KiB"), ("0.75 ×", "57 KiB")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1x3x24x20", "arrays or shapes, such as (1, 3, 224, 224); got '1x3x24x20'"),
+        (24, "arrays or shapes, such as (1, 3, 224, 224); got 24"),
+        (None, "arrays or shapes, such as (1, 3, 224, 224); there are none"),
+    ],
+)
+def test_what_are_no_example_inputs(given: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        splitfx.trace(network(), given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (network().state_dict(), "not OrderedDict: these are weights; load them into the model"),
+        ("resnet18", "not str: names and files of models are for the command line"),
+        (network, "not function: give what network() returns"),
+        (3, "a model is a torch.nn.Module, not int"),
+    ],
+)
+def test_what_is_no_model(given: Any, message: str) -> None:
+    with pytest.raises(TraceError, match=re.escape(message)):
+        splitfx.profile(given, SHAPE)
+
+
+def test_a_file_before_the_model() -> None:
+    with pytest.raises(ExportError, match="takes the model first, then the file"):
+        splitfx.check_onnx("split.onnx", network())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "same"), [(1 << 16, "64 KiB"), ("0.75x", "57 KiB"), ("75%", "57 KiB"), ("0.75 ×", "57 KiB")]
+)
 def test_a_budget_in_bytes_or_as_a_share(given: Any, same: str) -> None:
     one, other = (splitfx.transform(network(), Tile(budget=b), SHAPE, verify=False) for b in (given, same))
     assert splitfx.profile(one).peak_bytes == splitfx.profile(other).peak_bytes

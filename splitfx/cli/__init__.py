@@ -22,7 +22,7 @@ from typing import Any
 from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Parser, with_all
 from splitfx.cli.commands import COMMANDS
 from splitfx.cli.progress import Progress
-from splitfx.errors import SplitfxError, VerificationError, nearest
+from splitfx.errors import SplitfxError, VerificationError
 from splitfx.text import one_line
 
 
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return OK
     if unknown:
-        chosen = commands[given.command]
-        chosen.error(f"unknown argument '{unknown[0]}'.{nearest(unknown[0], chosen.options())}")
+        commands[given.command].unknown(unknown[0])
     try:
         return _run(given)
     except SplitfxError as error:
@@ -76,7 +75,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     parser = Parser(
         prog="splitfx",
-        description="Split convolutional networks into branches, and prove each rewrite.",
+        description="Take networks apart so that they fit, cost less or run in pieces; every rewrite is checked.",
         epilog=f"A model is {MODEL}. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 stopped.",
     )
     parser.add_argument("--version", action="version", version=f"splitfx {splitfx.__version__}")

@@ -14,6 +14,20 @@ DATA = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER or image
 INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
 
 
+GUESSED = {
+    "--memory": "--peak",
+    "--budget": "--peak",
+    "--time": "--latency",
+    "--flops": "--macs",
+    "--accuracy": "--accuracy-drop",
+    "--shape": "--input",
+    "--size": "--input",
+    "--output": "--out",
+    "--epochs": "--set epochs=N",
+    "--lr": "--set lr=RATE",
+}  # what other programs call it
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line, with the nearest known word."""
 
@@ -26,8 +40,12 @@ class Parser(argparse.ArgumentParser):
             what = "command" if action.dest == "command" else str(action.metavar or action.dest)
             self.error(f"there is no {what} '{value}'.{nearest(str(value), known)} Known: {', '.join(known)}")
 
-    def options(self) -> list[str]:
-        return [text for action in self._actions for text in action.option_strings]
+    def unknown(self, word: str) -> NoReturn:
+        known = [text for action in self._actions for text in action.option_strings]
+        word = word.partition("=")[0]
+        meant = GUESSED.get(word)
+        hint = f" Did you mean '{meant}'?" if meant is not None and meant.split()[0] in known else nearest(word, known)
+        self.error(f"unknown argument '{word}'.{hint}")
 
 
 def with_all(one: Parser) -> None:

@@ -56,7 +56,8 @@ def model_of(given: Namespace, progress: Progress) -> nn.Module:
 
 def saved(folder: str, progress: Progress) -> fx.GraphModule:
     if not is_folder(folder):
-        raise ExportError(f"there is no folder {folder}; `splitfx transform` writes one")
+        wrong = f"{folder} is a file, not the folder of a saved split" if Path(folder).is_file() else ""
+        raise ExportError(f"{wrong or f'there is no folder {folder}'}; `splitfx transform` writes one")
     progress(f"loading {folder}")
     split = storage.load(folder)
     return split

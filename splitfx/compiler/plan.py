@@ -64,6 +64,8 @@ class Plan:
         if isinstance(given, list | tuple):
             read = [_read_pass(i, dict(p)) if isinstance(p, Mapping) else p for i, p in enumerate(given, 1)]
             return cls(read)
+        if isinstance(given, type) and issubclass(given, Pass):
+            raise PlanError(f"{given.__name__} is the class of a pass: give {given.__name__}(...)")
         raise PlanError(
             f"a plan is a splitfx.Plan, a pass, a list of passes, a dict or the path of a file; got {shown(given)}."
         )
@@ -82,7 +84,9 @@ class Plan:
         try:
             text = read_text(Path(path), most=limits.PLAN_BYTES)
         except FileNotFoundError:
-            raise PlanError(f"{path}: there is no such plan file.") from None
+            known = registry.all().get(str(path))
+            hint = f" The pass of that name is {known.__name__}(...)." if known else ""
+            raise PlanError(f"{path}: there is no such plan file.{hint}") from None
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror or error}.") from error
         except ValueError as error:

@@ -64,6 +64,8 @@ def check_onnx(
     Raises `ExportError` for a missing, truncated or foreign file, one that takes longer or ends the process that runs
     it, inputs that do not fit and unknown providers.
     """
+    if isinstance(path, nn.Module):
+        raise ExportError("check_onnx takes the model first, then the file.")
     target = Path(path)
     if not target.is_file():
         raise ExportError(f"there is no file {target}; write it with export_onnx.")

@@ -21,6 +21,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.frontend.size_rules import TooLong
 from splitfx.ground import limits
 from splitfx.ir.graph import TensorSpec, is_canonical, random_inputs
+from splitfx.text import shown
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,8 +31,11 @@ def split_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
 
     Where no tensor or array is among them, tuples of numbers such as (1, 3, 224, 224) are shapes: of normal values, the
     same in each call, in ``model``'s type and on its device. An array of floats takes the model's type. Raises
-    `UnsupportedError` for shapes that no machine holds.
+    `UnsupportedError` for shapes that no machine holds, and for a word or a number alone.
     """
+    if example_inputs is None or isinstance(example_inputs, str | int | float):
+        what = "there are none" if example_inputs is None else f"got {shown(example_inputs)}"
+        raise UnsupportedError(f"example inputs are tensors, arrays or shapes, such as (1, 3, 224, 224); {what}")
     leaves = pytree.tree_leaves(example_inputs)
     if not any(isinstance(one, torch.Tensor | np.ndarray) for one in leaves):
         example_inputs = _of_shapes(example_inputs, _like(model))

@@ -8,8 +8,9 @@ before any tracing; `failure` writes the message after all front ends have given
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +27,18 @@ _NOT_OURS = ("importlib", "contextlib", "networkx")
 _FOREIGN = ("pytree", "type of output", "unsupported input", "input type")
 
 
+def _instead(given: Any) -> str:
+    if isinstance(given, Mapping):
+        return ": these are weights; load them into the model that they are of (load_state_dict) and give that"
+    if isinstance(given, str | os.PathLike):
+        return ": names and files of models are for the command line; make the model and give it"
+    return f": give what {given.__name__}() returns" if callable(given) and hasattr(given, "__name__") else ""
+
+
 def check_model(model: Any) -> None:
     """`TraceError` for what is no model, for TorchScript, and for layers that have no weights yet."""
     if not isinstance(model, nn.Module):
-        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}{_instead(model)}")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             made = "torch.jit.trace" if "Traced" in type(module).__name__ else "torch.jit.script"

@@ -25,6 +25,7 @@ from torch import nn
 from splitfx.errors import MissingExtraError, UnsupportedError, nearest
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _SHOWN = 4
 
@@ -53,6 +54,10 @@ def load_model(word: str, weights: str | os.PathLike[str] | None = None, seed: i
 
 def _home_of(name: str) -> str:
     """The package that has a model of that name, where only one has."""
+    if name.endswith(_WEIGHTS):
+        raise UnsupportedError(f"{name} is a file of weights: name the model that they are of, with --weights {name}")
+    if name.endswith(".py"):
+        raise UnsupportedError(f"{name}: which model in it? Write {name}:NAME, a class or a function without arguments")
     from torchvision import models
 
     known = {"torchvision": set(models.list_models())}
@@ -180,7 +185,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
         raise UnsupportedError(f"{path} is empty; a weight file is .safetensors, .pt or .pth")
     if path.suffix == ".safetensors":
         return _safetensors(path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+    if path.suffix not in _WEIGHTS:
         raise UnsupportedError(f"{path}: a weight file is .safetensors, .pt or .pth by its suffix")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

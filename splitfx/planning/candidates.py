@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import fx
 
-from splitfx.compiler.pipeline import run_plan
+from splitfx.analysis import facts
+from splitfx.analysis.blocks import blocks
+from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import SplitfxError
@@ -35,11 +38,12 @@ def candidates(graph: fx.GraphModule, goals: Goals) -> Iterator[Candidate]:
     """Every plan worth a look; `SplitfxError` of a pass that cannot be had is the caller's to tell."""
     folds = _folds(graph)
     fold: tuple[Pass, ...] = (FoldBatchNorm(),) if folds else ()
-    if folds:
-        yield Candidate("fold", "batch norms become part of the convolutions before them", fold, True)
-    yield from _tilings(graph, goals, fold)
+    if goals.macs is None or goals.macs >= figures(graph).macs:  # the same function takes the same work
+        if folds:
+            yield Candidate("fold", "batch norms become part of the convolutions before them", fold, True)
+        yield from _tilings(graph, goals, fold)
     if goals.macs is not None or goals.seconds is not None or goals.drop is not None:
-        yield from _groups(goals, fold)
+        yield from _groups(graph, goals, fold)
 
 
 def _folds(graph: fx.GraphModule) -> bool:
@@ -77,12 +81,49 @@ def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Ite
             yield Candidate(f"{name} to {enough(one.peak_bytes)}", why, (*fold, Tile(budget=one.budget)), True)
 
 
-def _groups(goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
+def _groups(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:
     """Norms stay: what is split is trained again, and they are folded after that."""
+    mixed = None if goals.macs is None else _least_change(graph, goals.macs)
+    if mixed is not None and len(set(mixed)) > 1:
+        words = ",".join(map(str, mixed))
+        yield from _group(words, f"blocks in {words} branches: as few as keep the budget", mixed, goals, fold)
     for factor in FACTORS:
-        why = f"every block in {factor} branches; fewer connections, to be trained"
-        yield Candidate(f"group by {factor}", why, (Group(factors=factor),), False)
-        if goals.peak_bytes is not None:
-            tile = Tile(budget=goals.peak_bytes)
-            name = f"group by {factor} + {'fold + ' * bool(fold)}tile"
-            yield Candidate(name, f"{why}; then strip by strip", (Group(factors=factor), *fold, tile), False)
+        yield from _group(str(factor), f"every block in {factor} branches", factor, goals, fold)
+
+
+def _group(
+    words: str, why: str, factors: int | tuple[int, ...], goals: Goals, fold: tuple[Pass, ...]
+) -> Iterator[Candidate]:
+    why += "; fewer connections"
+    yield Candidate(f"group by {words}", why, (Group(factors=factors),), False)
+    if goals.peak_bytes is not None:
+        tile = Tile(budget=goals.peak_bytes)
+        name = f"group by {words} + {'fold + ' * bool(fold)}tile"
+        yield Candidate(name, f"{why}; then strip by strip", (Group(factors=factors), *fold, tile), False)
+
+
+def _least_change(graph: fx.GraphModule, macs: int) -> tuple[int, ...] | None:
+    """Factors of the blocks that keep most of the work and of the weights within ``macs``; None where no factor does.
+
+    Begins with the least that keeps it for all blocks, and halves those of single blocks while that still keeps it.
+    """
+    whole = figures(graph)
+
+    @cache
+    def kept(factors: tuple[int, ...]) -> float:
+        """Shares of the work and of the weights, 0 beyond the budget."""
+        try:
+            made = figures(run_plan(graph, Plan([Group(factors=factors, lowering="branches")]), verify=False))
+        except SplitfxError:  # the pass itself says why, where every block is tried
+            return 0.0
+        return made.macs / whole.macs + made.params / whole.params if made.macs <= macs else 0.0
+
+    count = len(blocks(facts(graph)))
+    best = next((one for factor in FACTORS if kept(one := (factor,) * count)), None)
+    while best is not None:
+        halved = [(*best[:i], factor // 2, *best[i + 1 :]) for i, factor in enumerate(best) if factor > 1]
+        found = max(halved, key=kept, default=best)
+        if kept(found) <= kept(best):
+            break
+        best = found
+    return best

@@ -17,18 +17,17 @@ from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, seconds, size, table, wrap
 from splitfx.planning.goals import Goals
 from splitfx.report.explanation import ratio
-
-NOISE = 0.03  # a ratio of times that is nearer to 1 says nothing
+from splitfx.runtime.turns import Ratio
 
 
 @dataclass(frozen=True)
 class Choice:
     """One plan. ``figures`` are counted; ``seconds`` is a median measured here, None where that was not done.
 
-    ``time``: as a ratio to the model as it is, measured in turn with it. ``same``: the same function; else it must be
-    trained; ``accuracy`` in percent is what data gave, None where that was not done, and ``learned`` how: "solved" or
-    "trained". ``missed``: the goals that it does not keep, in words; empty where it keeps them all. ``split``: its
-    graph, with those weights.
+    ``time``: as a ratio to the model as it is, measured in turn with it, ± ``spread``. ``same``: the same function;
+    else it must be trained; ``accuracy`` in percent is what data gave, None where that was not done, and ``learned``
+    how: "solved" or "trained", and how far. ``missed``: the goals that it does not keep, in words; empty where it keeps
+    them all. ``split``: its graph, with those weights.
     """
 
     name: str
@@ -42,6 +41,7 @@ class Choice:
     learned: str = ""
     missed: tuple[str, ...] = ()
     split: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+    spread: float = 0.0
 
     @property
     def keeps(self) -> bool:
@@ -52,7 +52,7 @@ class Choice:
         """What became of the model's function, in words."""
         if self.same:
             return "the same"
-        return self.learned or "to be trained"
+        return self.learned.partition(",")[0].partition(" (")[0] or "to be trained"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Plans(Shown):
             "",
             table(head, rows, left=(0, 1, len(head) - 1)),
         ]
-        lines += [""] + [wrap(f"{one.name}: {one.why}") for one in self.choices]
+        lines += [""] + [wrap(f"{one.name}: {one.why}{'; ' * bool(one.learned)}{one.learned}") for one in self.choices]
         lines += [wrap(f"{name} cannot be had: {why}") for name, why in self.refused]
         lines += [] if self.complete else ["the time ran out before every plan was looked at: give more seconds"]
         return "\n".join(lines)
@@ -173,7 +173,7 @@ def _time(one: Choice) -> str:
         return "not measured"
     if one.time is None:
         return seconds(one.seconds)
-    return f"{seconds(one.seconds)} " + ("the same" if abs(one.time - 1) < NOISE else f"x{one.time:.2f}")
+    return f"{seconds(one.seconds)} {Ratio(one.time, one.spread)}"
 
 
 def _plain(one: Choice) -> dict[str, Any]:
@@ -184,6 +184,7 @@ def _plain(one: Choice) -> dict[str, Any]:
         "figures": asdict(one.figures),
         "seconds": one.seconds,
         "time": one.time,
+        "time_spread": one.spread,
         "same_function": one.same,
         "accuracy": one.accuracy,
         "learned": one.learned,

@@ -3,15 +3,15 @@ machine, and training only where an accuracy is asked for."""
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from splitfx.analysis.fingerprint import fingerprint
 from splitfx.compiler.pipeline import figures, run_plan
@@ -20,7 +20,6 @@ from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
-from splitfx.ground.timing import took
 from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.planning.candidates import Candidate, candidates
@@ -28,11 +27,11 @@ from splitfx.planning.choices import Choice, Plans
 from splitfx.planning.goals import Amount, Goals, goals
 from splitfx.planning.study import Notebook, Row
 from splitfx.planning.training import with_accuracy
-from splitfx.runtime.measuring import measure
+from splitfx.runtime.measuring import device_of, measure, placed
+from splitfx.runtime.turns import MOST_SECONDS, ratios
 from splitfx.train.search.study import TEMPORARY, SearchStudy
 
-LEAST, MOST = 7, 60  # timed calls of each plan, in turn with the model
-PAIRED_SECONDS, SURE = 10.0, 0.01  # calls end after so long, or when the ratio is known so well
+CALLS = 7  # of the model alone, for the amount that shares are of
 
 
 @told
@@ -69,6 +68,8 @@ def plan(
     """
     if accuracy_drop is not None and (train is None or val is None):
         raise PlanError("accuracy_drop needs data to train and to measure on: give train= and val= as well")
+    goals(peak, latency, macs, accuracy_drop, (1 << 60, 1.0, 1 << 60))  # what cannot be read is told before the work
+    place = device_of(device)
     end = time.perf_counter() + max_seconds
     graph: Any = model if is_canonical(model) and example_inputs is None else trace(model, example_inputs)
     inputs = ", ".join(dims(s.shape) for s in info(graph).inputs if isinstance(s, TensorSpec))
@@ -80,7 +81,7 @@ def plan(
         folder = held.enter_context(study.opened()) if study.folder is not None else None
         book = Notebook(folder, about)
         with in_eval(graph):
-            search = _Search(graph, device, end, book)
+            search = _Search(graph, place, end, book)
             now = search.now.figures
             asked = goals(peak, latency, macs, accuracy_drop, (now.peak_bytes, search.now.seconds or 0.0, now.macs))
             found, as_it_is = search.choices(asked), search.now
@@ -93,13 +94,13 @@ def plan(
 class _Search:
     """One look at all candidates."""
 
-    def __init__(self, graph: fx.GraphModule, device: str, end: float, book: Notebook) -> None:
+    def __init__(self, graph: fx.GraphModule, device: torch.device, end: float, book: Notebook) -> None:
         self.graph, self.device, self.end, self.book = graph, device, end, book
         shapes = [s for s in info(graph).shapes if s is not None]
         self.shape: Any = shapes[0] if len(shapes) == 1 else tuple(shapes)
         if book.known.seconds is None:
             say("measuring the model as it is")
-            book.known.seconds = measure(graph, random_inputs(graph), device, LEAST).seconds
+            book.known.seconds = measure(graph, random_inputs(graph), device, CALLS).seconds
             book.write()
         self.now = Choice("as it is", "", None, figures(graph), book.known.seconds, None, True)
         self.refused: list[tuple[str, str]] = []
@@ -118,10 +119,11 @@ class _Search:
             if row.refused:
                 self.refused.append((one.name, row.refused))
             elif split is not None:
-                choice = self._measured(one, row, split, asked)
+                choice = Choice(one.name, one.why, info(split).plan, figures(split), None, None, one.same, split=split)
                 if plain is None or choice.figures.peak_bytes < plain.figures.peak_bytes:
-                    found[one.name] = choice
-        return list(found.values())
+                    found[one.name] = replace(choice, missed=missed(choice, asked))
+        self._time([one for one in found.values() if one.keeps])
+        return [self._timed(one, asked) for one in found.values()]
 
     def _looked(self, one: Candidate) -> tuple[Row, fx.GraphModule | None]:
         """What became of a candidate, now or in an earlier look; no graph where there is nothing for it to do."""
@@ -138,42 +140,33 @@ class _Search:
             return self.book.row(one.name, Row()), None
         return self.book.row(one.name, Row(info(split).plan.to_toml())), split  # type: ignore[union-attr]
 
-    def _measured(self, one: Candidate, row: Row, split: fx.GraphModule, asked: Goals) -> Choice:
-        chosen = Choice(one.name, one.why, info(split).plan, figures(split), None, None, one.same, split=split)
-        if not missed(chosen, asked) and (row.time is not None or time.perf_counter() < self.end):
-            assert self.now.seconds is not None
-            if row.time is None:
-                say(f"timing {one.name}")
-                row.time = self._ratio(split)
-                self.book.write()
-            chosen = replace(chosen, seconds=row.time * self.now.seconds, time=row.time)
-        return replace(chosen, missed=missed(chosen, asked))
+    def _time(self, kept: list[Choice]) -> None:
+        """Time what was not timed before, all in turn with the model."""
+        rows = self.book.known.rows
+        new = {one.name: one.split for one in kept if rows[one.name].time is None and one.split is not None}
+        left = self.end - time.perf_counter()
+        if not new or left < 0:
+            return
+        say(f"timing {', '.join(new)}")
+        place = self.device
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), random_inputs(self.graph))
+        with ExitStack() as modes:
+            here = {name: placed(split, place) for name, split in {"": self.graph, **new}.items()}
+            for one in here.values():
+                modes.enter_context(in_eval(one))
+            calls = {name: partial(one, *args, **kwargs) for name, one in here.items()}
+            found = ratios(calls.pop(""), calls, place, min(MOST_SECONDS, left / 2 / len(new)))  # the rest is to train
+        for name, known in found.items():
+            rows[name].time, rows[name].spread = known.middle, known.spread
+        self.book.write()
 
-    def _ratio(self, split: fx.GraphModule) -> float:
-        """The time of a split as a ratio to the model's: the middle one of calls in turn, which a machine that drifts
-        slows alike, until it is known to a hundredth."""
-        args, kwargs = random_inputs(self.graph)
-        with in_eval(split), torch.inference_mode():
-            if self.device != "cpu":
-                assert self.now.seconds is not None
-                return measure(split, (args, kwargs), self.device, LEAST).seconds / self.now.seconds
-            both = [lambda: self.graph(*args, **kwargs), lambda: split(*args, **kwargs)]
-            ratios: list[float] = []
-            stop = time.perf_counter() + PAIRED_SECONDS
-            for turn in range(-2, MOST):
-                times = [0.0, 0.0]
-                for which in (0, 1) if turn % 2 else (1, 0):
-                    times[which] = took(both[which])
-                ratios += [times[1] / times[0]] if turn >= 0 else []
-                if len(ratios) >= LEAST and (_unsure(ratios) < SURE or time.perf_counter() > stop):
-                    break
-        return statistics.median(ratios)
-
-
-def _unsure(found: list[float]) -> float:
-    """The standard error of a median, as a share of it."""
-    middle = statistics.median(found)
-    return 1.86 * statistics.median(abs(one - middle) for one in found) / math.sqrt(len(found)) / middle
+    def _timed(self, one: Choice, asked: Goals) -> Choice:
+        row = self.book.known.rows[one.name]
+        if row.time is None:
+            return one
+        assert self.now.seconds is not None
+        timed = replace(one, seconds=row.time * self.now.seconds, time=row.time, spread=row.spread)
+        return replace(timed, missed=missed(timed, asked))
 
 
 def missed(one: Choice, asked: Goals) -> tuple[str, ...]:

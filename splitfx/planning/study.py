@@ -26,6 +26,7 @@ class Row(msgspec.Struct):
     plan: str = ""
     refused: str = ""
     time: float | None = None  # as a ratio to the model's
+    spread: float = 0.0  # ± of that
 
 
 class Learned(msgspec.Struct):

@@ -6,6 +6,7 @@ as its teacher. Passes that keep the function, such as `Tile`, come after that.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from dataclasses import replace
@@ -13,18 +14,21 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.data import Subset
 
 from splitfx.compiler.pipeline import run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Promise
 from splitfx.errors import SplitfxError
 from splitfx.ground.progress import say
+from splitfx.ground.table import number
 from splitfx.ir.graph import info
 from splitfx.planning.choices import Choice
 from splitfx.planning.goals import Goals
 from splitfx.planning.study import Learned, Notebook
 
 INPUTS = 512  # of the training data, on which layers are solved
+TRIED = 8  # batches that say how long training takes
 
 
 def with_accuracy(
@@ -54,7 +58,10 @@ def with_accuracy(
         split, came = _learned(graph, one, base - asked.drop, data, end, book)
         done = came.accuracy >= base - asked.drop
         missed = () if done else (f"reaches {came.accuracy:.2f} %",)
-        learned[one.name] = replace(one, accuracy=came.accuracy, learned=came.how, missed=missed, split=split)
+        plan = info(split).plan
+        learned[one.name] = replace(
+            one, plan=plan, accuracy=came.accuracy, learned=came.how, missed=missed, split=split
+        )
     return replace(now, accuracy=base), [learned.get(one.name, one) for one in found]
 
 
@@ -73,39 +80,80 @@ def _learned(
         book.keep(digest, *known)
     split, learned = known
     if rest:
+        before: Any = info(split).plan
         split = run_plan(split, Plan(rest))
-        info(split).plan = one.plan
+        after: Any = info(split).plan
+        info(split).plan = Plan((*before.passes, *after.passes), one.plan.input_shape)
     return split, learned
 
 
 def _found(
     graph: fx.GraphModule, plan: Plan, name: str, enough: float, data: tuple[Any, Any, Any], end: float
 ) -> tuple[fx.GraphModule, Learned]:
-    from splitfx.train.finetune import evaluate, finetune
-    from splitfx.train.history import Epoch
+    from splitfx.train.finetune import evaluate
 
-    class Late(Exception):
-        """The time is over."""
-
-    def in_time(epoch: Epoch) -> None:
-        if time.perf_counter() > end:
-            raise Late
-
-    train, val, recipe = data
+    train, val, _ = data
     say(f"{name}: solving its layers on inputs")
     images = torch.stack([train[int(i)][0] for i in torch.linspace(0, len(train) - 1, min(INPUTS, len(train)))])
     how = "solved"
     try:
-        split = run_plan(graph, Plan([replace(step, calibration=images) for step in plan.passes], plan.input_shape))
+        steps = [replace(step, order="solved", calibration=images) for step in plan.passes]  # type: ignore[call-arg]
+        split = run_plan(graph, Plan(steps, plan.input_shape))
     except SplitfxError as why:
         split, how = run_plan(graph, plan), f"not solved ({why})"
+    begun = time.perf_counter()
     accuracy = evaluate(split, val).accuracy
     if accuracy < enough and time.perf_counter() < end:
         say(f"training {name}")
-        how = "trained"
-        try:
-            finetune(split, train, val, recipe, teacher=graph, on_epoch=in_time)
-        except Late:
-            how = "trained, until the time was over"
-        accuracy = evaluate(split, val).accuracy
+        took = time.perf_counter() - begun
+        accuracy, trained = _trained(split, graph, accuracy, data, end, took)
+        how = trained or how
     return split, Learned(accuracy, how)
+
+
+def _trained(
+    split: fx.GraphModule,
+    graph: fx.GraphModule,
+    accuracy: float,
+    data: tuple[Any, Any, Any],
+    end: float,
+    scoring: float,
+) -> tuple[float, str]:
+    """Train as much as there is time for, so that the learning rate comes to its end; "" where there is none.
+
+    ``scoring``: seconds of one measurement of accuracy, of which there is one more than there are epochs.
+    """
+    from splitfx.train.finetune import finetune
+    from splitfx.train.history import Epoch
+    from splitfx.train.recipe import Recipe
+
+    class Late(Exception):
+        """The time is over: it was guessed too short."""
+
+    done: list[Epoch] = []
+
+    def in_time(epoch: Epoch) -> None:
+        done.append(epoch)
+        if len(done) < epochs and time.perf_counter() > end:
+            raise Late
+
+    train, val, recipe = data
+    recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    few = Subset(train, order[: TRIED * recipe.batch_size])
+    begun = time.perf_counter()
+    finetune(copy.deepcopy(split), few, few, replace(recipe, epochs=1), teacher=graph)
+    sample = (time.perf_counter() - begun) / len(few)
+    left = end - time.perf_counter() - scoring
+    epochs = min(recipe.epochs, int(left / (len(train) * sample + scoring)))
+    samples = len(train) if epochs else int((left - scoring) / sample)
+    if not epochs and samples <= len(few):
+        return accuracy, ""
+    part = train if epochs else Subset(train, order[:samples])
+    try:
+        finetune(split, part, val, replace(recipe, epochs=max(1, epochs)), teacher=graph, on_epoch=in_time)
+    except Late:
+        return done[-1].val.accuracy, "trained, until the time was over"
+    whole = epochs == recipe.epochs
+    how = "trained" if whole else f"trained, {number(max(1, epochs) * samples)} samples in the time that there was"
+    return max([accuracy, *(one.val.accuracy for one in done)]) if recipe.keep == "best" else done[-1].val.accuracy, how

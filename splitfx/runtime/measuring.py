@@ -88,10 +88,10 @@ def measure(
     if runs < 1:
         raise UnsupportedError(f"runs must be at least 1; got {runs}")
     say("measuring")
-    place = _device(device)
+    place = device_of(device)
     args, kwargs = inputs_for(example_inputs, model)
     with in_eval(model), torch.no_grad():
-        there = _placed(model, place)
+        there = placed(model, place)
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         before = torch.cuda.memory_allocated(place) if place.type == "cuda" else 0
@@ -110,7 +110,7 @@ def alternate(
     functions: Mapping[str, Callable[[], Any]], runs: int = 20, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Median seconds of each function, called in turn, so that a drift of the machine meets all alike."""
-    return {name: statistics.median(times) for name, times in timed(functions, runs, _device(device)).items()}
+    return {name: statistics.median(times) for name, times in timed(functions, runs, device_of(device)).items()}
 
 
 def timed(
@@ -131,7 +131,8 @@ def _p90(times: Sequence[float]) -> float:
     return sorted(times)[math.ceil(0.9 * len(times)) - 1]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """Raises `UnsupportedError` for one that is not here."""
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -143,7 +144,7 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _placed(model: nn.Module, place: torch.device) -> nn.Module:
+def placed(model: nn.Module, place: torch.device) -> nn.Module:
     """The model itself where it lies on ``place``, else a copy there."""
     state = [*model.parameters(), *model.buffers()]
     if all(t.device.type == place.type and place.index in (None, t.device.index) for t in state):

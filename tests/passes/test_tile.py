@@ -195,7 +195,7 @@ def test_train_mode_is_refused_when_it_runs() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"budget": "small"}, "a budget is a number of bytes with its unit"),
-    "no unit": ({"budget": "64"}, "with its unit, such as '64 MiB'"),
+    "no unit": ({"budget": "64"}, "with their unit, such as '64 MiB'"),
     "nothing": ({"budget": "0 MiB"}, "more than 0 bytes"),
     "negative": ({"budget": "-2 MiB"}, "a budget is a number"),
     "rows below zero": ({"rows": -1}, "counts"),

@@ -9,11 +9,11 @@ from splitfx.cli.progress import Progress
 from splitfx.errors import MissingExtraError
 
 TEXT = "print a script by which a shell completes commands, options and files"
-SHELLS = ("bash", "zsh")  # shtab knows tcsh too, but no options there
+SHELLS = ("bash", "fish", "zsh")  # shtab knows tcsh too, but no options there
 
 
 def arguments(one: Parser) -> None:
-    one.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash or zsh")
+    one.add_argument("shell", choices=SHELLS, metavar="SHELL", help=" or ".join((", ".join(SHELLS[:-1]), SHELLS[-1])))
 
 
 def run(given: Namespace, progress: Progress) -> int:

@@ -27,7 +27,9 @@ def parse_bytes(text: str) -> int:
     """``"64 MiB"`` -> 67108864. Raises `PlanError` for anything that is no positive number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?i?[bB])\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise PlanError(f"a budget is a number of bytes with its unit, such as '64 MiB'; got {shown(text)}")
+        raise PlanError(
+            f"a budget is bytes with their unit, such as '64 MiB', or a share such as '0.5x'; got {shown(text)}"
+        )
     value = float(found[1]) * _UNITS[found[2].lower()]
     if value > limits.BUDGET_BYTES:
         raise PlanError(f"a budget is at most 1024 PiB; got {shown(text)}")

@@ -1,0 +1,83 @@
+"""Times of calls against another call's, taken in turn, with how well they are known.
+
+A machine drifts: other work, its clock, its memory. So a call is timed next to the one that it is compared with, in an
+order that turns round, and the ratio of the two is what counts. Several calls take turns too, so that each of them is
+met by all that happens in the whole time. What still differs between parts of the time is the spread.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitfx.ground.timing import settling, took
+
+PARTS, STUDENT = 5, 2.776  # of the time, and Student's t for 95 % with as many
+LEAST, LEAST_SECONDS, MOST_SECONDS = 3 * PARTS, 1.0, 20.0  # pairs of calls, and the time for them, for each ratio
+SURE = 0.02  # a ratio whose spread is no larger than this share of it is known
+SEEN = 0.01  # what two digits show
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two times: the middle one of ``pairs`` of calls. ``spread``: half of a 95 % interval, from how far the
+    middle ratios of five parts of the time lie from each other (batch means)."""
+
+    middle: float
+    spread: float
+    pairs: int = 0
+
+    @property
+    def same(self) -> bool:
+        """Whether 1 is within the spread."""
+        return abs(self.middle - 1) <= max(self.spread, SEEN)
+
+    def __str__(self) -> str:
+        return "no difference" if self.same else f"x{self.middle:.2f} ± {max(self.spread, SEEN):.2f}"
+
+
+def ratio(found: list[float]) -> Ratio:
+    """The middle of ratios in the order in which they were measured, five or more."""
+    share = len(found) / PARTS
+    parts = [statistics.median(found[round(i * share) : round((i + 1) * share)]) for i in range(PARTS)]
+    return Ratio(statistics.median(found), STUDENT * statistics.stdev(parts) / math.sqrt(PARTS), len(found))
+
+
+def ratios(
+    base: Callable[[], Any],
+    others: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    most: float = MOST_SECONDS,
+) -> dict[str, Ratio]:
+    """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or after ``most`` seconds
+    for each of them, but not before five calls of each."""
+    settle = settling(torch.device(device))
+    found: dict[str, list[float]] = {name: [] for name in others}
+    open_ = list(others)
+    with torch.inference_mode():
+        for call in (base, *others.values()) * 2:  # the first calls pick kernels and fill caches
+            call()
+        start = time.perf_counter()
+        while open_:
+            for name in open_:
+                if len(found[name]) % 2:
+                    mine, its = took(others[name], settle), took(base, settle)
+                else:
+                    its, mine = took(base, settle), took(others[name], settle)
+                found[name].append(mine / its)
+            passed = (time.perf_counter() - start) / len(others)
+            open_ = [name for name in open_ if not _known(found[name], passed, most)]
+    return {name: ratio(times) for name, times in found.items()}
+
+
+def _known(found: list[float], passed: float, most: float) -> bool:
+    if len(found) < PARTS or passed > most:
+        return len(found) >= PARTS
+    now = ratio(found)
+    return len(found) >= LEAST and passed >= LEAST_SECONDS and now.spread <= SURE * now.middle
