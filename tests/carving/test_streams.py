@@ -113,15 +113,19 @@ def test_a_residual_stream_is_solved_for_directions(fused: bool, monkeypatch: py
     options: Any = {"fusion": "keep" if fused else "none", "costly": "split", "lowering": "grouped"}
     step = Group((2, 1) if fused else (2,), calibration=batch, **options)
 
+    told: list[bool] = []
+
     def far() -> float:
         split = splitfx.transform(model, step, batch[:1]).eval()
         assert ("fusion1" in dict(split.named_children())) == fused
+        told.append(any("hold directions of the dense map" in n.what for n in splitfx.explain(split).steps[0].notes))
         with torch.no_grad():
             return float((split(others) - model(others)).norm() / (model(others) - model(others).mean(0)).norm())
 
     with_streams = far()
     monkeypatch.setattr(reconstruction, "streams", lambda *_: [])
     assert with_streams < 0.75 * far()
+    assert told == [True, False]
 
 
 def test_refinement_compares_no_map_whose_channels_are_directions() -> None:

@@ -93,6 +93,7 @@ class _Job:
         self.count = sum(len(next(t for t in some if isinstance(t, torch.Tensor))) for some in given)
         self.rebased: dict[fx.Node, torch.Tensor] = {}  # by a map of the split: its channels, of the dense ones
         self.restored: dict[fx.Node, torch.Tensor] = {}  # and the dense ones, of its channels
+        self.notes: list[Note] = []
         self.rebase(dense, streams(every, divisions, fusions))
         self.units = [u for u in every if u.behind or u.end in self.rebased or reads(u.first, self.rebased)]
         self.left = Counter(u.target for u in self.units)
@@ -100,7 +101,6 @@ class _Job:
         self.here = _Split(split, given)
         self.here.divided = {str(n.target): d for n, d in divisions.items()}
         self.generator = torch.Generator().manual_seed(0)
-        self.notes: list[Note] = []
         if self.count < FEW:
             what = (
                 f"calibration is {self.count} inputs only: layers fit these and may be far off on others; give hundreds"
@@ -173,6 +173,10 @@ class _Job:
                 self.restart(node, new * (self.scaled(node).norm() / unit.norm()))
             for node in (n for n in stream.joint if n not in self.fusions):
                 self.restart(node, torch.einsum("oct,cr->ort", self.scaled(node), back))
+            what = (
+                f"its {len(spread)} channels hold directions of the dense map: only layers without activation use them"
+            )
+            self.notes.append(Note(layer(stream.writers[0].end), what, "info"))
             self.rebased |= dict.fromkeys(stream.values, takes)
             self.restored |= dict.fromkeys(stream.values, back)
 
