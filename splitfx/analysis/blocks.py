@@ -68,13 +68,14 @@ def boundaries(facts: Facts) -> list[fx.Node]:
 def _stage_start(facts: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
     """Where the stage of a shrinking operation starts: before the expansion that only its depthwise conv reads.
 
-    An inverted residual widens, then strides; the value in front of the widening is the narrow one that joins stages.
+    An inverted residual widens, then strides; the value in front of the widening is the narrow one that joins stages. A
+    node that only pads may stand between the two, so the widening's own map says that it does not stride.
     """
     readers = list(node.users)
     if len(readers) != 1 or getattr(module_of(readers[0]), "groups", 1) == 1:
         return node
     walked = node
-    while op(walked).channel is Channel.SAME and len(walked.all_input_nodes) == 1:
+    while _keeps_channels(facts, walked) and len(walked.all_input_nodes) == 1:
         walked = walked.all_input_nodes[0]
         if len(walked.users) != 1:
             return node
@@ -82,7 +83,13 @@ def _stage_start(facts: Facts, node: fx.Node, chain: list[fx.Node]) -> fx.Node:
     if before not in chain or getattr(module_of(walked), "groups", 0) != 1:
         return node
     narrower = shape(facts.shapes[before])[1] < shape(facts.shapes[node])[1]
-    return before if narrower and _area(facts, before) == _area(facts, node) else node
+    return before if narrower and _area(facts, before) == _area(facts, walked) else node
+
+
+def _keeps_channels(facts: Facts, node: fx.Node) -> bool:
+    row, reads = op(node), node.all_input_nodes
+    pads = row.spatial is Spatial.PAD and shape(facts.shapes[node])[1] == shape(facts.shapes[reads[0]])[1]
+    return row.channel is Channel.SAME or pads
 
 
 def _has_channels(facts: Facts, node: fx.Node) -> bool:

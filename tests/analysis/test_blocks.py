@@ -54,6 +54,20 @@ def test_an_inverted_residual_ends_at_its_narrow_value() -> None:
         assert not layer(block.edges[0].node).endswith("conv.1.0"), str(block)
 
 
+def test_a_pad_in_front_of_the_strided_conv_changes_no_end() -> None:
+    """TensorFlow's padding stands alone between the widening and the strided depthwise conv."""
+
+    def network(padded: bool) -> nn.Module:
+        pad = [nn.ZeroPad2d((0, 1, 0, 1))] if padded else []
+        deep = nn.Conv2d(24, 24, 3, stride=2, padding=0 if padded else 1, groups=24)
+        layers = [conv_bn(3, 8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 24, 1), nn.ReLU(), *pad, deep, nn.Conv2d(24, 12, 1)]
+        return Head(nn.Sequential(*layers), 12)
+
+    plain, padded = (blocks_of(network(p), image()) for p in (False, True))
+    assert ends(padded) == ends(plain)
+    assert ends(padded)[0] == "body.1"
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_blocks_hold_every_conv_once(name: str) -> None:
     known = facts(odd(name)[2])

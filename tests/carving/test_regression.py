@@ -12,7 +12,7 @@ from torch import nn
 from splitfx.carving.division import Division
 from splitfx.carving.reconstruction import layers
 from splitfx.carving.reconstruction.projection import Reader, projected
-from splitfx.carving.reconstruction.regression import Normal, solved
+from splitfx.carving.reconstruction.regression import PULLS, Normal, solved
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d(4, 6, 5, stride=2, padding=2), (3, 4, 17)),
@@ -50,7 +50,7 @@ def test_a_layer_is_solved_to_itself(name: str) -> None:
     free = module.bias is not None
     for some, normal in whole(module, x, y):
         start = torch.randn_like(layers.weights_in(module, some))
-        found, offset, error = solved(normal, normal, start, free)
+        found, offset, error = solved([normal, normal], start, free)
         assert float(error.max()) < 1e-6 * float(normal.varies(free).max())
         layers.put_in(weight, found, some, getattr(module, "groups", 1) > 1)
         bias[torch.as_tensor(some.outs)] = offset
@@ -90,13 +90,29 @@ def test_the_solution_is_that_of_least_squares_and_the_error_what_is_left(interc
 def test_no_block_is_solved_to_something_worse_on_held_out_rows_than_it_starts_from() -> None:
     """Fewer rows than features, of noise: the solution that fits them best is worthless elsewhere."""
     torch.manual_seed(0)
-    x, y = torch.randn(4, 12, 30, dtype=torch.float64), torch.randn(4, 12, 2, dtype=torch.float64)
-    held = Normal.of(torch.randn(4, 200, 30, dtype=torch.float64), torch.randn(4, 200, 2, dtype=torch.float64))
+    x, y = torch.randn(4, 4, 12, 30, dtype=torch.float64), torch.randn(4, 4, 12, 2, dtype=torch.float64)
     start = torch.zeros(4, 30, 2, dtype=torch.float64)
-    fit = Normal.of(x, y)
-    _, _, error = solved(fit, held, start, True)
-    assert bool((error <= held.error(start, fit.intercept(start, True)) + 1e-9).all())
-    assert bool((held.error(*fit.solve(1e-6, start, True)) > 1.15 * error).all())
+    parts = [Normal.of(*some) for some in zip(x, y, strict=True)]
+
+    def left(pull: float | None) -> torch.Tensor:
+        """What is left of the rows of each part, solved on all other rows."""
+        total = torch.zeros(4, dtype=torch.float64)
+        for i in range(4):
+            others = [j for j in range(4) if j != i]
+            rest = Normal.of(torch.cat([*x[others]], 1), torch.cat([*y[others]], 1))
+            weight, bias = rest.solve(pull, start, True) if pull else (start, rest.intercept(start, True))
+            total += (x[i] @ weight + bias[:, None] - y[i]).square().sum((1, 2))
+        return total
+
+    weight, bias, error = solved(parts, start, True)
+    wanted = torch.stack([left(None), *(left(pull) for pull in PULLS)])
+    torch.testing.assert_close(error, wanted.amin(0), rtol=1e-8, atol=0)
+    assert bool((left(1e-6) > 1.15 * error).all())
+    every = Normal.of(torch.cat([*x], 1), torch.cat([*y], 1))
+    for block, best in enumerate(wanted.argmin(0).tolist()):  # then all rows count
+        solution = every.solve(PULLS[best - 1], start, True) if best else (start, every.intercept(start, True))
+        torch.testing.assert_close(weight[block], solution[0][block], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(bias[block], solution[1][block], rtol=1e-8, atol=1e-10)
 
 
 def reader(weight: torch.Tensor, slots: list[np.ndarray]) -> Reader:
@@ -113,7 +129,7 @@ def test_a_projection_keeps_all_of_what_fits_into_it() -> None:
     mix = torch.randn(8, 8, dtype=torch.float64)
     found = projected([reader(w, slots) for w in weights], mix @ mix.T)
     assert found is not None
-    takes, new = found
+    takes, new, _ = found
     for weight, other in zip(weights, new, strict=True):
         for g, slot in enumerate(slots):
             rows = slice(4 * g, 4 * g + 4)
@@ -146,6 +162,26 @@ def test_a_projection_takes_what_the_layers_give_most_of() -> None:
     best = lost(found[0][:2])
     assert best <= lost(torch.linalg.svd(weight[:3, :, 0])[2][:2]) + 1e-9
     assert all(best <= lost(torch.randn(2, 8, dtype=torch.float64)) for _ in range(20))
+
+
+def test_branches_hold_together_what_is_read_jointly() -> None:
+    """Both branches' layers weigh the same two directions of 8 channels; a layer behind reads all channels."""
+    torch.manual_seed(0)
+    slots = [np.arange(0, 8, 2), np.arange(1, 8, 2)]
+    half = _low_rank(4, 2, 1)
+    weight, mix = torch.cat([half, half]), torch.randn(8, 8, dtype=torch.float64)
+    one = torch.eye(8, dtype=torch.float64)
+    alone = projected([reader(weight, slots)], mix @ mix.T)
+    found = projected([reader(weight, slots)], mix @ mix.T, [0.1 * one[:, :, None]])
+    assert alone is not None
+    assert found is not None
+    takes, new, back = found
+    assert int(torch.linalg.matrix_rank(takes, rtol=1e-6)) == 6  # the two twice, and two more from each branch
+    again = torch.einsum("ort,rc->oct", new[0], takes)
+    torch.testing.assert_close(again, weight, rtol=1e-6, atol=1e-8)
+    lost = [float((b @ t @ mix - mix).norm() / mix.norm()) for t, b in ((takes, back), (alone[0], alone[2]))]
+    assert lost[0] < 0.2 < lost[1], lost
+    torch.testing.assert_close(back @ takes @ back, back, rtol=1e-6, atol=1e-8)
 
 
 def test_no_projection_where_all_channels_fit_or_branches_differ() -> None:

@@ -17,7 +17,7 @@ def found(model: nn.Module, x: torch.Tensor, factors: tuple[int, ...]) -> list[U
     graph = trace(model, x)
     divider = Divider(Group(factors, fusion="none"), graph, facts(graph))
     divider.settle()
-    return units(graph, divider.divisions, ())
+    return [u for u in units(graph, divider.divisions, ()) if u.behind]
 
 
 class Residual(nn.Module):

@@ -3,7 +3,7 @@
 Every unit (`units`) is solved in order, in closed form: a divided layer by ridge regression on what the layers in front
 of it, solved already, really give; the batch norm behind it takes the statistics of that; a fusion is the affine map
 back to the dense values, projected, where only divided layers read it, on those directions of them that each branch's
-layers weigh most. No training, no labels.
+layers weigh most, as do maps that only linear layers write and read (`streams`). No training, no labels.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from splitfx.carving.reconstruction.lockstep import Values, Walk, batched, chann
 from splitfx.carving.reconstruction.projection import Reader, projected
 from splitfx.carving.reconstruction.refine import refine
 from splitfx.carving.reconstruction.regression import Normal, solved
+from splitfx.carving.reconstruction.streams import Stream, streams
 from splitfx.carving.reconstruction.units import Unit, units
 from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, module_of, set_path
 from splitfx.ir.notes import Note
 
-HELD = 4  # the last of so many parts of the inputs is held out, to choose how strongly solutions are drawn to the start
+PARTS = (
+    4  # of the inputs, one after the other, each held out once to choose how strongly solutions are drawn to the start
+)
 FEW = 64  # inputs
+PER_INPUT = 4  # what an input counts for in a covariance: its positions are alike
 
 Solution = tuple[torch.Tensor, torch.Tensor]  # weight [out, in, ...] and intercept [out], float64
 
@@ -81,20 +85,26 @@ class _Job:
         inputs: Any,
     ) -> None:
         self.split, self.divisions, self.fusions = split, divisions, fusions
-        self.units = units(split, divisions, fusions)
-        self.by_node = {u.node: u for u in self.units if u.node is not None}
+        every = units(split, divisions, fusions)
+        self.by_node = {u.node: u for u in every if u.node is not None}
         self.twin = {n.name: n for n in dense.graph.nodes}
-        self.left = Counter(u.target for u in self.units)
         self.given = given = batched(dense, inputs)
         check_range(dense, given)
+        self.count = sum(len(next(t for t in some if isinstance(t, torch.Tensor))) for some in given)
+        self.rebased: dict[fx.Node, torch.Tensor] = {}  # by a map of the split: its channels, of the dense ones
+        self.restored: dict[fx.Node, torch.Tensor] = {}  # and the dense ones, of its channels
+        self.notes: list[Note] = []
+        self.rebase(dense, streams(every, divisions, fusions))
+        self.units = [u for u in every if u.behind or u.end in self.rebased or reads(u.first, self.rebased)]
+        self.left = Counter(u.target for u in self.units)
         self.there = Walk(dense, given, kept=[self.twin[t.name] for t in self.left])
         self.here = _Split(split, given)
         self.here.divided = {str(n.target): d for n, d in divisions.items()}
         self.generator = torch.Generator().manual_seed(0)
-        self.notes: list[Note] = []
-        count = sum(len(next(t for t in some if isinstance(t, torch.Tensor))) for some in given)
-        if count < FEW:
-            what = f"calibration is {count} inputs only: layers fit these and may be far off on others; give hundreds"
+        if self.count < FEW:
+            what = (
+                f"calibration is {self.count} inputs only: layers fit these and may be far off on others; give hundreds"
+            )
             self.notes.append(Note("model", what, "info"))
 
     def solve(self) -> None:
@@ -117,7 +127,8 @@ class _Job:
         for unit in self.units:
             for node in (n for n in (unit.node, unit.norm) if n is not None):
                 masks[str(node.target)] = self.here.division(str(node.target))
-        places = [f.all_input_nodes[0].name for f in self.fusions]
+        read = [f.all_input_nodes[0] for f in self.fusions]
+        places = [n.name for n in read if n not in self.rebased]
         before, after = refine(dense, self.split, places, masks, self.given, steps)
         what = f"squared error on held-out inputs, of the variance: {before:.4f} before, {after:.4f} after"
         self.notes.append(Note("model", f"{steps} steps of gradient: {what}"))
@@ -134,9 +145,46 @@ class _Job:
         target = self.twin[unit.target.name]
         self.there.until(target)
         values = self.there.of(target)
+        if unit.node not in self.fusions and unit.end in self.rebased:
+            values = [_mixed(self.rebased[unit.end], v) for v in values]
         if unit.skip is None:
             return values
         return [v - s for v, s in zip(values, self.here.of(unit.skip), strict=True)]
+
+    # ------------------------------------------------------------ streams
+
+    def rebase(self, dense: fx.GraphModule, found: list[Stream]) -> None:
+        """Choose what the channels of each stream are, and start its readers from weights for those."""
+        walk = Walk(dense, self.given)
+        for stream in sorted(found, key=lambda s: min(walk.place[self.twin[v.name]] for v in s.values)):
+            spread: Any = 0
+            for value in sorted(stream.read(), key=lambda v: walk.place[self.twin[v.name]]):
+                walk.until(self.twin[value.name])
+                spread = spread + covariance(walk.of(self.twin[value.name]))
+            spread = shrunk(spread, self.count)
+            readers = {n: _in_units(self.scaled(n), spread) for n in stream.readers}
+            one = torch.eye(len(spread), dtype=torch.float64, device=spread.device)[:, :, None]
+            joint = [_in_units(one if n in self.fusions else self.scaled(n), spread) for n in stream.joint]
+            made = projected([Reader(w, self.divisions[n]) for n, w in readers.items()], spread, joint)
+            if made is None:
+                continue
+            takes, weights, back = made
+            for (node, unit), new in zip(readers.items(), weights, strict=True):
+                self.restart(node, new * (self.scaled(node).norm() / unit.norm()))
+            for node in (n for n in stream.joint if n not in self.fusions):
+                self.restart(node, torch.einsum("oct,cr->ort", self.scaled(node), back))
+            what = (
+                f"its {len(spread)} channels hold directions of the dense map: only layers without activation use them"
+            )
+            self.notes.append(Note(layer(stream.writers[0].end), what, "info"))
+            self.rebased |= dict.fromkeys(stream.values, takes)
+            self.restored |= dict.fromkeys(stream.values, back)
+
+    def scaled(self, node: fx.Node) -> torch.Tensor:
+        """The dense weight [out, in, taps] of a layer, as its norm scales it."""
+        weight = module_of(self.twin[node.name]).weight.detach().double()  # type: ignore[union-attr, operator]
+        weight = weight * _rowwise(self.affine(self.by_node[node])[0], weight)
+        return weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]
 
     # ------------------------------------------------------------ layers
 
@@ -147,7 +195,10 @@ class _Job:
         module: Any = module_of(node)
         slope, _ = self.affine(unit)
         # What the solution is drawn to: the weights as they are, as the norm scales them.
-        start = layers.with_weights(module, module.weight.detach().double() * _rowwise(slope, module.weight), None)
+        begin = module.weight.detach().double() * _rowwise(slope, module.weight)
+        if unit.end in self.rebased:
+            begin = torch.einsum("ro,oi...->ri...", self.rebased[unit.end], begin)
+        start = layers.with_weights(module, begin, None)
         free = unit.norm is not None or module.bias is not None
         read = self.here.of(node.all_input_nodes[0])
         (weight, bias), error = self.regressed(start, self.divisions.get(node), read, wanted, free)
@@ -178,37 +229,35 @@ class _Job:
         weight = torch.zeros_like(begin.weight, dtype=torch.float64)
         bias = weight.new_zeros(len(weight))
         left = total = 0.0
-        pairs = self.normals(start, blocks, read, wanted)
-        for some, (fit, held) in zip(blocks, pairs, strict=True):
-            found, offset, error = solved(fit, held, layers.weights_in(start, some), free)
+        for some, parts in zip(blocks, self.normals(start, blocks, read, wanted), strict=True):
+            found, offset, error = solved(parts, layers.weights_in(start, some), free)
             layers.put_in(weight, found, some, getattr(start, "groups", 1) > 1)
             bias[torch.as_tensor(some.outs, device=bias.device)] = offset
-            left, total = left + float(error.sum()), total + float(held.varies(free).sum())
+            left, total = left + float(error.sum()), total + float(sum(p.varies(free).sum() for p in parts))
         return (weight, bias), (left / total) ** 0.5 if total else 0.0
 
     def normals(
         self, module: nn.Module, blocks: list[layers.Blocks], read: Values, wanted: Values
-    ) -> list[tuple[Normal, Normal]]:
-        """Normal equations of each kind of block, over inputs to fit and over inputs that are held out."""
+    ) -> list[list[Normal]]:
+        """Normal equations of each kind of block, over each of some parts of the inputs."""
         last = isinstance(module, nn.Linear)
         sizes = [tuple(y.shape[:-1]) if last else (len(y), *y.shape[2:]) for y in wanted]
         count = sum(s[0] for s in sizes)
         if count < 2:
             raise PlanError("calibration is a single input; give several: a few hundred do")
         share = min(1.0, layers.wanted_positions(module, blocks) / sum(math.prod(s) for s in sizes))
-        sums: list[list[Normal | None]] = [[None, None] for _ in blocks]
-        first, others = 0, count - math.ceil(count / HELD)
+        sums: list[dict[int, Normal]] = [{} for _ in blocks]
+        first = 0
         for x, y, size in zip(read, wanted, sizes, strict=True):
             at = layers.positions(size, share, self.generator)
-            held = at[0] + first >= others
+            part = (at[0] + first) * min(PARTS, count) // count
             first += size[0]
-            for kind, some in enumerate(tuple(i[mask] for i in at) for mask in (~held, held)):
-                if not len(some[0]):
-                    continue
+            for number in part.unique().tolist():
+                some = tuple(i[part == number] for i in at)
                 taken, right = layers.windows(module, x, some), layers.rows(y, some, last)
-                for slot, block in zip(sums, blocks, strict=True):
-                    slot[kind] = layers.normal(taken, right, block).plus(slot[kind])
-        return [(fit, held) for fit, held in sums if fit is not None and held is not None]
+                for held, block in zip(sums, blocks, strict=True):
+                    held[number] = layers.normal(taken, right, block).plus(held.get(number))
+        return [list(held.values()) for held in sums]
 
     def moved(self, norm: fx.Node, made: nn.Module, read: Values, bias: torch.Tensor) -> None:
         """The norm behind a solved layer: it adds the intercept, and holds the statistics of what the layer gives."""
@@ -241,8 +290,10 @@ class _Job:
         module: Any = module_of(node)
         width = module.weight.shape[1]
         one = torch.eye(width, dtype=torch.float64, device=module.weight.device)
-        start = layers.with_weights(module, one.reshape(width, width, *module.weight.shape[2:]), None)
-        read = self.here.of(node.all_input_nodes[0])
+        place = node.all_input_nodes[0]
+        begin = self.restored.get(place, one)
+        start = layers.with_weights(module, begin.reshape(width, width, *module.weight.shape[2:]), None)
+        read = self.here.of(place)
         (weight, bias), error = self.regressed(start, None, read, wanted, True)
         weight = weight.flatten(1)
         takes = one[torch.as_tensor(self.fusions[node], device=one.device)]
@@ -267,12 +318,10 @@ class _Job:
             unit, division = self.by_node.get(reader), self.divisions.get(reader)
             if unit is None or division is None or getattr(module_of(reader), "groups", 1) > 1:
                 return {}
-            dense: Any = module_of(self.twin[reader.name])
-            slope, _ = self.affine(unit)
-            weight = dense.weight.detach().double() * _rowwise(slope, dense.weight)
+            weight = self.scaled(reader)
             if weight.shape[1] != module_of(node).weight.shape[1]:  # type: ignore[union-attr]
                 return {}
-            found[reader] = Reader(weight.flatten(2) if weight.dim() > 2 else weight[:, :, None], division)
+            found[reader] = Reader(weight, division)
         return found
 
     def restart(self, reader: fx.Node, weight: torch.Tensor) -> None:
@@ -287,9 +336,30 @@ class _Job:
         self.notes.append(Note(layer(node), f"solved; relative error on held-out inputs {error:.3f}", "info"))
 
 
+def reads(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> bool:
+    return any(n in values for n in node.all_input_nodes)
+
+
 def _rowwise(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One factor for each row of a weight [out, in, ...]."""
     return scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def shrunk(spread: torch.Tensor, count: int) -> torch.Tensor:
+    """A covariance [C, C] as it is to be expected of other inputs, from so many: the fewer there are for a channel, the
+    less the channels are taken to go together."""
+    share = len(spread) / (len(spread) + PER_INPUT * count)
+    return (1 - share) * spread + share * torch.diag(spread.diagonal())
+
+
+def _in_units(weight: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """A weight [out, C, taps] such that what it gives of maps with this covariance varies by 1 in all."""
+    return weight / torch.einsum("oct,cd,odt->", weight, spread, weight).clamp_min(1e-300).sqrt()
+
+
+def _mixed(mix: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Combinations [R, C] of the channels of a map [N, C, ...]."""
+    return torch.einsum("rc,nc...->nr...", mix.to(value.dtype), value)
 
 
 def covariance(values: Values) -> torch.Tensor:

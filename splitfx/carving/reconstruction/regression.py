@@ -1,11 +1,14 @@
 """Ridge regression by normal equations, accumulated in float64 over batches, for many equal blocks of a layer at once.
 
 The ridge draws the solution to a given start, the dense weights: directions that the data does not show stay as they
-are. How strongly is chosen on inputs that were held out, among `PULLS` and no change at all; then all inputs count.
+are. How strongly is chosen among `PULLS` and no change at all by cross-validation: each part of the inputs is held out
+once, since a part of few photographs may be like the others or like none; then all inputs count.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +45,17 @@ class Normal:
             self.yy + other.yy,
         )
 
+    def less(self, other: Normal) -> Normal:
+        """The sums without those rows."""
+        return Normal(
+            self.rows - other.rows,
+            self.x - other.x,
+            self.y - other.y,
+            self.xx - other.xx,
+            self.xy - other.xy,
+            self.yy - other.yy,
+        )
+
     def centred(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The Gram matrix and the cross products about the means; as they are for a layer without an intercept."""
         if not intercept:
@@ -75,21 +89,21 @@ class Normal:
 
 
 def solved(
-    fit: Normal, held: Normal, start: torch.Tensor, intercept: bool
+    parts: Sequence[Normal], start: torch.Tensor, intercept: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights [B, d, o], intercepts [B, o], and the sum of squares [B] that is left of held-out rows when they do not
-    take part. Each block gets the pull that is best for it there."""
-    best = (start, fit.intercept(start, intercept))
-    chosen = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    least = held.error(*best)
-    for number, pull in enumerate(PULLS, 1):
-        error = held.error(*fit.solve(pull, start, intercept))
-        better = error < least
-        chosen, least = torch.where(better, number, chosen), torch.where(better, error, least)
-    both = fit.plus(held)
-    weight, bias = start.clone(), both.intercept(start, intercept)
+    """Weights [B, d, o], intercepts [B, o], and the sum of squares [B] that is left of all rows, each part solved
+    without it. Each block gets the pull that is best for it there."""
+    every = functools.reduce(lambda a, b: b.plus(a), parts)
+    errors = every.x.new_zeros(1 + len(PULLS), len(start))
+    for part in parts:
+        rest = every.less(part)
+        errors[0] += part.error(start, rest.intercept(start, intercept))
+        for number, pull in enumerate(PULLS, 1):
+            errors[number] += part.error(*rest.solve(pull, start, intercept))
+    least, chosen = errors.min(0)
+    weight, bias = start.clone(), every.intercept(start, intercept)
     for number in sorted(set(chosen.tolist()) - {0}):
         of = (chosen == number)[:, None]
-        again = both.solve(PULLS[number - 1], start, intercept)
+        again = every.solve(PULLS[number - 1], start, intercept)
         weight, bias = torch.where(of[:, :, None], again[0], weight), torch.where(of, again[1], bias)
     return weight, bias, least

@@ -2,8 +2,8 @@
 
 A unit is a weighted layer with the batch norm behind it, a batch norm alone, or a fusion. Its target is what the dense
 graph has at its end; where that end is added to a skip, the sum less what the split has on the skip, so that the layer
-makes up for what went wrong there. Units are all layers at or behind a divided one that the model calls once, and whose
-weight nobody else reads.
+makes up for what went wrong there. Units are all layers that the model calls once, and whose weight nobody else reads;
+to be solved are those at or behind a divided one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 @dataclass(frozen=True)
 class Unit:
     """``node``: the layer, None where a norm is alone; ``norm``: the batch norm, None where there is none; ``target``:
-    the node whose dense value is aimed at, less the split's value of ``skip``."""
+    the node whose dense value is aimed at, less the split's value of ``skip``; ``behind``: at or behind a division."""
 
     node: fx.Node | None
     norm: fx.Node | None
     target: fx.Node
     skip: fx.Node | None = None
+    behind: bool = True
 
     @property
     def first(self) -> fx.Node:
@@ -54,18 +55,17 @@ def units(split: fx.GraphModule, divisions: Divisions, fusions: Collection[fx.No
     behind, found, taken = set[fx.Node](), list[Unit](), set[fx.Node]()
     place = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
-        if not (node in divisions or node in fusions or any(n in behind for n in node.all_input_nodes)):
-            continue
-        behind.add(node)
+        if node in divisions or node in fusions or any(n in behind for n in node.all_input_nodes):
+            behind.add(node)
         alone = node.op == "call_module" and calls[str(node.target)] == 1 and str(node.target) not in shared
         if node in fusions:
             found.append(Unit(node, None, node.all_input_nodes[0]))
         elif alone and type(module_of(node)) in KINDS:
             norm = _norm_behind(node, calls, shared)
             taken |= {norm} if norm is not None else set()
-            found.append(_aimed(node, norm, place))
+            found.append(_aimed(node, norm, place, node in behind))
         elif alone and node not in taken and _solvable(module_of(node)):
-            found.append(_aimed(None, node, place))
+            found.append(_aimed(None, node, place, node in behind))
     return found
 
 
@@ -83,12 +83,17 @@ def _solvable(module: nn.Module | None) -> bool:
     return module.running_mean is not None and module.affine
 
 
-def _aimed(node: fx.Node | None, norm: fx.Node | None, place: dict[fx.Node, int]) -> Unit:
+def _aimed(node: fx.Node | None, norm: fx.Node | None, place: dict[fx.Node, int], behind: bool) -> Unit:
     end = norm or node
     assert end is not None
     first, readers = node or end, list(end.users)
-    if len(readers) == 1 and readers[0].target in ADDS and not readers[0].kwargs:
-        others = [one for one in readers[0].args if one is not end]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and place[others[0]] < place[first]:
-            return Unit(node, norm, readers[0], others[0])
-    return Unit(node, norm, end)
+    if len(readers) == 1 and is_sum(readers[0]):
+        other = next((one for one in readers[0].all_input_nodes if one is not end), end)
+        if place[other] < place[first]:
+            return Unit(node, norm, readers[0], other, behind)
+    return Unit(node, norm, end, behind=behind)
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Adds one map to another."""
+    return node.target in ADDS and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
