@@ -77,7 +77,7 @@ def cost(graph: fx.GraphModule, shapes: dict[fx.Node, Any]) -> Cost:
             if isinstance(module_of(node), Staged):
                 macs, ops = _inside(node, shapes)
             else:
-                macs = _macs(node, row, shapes)
+                macs = _macs(node, shapes)
                 ops = macs + _elementwise(node, row, shapes)
         except CannotCount as reason:
             uncounted.append(Uncounted(layer(node), _name(node), str(reason)))
@@ -153,7 +153,16 @@ def _elementwise(node: fx.Node, row: Op, shapes: dict[fx.Node, Any]) -> int:
     return found
 
 
-def _macs(node: fx.Node, row: Op, shapes: dict[fx.Node, Any]) -> int:
+def macs(node: fx.Node, shapes: dict[fx.Node, Any]) -> int:
+    """Multiply-accumulates of one node; 0 where there is no closed form, as `cost` counts it."""
+    try:
+        return _macs(node, shapes)
+    except CannotCount:
+        return 0
+
+
+def _macs(node: fx.Node, shapes: dict[fx.Node, Any]) -> int:
+    row = op(node)
     if row.macs is None:
         return 0
     of = lambda value: shape(shapes[value] if isinstance(value, fx.Node) else value)  # noqa: E731

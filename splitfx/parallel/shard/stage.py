@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from splitfx.analysis.cost import cost
 from splitfx.analysis.shapes import shapes
 from splitfx.ground.exclusive import Autocast, autocasts, exclusive
 from splitfx.ir.graph import Staged, TensorSpec, attribute, module_of
@@ -108,15 +107,14 @@ class Sharded(Staged):
         cast: Autocast,
     ) -> Share:
         values = shapes(self.stage, specs, cast)
-        macs = {node: float(row.macs) for node, row in cost(self.stage, values).rows.items()}
         given = {place: Division.given(counts) for place, counts in rows.items()}
         division = next(iter(given.values()), self.division)
         planned, waits = self._planned(specs), frozenset[fx.Node]()
         keeping = planned.keeping if planned is not None else KEEP_ALL
-        stage = compile_stage(self.stage, values, keeping, macs, cast)
+        stage = compile_stage(self.stage, values, keeping, cast)
         if planned is None and division.ranks > 1:
             waits = awaited(stage, division, COSTS[self.job.link.device.type])
-            stage = compile_stage(self.stage, values, KEEP_ALL, macs, cast, waits)
+            stage = compile_stage(self.stage, values, KEEP_ALL, cast, waits)
         heaviest = max((k.bytes for k in stage.kernels if k.kind is Kind.ROWS), default=0)
         piece = min(PIECE, heaviest // (FEWEST * division.ranks))
         at_once = Schedule() if grads is not None else strips(stage, KEEP_ALL, [piece] * stage.phases)

@@ -86,9 +86,7 @@ class Candidates:
         that wait may go."""
         self.graph, self.facts, self.nodes = graph, facts, nodes
         self.small, _, _, copied = stage_graph(graph, nodes)
-        shapes, cost = facts.shapes, facts.cost
-        self.values = {new: shapes[old] for old, new in copied.items()}
-        self.macs = {new: float(cost.rows[old].macs) for old, new in copied.items() if old in cost.rows}
+        self.values = {new: facts.shapes[old] for old, new in copied.items()}
         self.beyond = outside
         self.outside = outside + around(graph, facts, nodes)
         self.spill: Spill = spill
@@ -107,7 +105,7 @@ class Candidates:
 
     def stage(self, keeping: Keeping = KEEP_ALL) -> Stage:
         if keeping not in self._stages:
-            self._stages[keeping] = compile_stage(self.small, self.values, keeping, self.macs)
+            self._stages[keeping] = compile_stage(self.small, self.values, keeping)
         return self._stages[keeping]
 
     # ------------------------------------------------------------ what a schedule takes
@@ -131,7 +129,8 @@ class Candidates:
         memory = self.facts.memory
         tall = max(self.nodes, key=lambda n: memory.live_bytes[n])
         moved = 2.0 * sum(memory.new_bytes[n] for n in self.nodes)
-        seconds = sum(self.macs.values()) * MAC + moved * BYTE * 2 + CALL * len(self.nodes)
+        macs = sum(self.facts.cost.rows[n].macs for n in self.nodes)
+        seconds = macs * MAC + moved * BYTE * 2 + CALL * len(self.nodes)
         return Point(memory.live_bytes[tall] + self.beyond, seconds, None, layer(tall))
 
     # ------------------------------------------------------------ families of schedules

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from splitfx.analysis.cost import macs
 from splitfx.analysis.live import has_storage, key
 from splitfx.analysis.memory import Temporaries
 from splitfx.analysis.regions import Edge, Regions
@@ -28,25 +29,23 @@ def compile_stage(
     graph: fx.GraphModule,
     values: dict[fx.Node, Any],
     keeping: Keeping = KEEP_ALL,
-    macs: dict[fx.Node, float] | None = None,
     autocast: Autocast = (),
     awaited: Collection[fx.Node] = (),
 ) -> Stage:
     """The kernels of a stage graph, whose nodes all have a role. ``values`` are its fake values, under ``autocast``.
 
     ``keeping``: which maps that wait for a reduction are computed a second time or spilled instead of being kept.
-    ``macs`` are multiply-accumulates by node, for the planner's estimate of time. ``awaited``: maps that are read in
-    later phases only, once all their rows are there.
+    ``awaited``: maps that are read in later phases only, once all their rows are there.
     """
-    return _Builder(graph, values, keeping, macs or {}, Temporaries(values, autocast), awaited).build()
+    return _Builder(graph, values, keeping, Temporaries(values, autocast), awaited).build()
 
 
 class _Builder:
     def __init__(
-        self, graph: fx.GraphModule, values: dict[fx.Node, Any], keeping: Keeping, macs: dict[fx.Node, float],
-        temporary: Temporaries, awaited: Collection[fx.Node],
+        self, graph: fx.GraphModule, values: dict[fx.Node, Any], keeping: Keeping, temporary: Temporaries,
+        awaited: Collection[fx.Node],
     ) -> None:  # fmt: skip
-        self.graph, self.values, self.keeping, self.macs = graph, values, keeping, macs
+        self.graph, self.values, self.keeping = graph, values, keeping
         self.temporary, self.awaited = temporary, awaited
         self.regions = Regions(values)
         self.roles = Roles(graph, self.regions)
@@ -126,7 +125,7 @@ class _Builder:
         kernel.rule = self.regions.window(node) if kernel.spatial is Spatial.WINDOW and not role else None
         if kernel.spatial is Spatial.PAD and not role:
             kernel.before = (in_front(node, 0, self.values, dims), in_front(node, 1, self.values, dims))
-        kernel.macs_per_row = self.macs.get(node, 0.0) / max(1, sizes[0])
+        kernel.macs_per_row = macs(node, self.values) / max(1, sizes[0])
         if kind is Kind.REDUCE:
             kernel.total_bytes = size if role else tensor.numel() * 8
         elif kind is Kind.WHOLE or (
