@@ -16,6 +16,7 @@ from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front, parse_bytes
 from splitfx.tiling.run.install import install
 from splitfx.tiling.stage.extract import stages
+from splitfx.tiling.stage.kernel import Keeping
 from tests.tiling.cases import PHASES
 from tests.tiling.test_stage import UNet
 from tests.tiling.trial import peaks
@@ -176,3 +177,30 @@ def test_wide_images_are_cut_into_bands() -> None:
     found = Candidates(graph, known, stages(graph, known.regions)[0][0])
     strips = min(found.point(Schedule(1, (), t)).peak_bytes for t in ((1, 1),))
     assert found.bands(found.point(Schedule(1))).peak_bytes < strips
+
+
+class TwoMaps(nn.Module):
+    """Two maps of one size wait for a mean: one of them takes far less to make again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heavy, self.light = nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.heavy(x), self.light(x)
+        return a * b * (a + b).mean((2, 3), keepdim=True)
+
+
+def test_what_is_planned_is_what_runs() -> None:
+    """Which maps are made again is decided alike by the planner and by the stage that runs."""
+    x = torch.randn(1, 3, 96, 80)
+    graph = trace(TwoMaps().eval(), x)
+    known = facts(graph)
+    nodes = stages(graph, known.regions)[0][0]
+    keeping = Keeping(recompute=8 * 96 * 80 * 4)  # room for one of them
+    planned = Candidates(graph, known, nodes)
+    tiled: Any = graph.get_submodule(str(install(graph, nodes, Schedule(4, keeping=keeping)).target))
+    ran = tiled.program((x,))
+    assert [k.name for k in ran.stage.kernels if k.again] == ["light"]
+    assert [(k.name, k.again) for k in planned.stage(keeping).kernels] == [(k.name, k.again) for k in ran.stage.kernels]
+    assert ran.peak == planned.point(Schedule(4, keeping=keeping)).peak_bytes - planned.outside

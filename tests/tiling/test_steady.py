@@ -25,7 +25,13 @@ class Stretched(nn.Module):
         return nn.functional.interpolate(x, size=(307, 18), mode="bilinear", align_corners=True).relu()
 
 
-NETWORKS = {**MODELS, "stretched": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Stretched())}
+NETWORKS = {
+    **MODELS,
+    "stretched": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Stretched()),
+    "waits": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 4, 5, padding=2)
+    ),
+}
 SCHEDULES = [Schedule(1), Schedule(2, (1, 2, 4)), Schedule(2, (), (1, 3))]
 HEIGHTS = [192, 187]  # one at which everything repeats, and one at which much does not
 
@@ -69,6 +75,15 @@ def test_what_is_left_out_is_counted(name: str, schedule: Schedule, height: int)
 def test_with_maps_made_again_or_spilled(name: str, keeping: Keeping) -> None:
     found = stage(name, 192, keeping)
     schedule = Schedule(2, keeping=keeping)
+    assert counts(found, schedule, True) == counts(found, schedule, False)
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("pause", [4, 16, 48])
+def test_a_phase_that_reads_what_waits_in_taller_pieces(pause: int, height: int) -> None:
+    """Where a piece ends, rows of two are joined and what is left of one is copied: no row but that one tells."""
+    found = stage("waits", height)
+    schedule = Schedule(1, (pause,))
     assert counts(found, schedule, True) == counts(found, schedule, False)
 
 

@@ -44,7 +44,10 @@ class Steady:
             period = lcm(period, stride // gcd(stride, rows))
             if period * 3 > steps:
                 break
-        self.period, self.before, self.over = period, None, period * 3 > steps
+        # Rows of two pieces are joined, and the rest of one is copied, where it ends and at no other row.
+        in_pieces = any(not c.whole for kernel in self.sources for c in emitter.buffers[kernel].chunks)
+        self.period, self.before = period, None
+        self.over = period * 3 > steps or in_pieces
 
     def skipped(self, step: int) -> int:
         """Steps that are left out behind this one: the emitter is then where it would be behind them."""
