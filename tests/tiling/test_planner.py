@@ -186,9 +186,10 @@ class TwoMaps(nn.Module):
         super().__init__()
         self.heavy, self.light = nn.Conv2d(3, 8, 7, padding=3), nn.Conv2d(3, 8, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.heavy(x), self.light(x)
-        return a * b * (a + b).mean((2, 3), keepdim=True)
+        mean = (a + b).mean((2, 3), keepdim=True)
+        return a * mean, b * mean
 
 
 def test_what_is_planned_is_what_runs() -> None:
