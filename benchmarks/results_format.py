@@ -32,6 +32,15 @@ def record(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def kept_beside(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of some models, dated, and the stored rows of the others, in the order in which they were."""
+    stored: list[dict[str, Any]] = json.loads(path_of(name).read_text())["rows"] if path_of(name).exists() else []
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    fresh = {row["model"]: [one | {"date": today} for one in rows if one["model"] == row["model"]] for row in rows}
+    names = dict.fromkeys([row["model"] for row in stored] + list(fresh))
+    return [row for model in names for row in fresh.get(model) or [o for o in stored if o["model"] == model]]
+
+
 def write(result: dict[str, Any], path: Path | None = None) -> str:
     target = path or path_of(result["name"])
     target.parent.mkdir(exist_ok=True)

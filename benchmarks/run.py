@@ -1,7 +1,8 @@
-"""The one runner: ``python -m benchmarks.run [name ...] [--quick] [--threads N] [--list]``.
+"""The one runner: ``python -m benchmarks.run [name ...] [--only MODEL ...] [--quick] [--threads N] [--list]``.
 
 Prints each benchmark's table and writes ``benchmarks/results/<name>.json``; ``--quick`` takes fewer runs
-and models and writes nothing. The process is started anew with a fixed number of threads that wait
+and models and writes nothing, ``--only`` runs some models and leaves the rows of the others as they are.
+The process is started anew with a fixed number of threads that wait
 passively, so that two thread pools (torch's and onnxruntime's) do not spin against each other.
 """
 
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import benchmarks
-from benchmarks.results_format import record, write
+from benchmarks.results_format import kept_beside, record, write
 from splitfx.errors import nearest
 from splitfx.ground.table import table
 
@@ -36,23 +37,47 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+    if options.only and len(options.names) != 1:
+        print("--only names models of one benchmark: give that one's name", file=sys.stderr)
+        return 2
+    if options.only and (unknown := set(options.only) - set(models_of(known[options.names[0]]))):
+        has = ", ".join(models_of(known[options.names[0]])) or "no models that can be chosen"
+        print(f"{options.names[0]} does not know {', '.join(sorted(unknown))}; it has: {has}", file=sys.stderr)
+        return 2
     restart_with_fixed_threads(options.threads)
     for name in options.names or known:
+        if options.only:
+            choose(known[name], options.only)
         started = time.perf_counter()
         rows = known[name].run(options.quick)
         print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
         if not options.quick:
-            print(f"written: {write(record(name, rows))}", flush=True)
+            print(f"written: {write(record(name, kept_beside(name, rows) if options.only else rows))}", flush=True)
     return 0
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.run", description="Run benchmarks and keep their results.")
     parser.add_argument("names", nargs="*", help="which ones; all when left out")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of one benchmark; other rows stay")
     parser.add_argument("--quick", action="store_true", help="fewer runs and models; results are not written")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every engine (default 1)")
     parser.add_argument("--list", action="store_true", help="show what there is")
     return parser.parse_args(arguments)
+
+
+def models_of(module: ModuleType) -> list[str]:
+    """Names of the models that a benchmark's ``CASES`` list: its keys, or the first of each of its tuples."""
+    cases = getattr(module, "CASES", ())
+    return list(cases) if isinstance(cases, dict) else [one[0] for one in cases]
+
+
+def choose(module: ModuleType, models: list[str]) -> None:
+    cases: Any = module.CASES
+    if isinstance(cases, dict):
+        module.CASES = {name: case for name, case in cases.items() if name in models}
+    else:
+        module.CASES = tuple(case for case in cases if case[0] in models)
 
 
 def discover() -> dict[str, ModuleType]:
