@@ -23,6 +23,7 @@ from splitfx.errors import PlanError, UnsupportedError, nearest
 from splitfx.ir.editing import free_path
 from splitfx.ir.graph import set_path
 
+KEPT = 8  # splits of one captured graph, for other numbers among its inputs
 _OPTIONS = ("plan", "budget", "verify")
 _ATTRIBUTE = re.compile(r"\._(?:parameters|buffers)\['\w+'\]$")
 _WORDS = re.compile(r"\['(\w+)'\]|\.(\w+)")
@@ -49,7 +50,7 @@ def asked(options: Mapping[str, Any]) -> tuple[Plan, bool]:
     if ("plan" in options) == ("budget" in options):
         raise PlanError(
             "torch.compile with backend='splitfx' needs either a budget or a plan: options={'budget': '64 MiB'}, or "
-            "options={'plan': [FoldBatchNorm(), ...]}"
+            "options={'plan': [Tile(until='layer3')]}"
         )
     given = options["plan"] if "plan" in options else [{"name": "tile", "budget": options["budget"]}]
     return Plan.of(given), bool(options.get("verify", True))
@@ -70,7 +71,10 @@ class Captured:
             given = tuple(one.item() if wrapped else one for one, wrapped in zip(given, self.wrapped, strict=True))
         key = tuple(None if isinstance(one, torch.Tensor) else one for one in given)
         if key not in self._known:
-            self._known[key] = self._split(given)
+            made = self._split(given)
+            if len(self._known) >= KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = made
         places, split = self._known[key]
         return split(*(given[place] for place in places))
 

@@ -194,10 +194,10 @@ def test_train_mode_is_refused_when_it_runs() -> None:
 # ---------------------------------------------------------------- nonsense
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no number": ({"budget": "small"}, "a budget is a number of bytes with its unit"),
+    "no number": ({"budget": "small"}, "a budget is bytes with their unit"),
     "no unit": ({"budget": "64"}, "with their unit, such as '64 MiB'"),
     "nothing": ({"budget": "0 MiB"}, "more than 0 bytes"),
-    "negative": ({"budget": "-2 MiB"}, "a budget is a number"),
+    "negative": ({"budget": "-2 MiB"}, "a budget is bytes with their unit"),
     "rows below zero": ({"rows": -1}, "counts"),
     "an empty grid": ({"grid": (0, 1)}, "counts"),
     "every zero": ({"rows": 1, "every": (0,)}, "counts"),
