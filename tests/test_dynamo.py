@@ -74,6 +74,31 @@ def test_code_that_cannot_be_traced_whole_at_any_size(dynamic: bool | None) -> N
             oracle.assert_equal(found["image"], wanted["image"])
 
 
+class Wrapped:
+    """An object that is no module, as a pipeline is, and a module whose attributes are looked up in its own way."""
+
+    class Careful(Pipeline):
+        def __getattr__(self, name: str) -> Any:
+            if name in self.__dict__.get("_modules", {}):
+                return self.__dict__["_modules"][name]
+            return super().__getattr__(name)
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.modules = self.Careful().double().eval()  # a name that every module has a method of
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.modules.decoder(z) * self.modules.scale
+
+
+def test_networks_inside_other_objects() -> None:
+    model, z = Wrapped(), image(1, 8, 24, 21)
+    decode = torch.compile(model.decode, backend=dynamo.backend, options={"budget": "least"})
+    with torch.no_grad():
+        oracle.assert_equal(decode(z), model.decode(z))
+        oracle.assert_equal(decode(z[:, :, :17]), model.decode(z[:, :, :17]))
+
+
 def test_numbers_that_a_graph_was_captured_with_are_not_taken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong() -> float:
         torch._dynamo.reset()

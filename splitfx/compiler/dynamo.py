@@ -25,8 +25,9 @@ from splitfx.ir.graph import set_path
 
 KEPT = 8  # splits of one captured graph, for other numbers among its inputs
 _OPTIONS = ("plan", "budget", "verify")
-_ATTRIBUTE = re.compile(r"\._(?:parameters|buffers)\['\w+'\]$")
-_WORDS = re.compile(r"\['(\w+)'\]|\.(\w+)")
+# Where Dynamo found a weight: L['self']._modules['conv']._parameters['weight'], .__dict__['_modules']['conv'] for some.
+_ATTRIBUTE = re.compile(r"_(?:parameters|buffers)(?:'\])?\['\w+'\]$")
+_WORDS = re.compile(r"\['(\w+)'\]|\.([A-Za-z]\w*)")
 _HOLDERS = ("self", "_modules", "_parameters", "_buffers")
 
 
@@ -124,7 +125,8 @@ def lifted(
     for place, ((node, where), value) in enumerate(zip(wheres.items(), given, strict=True)):
         if isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and _ATTRIBUTE.search(where)):
             words = [a or b for a, b in _WORDS.findall(where)]
-            path = free_path(tree, ".".join(word for word in words if word not in _HOLDERS) or node.name)
+            words = [word for word in words if word not in _HOLDERS and not hasattr(nn.Module, word)]
+            path = free_path(tree, ".".join(words) or node.name)
             set_path(tree, path, value)
             known[node] = copied.get_attr(path)
         elif isinstance(value, torch.Tensor):

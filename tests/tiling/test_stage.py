@@ -318,6 +318,32 @@ def test_heads_of_a_sequence_are_padded(pads: tuple[int, ...]) -> None:
         assert_equal(tile(graph, schedule).split, graph, inputs)
 
 
+class Classes(nn.Module):
+    """Segmentation to classes: what is largest among the channels, a row at a time."""
+
+    def __init__(self, dim: int, least: bool, keep: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1))
+        self.dim, self.pick, self.keep = dim, torch.argmin if least else torch.argmax, keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = F.interpolate(self.body(x), size=x.shape[2:], mode="bilinear")
+        return self.pick(logits, self.dim, keepdim=self.keep)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("least", [True, False])
+@pytest.mark.parametrize("dim", [1, -3, -1, 2])
+def test_places_of_extremes_among_channels(dim: int, least: bool, keep: bool) -> None:
+    model = Classes(dim, least, keep)
+    graph, inputs = traced(model, torch.randn(2, 3, 23, 18))
+    for schedule in STREAMS:
+        trial = tile(graph, schedule)
+        assert_equal(trial.split, graph, inputs)
+        kernels = trial.tiled.program(tuple(oracle.leaves(inputs))).stage.kernels
+        assert any(k.name.startswith("arg") and k.kind is Kind.ROWS for k in kernels) is (dim in (1, -3, -1))
+
+
 # ---------------------------------------------------------------- roles and phases
 
 REASONS = {

@@ -65,7 +65,7 @@ rows("var_mean", spatial=Spatial.GLOBAL, channel=Channel.SAME, per_input=1)
 
 
 def _one_extreme(at: Placed) -> Dims | None:
-    return _over_others(at) if "dim" in at.bound else None
+    return _over_others(at) if at.bound.get("dim") is not None else None
 
 
 rows(
@@ -77,3 +77,4 @@ rows(
     follows=_one_extreme,
     piece=_first,
 )
+rows("argmax argmin", spatial=Spatial.GLOBAL, per_input=1, follows=_one_extreme)
