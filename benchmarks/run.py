@@ -75,9 +75,10 @@ def models_of(module: ModuleType) -> list[str]:
 def choose(module: ModuleType, models: list[str]) -> None:
     cases: Any = module.CASES
     if isinstance(cases, dict):
-        module.CASES = {name: case for name, case in cases.items() if name in models}
+        kept: Any = {name: case for name, case in cases.items() if name in models}
     else:
-        module.CASES = tuple(case for case in cases if case[0] in models)
+        kept = tuple(case for case in cases if case[0] in models)
+    vars(module)["CASES"] = kept
 
 
 def discover() -> dict[str, ModuleType]:

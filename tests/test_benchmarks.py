@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,6 +25,33 @@ def test_every_benchmark_is_found_and_can_be_printed() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["compile_tme"]) == 2
     assert "Did you mean 'compile_time'?" in capsys.readouterr().err
+
+
+def test_models_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["decoders", "--only", "NAFNett"]) == 2
+    assert "decoders does not know NAFNett; it has: vae decode, NAFNet" in capsys.readouterr().err
+    assert run.main(["decoders", "shard", "--only", "NAFNet"]) == 2
+    assert "--only names models of one benchmark" in capsys.readouterr().err
+    assert run.main(["compile_time", "--only", "alexnet"]) == 2
+    assert "no models that can be chosen" in capsys.readouterr().err
+    for cases in ({"a": 1, "b": 2}, (("a", 1), ("b", 2))):
+        module = ModuleType("some")
+        vars(module)["CASES"] = cases
+        run.choose(module, ["b"])
+        assert run.models_of(module) == ["b"]
+
+
+def test_rows_of_other_models_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_format, "RESULTS", tmp_path)
+    rows = [{"model": "a", "n": 1}, {"model": "b", "n": 2}, {"model": "b", "n": 3}, {"model": "c", "n": 4}]
+    results_format.write(results_format.record("demo", rows))
+    found = results_format.kept_beside("demo", [{"model": "b", "n": 5}, {"model": "d", "n": 6}])
+    assert [(row["model"], row["n"], "date" in row) for row in found] == [
+        ("a", 1, False),
+        ("b", 5, True),
+        ("c", 4, False),
+        ("d", 6, True),
+    ]
 
 
 def test_a_result_file_names_versions_and_no_place(tmp_path: Path) -> None:
