@@ -13,7 +13,7 @@ MODEL = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callabl
 DATA = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
 INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
 
-
+# What other programs call it.
 GUESSED = {
     "--memory": "--peak",
     "--budget": "--peak",
@@ -25,7 +25,7 @@ GUESSED = {
     "--output": "--out",
     "--epochs": "--set epochs=N",
     "--lr": "--set lr=RATE",
-}  # what other programs call it
+}
 
 
 class Parser(argparse.ArgumentParser):

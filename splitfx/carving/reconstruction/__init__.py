@@ -29,9 +29,7 @@ from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, module_of, set_path
 from splitfx.ir.notes import Note
 
-PARTS = (
-    4  # of the inputs, one after the other, each held out once to choose how strongly solutions are drawn to the start
-)
+PARTS = 4  # of the inputs, each held out once to choose how strongly solutions are drawn to the start
 FEW = 64  # inputs
 PER_INPUT = 4  # what an input counts for in a covariance: its positions are alike
 

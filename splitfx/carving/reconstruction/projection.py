@@ -70,8 +70,9 @@ def _leading(own: list[torch.Tensor], joint: torch.Tensor | None, sizes: list[in
     """For each branch orthonormal directions [alive, r]: those that its own layers make the most of, and of what is
     read jointly those that the other branches do not hold yet. Branch by branch, while the others hold still."""
     bases = [torch.linalg.eigh(gram)[1].flip(1)[:, :size] for gram, size in zip(own, sizes, strict=True)]
-    for g in list(range(len(own))) * (SWEEPS if joint is not None else 0):
-        assert joint is not None
+    if joint is None:
+        return bases
+    for g in list(range(len(own))) * SWEEPS:
         others = torch.linalg.qr(torch.cat([b for i, b in enumerate(bases) if i != g], 1))[0]
         left = torch.eye(len(joint)).to(joint) - others @ others.T
         bases[g] = torch.linalg.eigh(own[g] + left @ joint @ left)[1].flip(1)[:, : sizes[g]]
