@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from splitfx.files import written_whole
+from splitfx.ground.files import written_whole
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"

@@ -17,9 +17,9 @@ import pytest
 
 from splitfx.errors import ExportError, SplitfxError
 from splitfx.export.data_files import data_files, written_with_data
-from splitfx.files import check_target, drafts, renames, written_whole
-from splitfx.files.drafts import SUFFIX, draft_of, sweep
-from splitfx.files.folders import FolderKind
+from splitfx.ground.files import check_target, drafts, renames, written_whole
+from splitfx.ground.files.drafts import SUFFIX, draft_of, sweep
+from splitfx.ground.files.folders import FolderKind
 
 KIND = FolderKind("a test", "about.json", 1, ExportError, dict)
 MOST = 60  # renames, links and removals that one write may take
@@ -168,7 +168,7 @@ def test_sabotage_a_folder_removed_before_it_is_replaced(tmp_path: Path, monkeyp
         os.rename(target, draft.parent / "gone")
         os.rename(draft, target)
 
-    monkeypatch.setattr("splitfx.files.folders.replace_folder", careless)
+    monkeypatch.setattr("splitfx.ground.files.folders.replace_folder", careless)
 
     def look() -> None:
         KIND.read_manifest(path)

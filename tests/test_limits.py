@@ -15,8 +15,8 @@ import splitfx
 from splitfx.compiler.inline import parse_pass, parse_sizes
 from splitfx.compiler.transform import inputs_for
 from splitfx.errors import PlanError, SplitfxError
-from splitfx.files import read_text
 from splitfx.ground import limits
+from splitfx.ground.files import read_text
 from splitfx.passes import Group, Tile
 
 HEAD = "format = 1\n"

@@ -65,7 +65,7 @@ def test_importing_splitfx_loads_no_heavy_leaf(tmp_path: Path):
 
 
 def test_the_protocol_and_plans_need_no_torch(tmp_path: Path):
-    code = "import sys, splitfx.errors, splitfx.compiler.options, splitfx.files; print('torch' in sys.modules)"
+    code = "import sys, splitfx.errors, splitfx.compiler.options, splitfx.ground.files; print('torch' in sys.modules)"
     stub = f"import types; s = types.ModuleType('splitfx'); s.__path__ = [{str(ROOT / 'splitfx')!r}]\n"
     stub += "import sys; sys.modules['splitfx'] = s\n"
     modules = "splitfx.compiler.protocol, splitfx.compiler.registry, splitfx.compiler.plan"

@@ -323,10 +323,10 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     ) -> None:  # root may write anywhere, so the refusal of the system is played
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("splitfx.files.put", refused)
+    monkeypatch.setattr("splitfx.ground.files.put", refused)
     with pytest.raises(PlanError, match="cannot be written: Permission denied"):
         Plan([Divide()]).save(tmp_path / "plan.toml")
-    monkeypatch.setattr("splitfx.files.drafts.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("splitfx.ground.files.drafts.tempfile.mkdtemp", refused)
     with pytest.raises(PlanError, match="cannot be written: Permission denied"):
         Plan([Divide()]).save(tmp_path / "plan.toml")
     assert os.listdir(tmp_path) == []

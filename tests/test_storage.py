@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 import splitfx
 from splitfx import storage
 from splitfx.errors import ExportError, PlanError
-from splitfx.files import drafts
 from splitfx.frontend.trace import trace
+from splitfx.ground.files import drafts
 from splitfx.ir import graph as graphs
 from splitfx.ir.graph import resolve as at
 from splitfx.passes import Group

@@ -14,10 +14,10 @@ from splitfx import storage
 from splitfx.cli.progress import Progress
 from splitfx.compiler.inline import parse_sizes
 from splitfx.errors import ExportError, SplitfxError, UnsupportedError
-from splitfx.files import check_target
 from splitfx.frontend.models import load_model
 from splitfx.frontend.trace import trace
 from splitfx.ground import limits
+from splitfx.ground.files import check_target
 
 
 def inputs_of(given: Namespace) -> tuple[torch.Tensor, ...] | None:

@@ -22,8 +22,8 @@ from typing import Any, Self
 from splitfx.compiler import options, registry
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError, nearest
-from splitfx.files import read_text, written_whole
 from splitfx.ground import limits
+from splitfx.ground.files import read_text, written_whole
 from splitfx.text import cut, shown
 
 FORMAT = 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfx.errors import ExportError
-from splitfx.files import written_whole
+from splitfx.ground.files import written_whole
 
 LETTERS = 16  # of the digest
 

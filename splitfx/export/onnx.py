@@ -32,8 +32,8 @@ from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
 from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes, unsteady
-from splitfx.files import check_target
 from splitfx.ground.exclusive import exclusive
+from splitfx.ground.files import check_target
 from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.report.explanation import summary

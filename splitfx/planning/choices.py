@@ -12,7 +12,7 @@ from torch import fx
 from splitfx.compiler.pipeline import Figures
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError
-from splitfx.files import written_whole
+from splitfx.ground.files import written_whole
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, seconds, size, table, wrap
 from splitfx.planning.goals import Goals

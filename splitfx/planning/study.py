@@ -14,8 +14,8 @@ from torch import fx
 
 from splitfx import storage
 from splitfx.errors import PlanError
-from splitfx.files import written_whole
-from splitfx.files.typed import read_typed
+from splitfx.ground.files import written_whole
+from splitfx.ground.files.typed import read_typed
 
 LOOKED, TRAINED = "looked.json", "trained"
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from splitfx.files import written_whole
+from splitfx.ground.files import written_whole
 from splitfx.ground.table import dims
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import numpy as np
 from torch import fx
 
 from splitfx.errors import MissingExtraError, PlanError
-from splitfx.files import read_text
 from splitfx.ground import limits
+from splitfx.ground.files import read_text
 from splitfx.ir.graph import layer
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import drawn

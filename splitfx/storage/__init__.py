@@ -25,10 +25,10 @@ from torch import fx, nn
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note
 from splitfx.errors import ExportError, PlanError
-from splitfx.files import read_json
-from splitfx.files.folders import FolderKind
-from splitfx.files.typed import Count
 from splitfx.ground.exclusive import fresh
+from splitfx.ground.files import read_json
+from splitfx.ground.files.folders import FolderKind
+from splitfx.ground.files.typed import Count
 from splitfx.ir import graph as graphs
 from splitfx.storage import deserialize, serialize
 from splitfx.storage.record import read_record, write_record

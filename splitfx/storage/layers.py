@@ -16,7 +16,7 @@ from msgspec import structs
 from torch import fx, nn
 
 from splitfx.errors import ExportError, PlanError
-from splitfx.files.typed import reason
+from splitfx.ground.files.typed import reason
 from splitfx.ir import graph as graphs
 from splitfx.ir.ops.layers import LAYERS, option_names
 from splitfx.storage import stored, values

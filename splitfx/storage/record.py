@@ -16,8 +16,8 @@ from torch import fx
 from splitfx.compiler.pipeline import Step
 from splitfx.compiler.sketch import Sketch
 from splitfx.errors import ExportError
-from splitfx.files import written_whole
-from splitfx.files.typed import read_typed
+from splitfx.ground.files import written_whole
+from splitfx.ground.files.typed import read_typed
 from splitfx.ir.graph import info
 from splitfx.report.explain import explain
 from splitfx.report.explanation import PROMISES

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from splitfx.files.typed import require_ordinary
 from splitfx.ground import names
+from splitfx.ground.files.typed import require_ordinary
 from splitfx.ir.notes import Note
 from splitfx.storage.operators import LARGEST
 from splitfx.subnetworks.entry import Form as EntryForm

@@ -19,10 +19,10 @@ from msgspec import Struct
 from torch import fx, nn
 
 from splitfx.errors import TrainingError
-from splitfx.files import written_whole
-from splitfx.files.drafts import sweep
-from splitfx.files.typed import Count, reason, require_ordinary
 from splitfx.ground.digest import digest
+from splitfx.ground.files import written_whole
+from splitfx.ground.files.drafts import sweep
+from splitfx.ground.files.typed import Count, reason, require_ordinary
 from splitfx.ir.graph import info, is_canonical
 from splitfx.text import one_line, shown
 from splitfx.train.history import Epoch, Score

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from splitfx.errors import MissingExtraError, TrainingError, nearest
-from splitfx.files import read_text
 from splitfx.ground import limits
+from splitfx.ground.files import read_text
 from splitfx.train.idx import read_idx
 
 KINDS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")

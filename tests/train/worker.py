@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from splitfx.files import written_whole
+from splitfx.ground.files import written_whole
 from splitfx.train.finetune import finetune
 from splitfx.train.recipe import Recipe
 from splitfx.train.search.greedy import search_factors

@@ -21,8 +21,8 @@ from msgspec import Meta, Struct
 from splitfx.errors import ExportError
 from splitfx.export.bundles.opened import Opened
 from splitfx.export.data_files import data_files
-from splitfx.files.folders import FolderKind, is_file_name
-from splitfx.files.typed import Count, Text
+from splitfx.ground.files.folders import FolderKind, is_file_name
+from splitfx.ground.files.typed import Count, Text
 from splitfx.ground.table import number, size, table
 from splitfx.splitnet.arguments import bound
 from splitfx.splitnet.tree import MERGE

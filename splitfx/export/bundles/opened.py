@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from splitfx.export import sessions
-from splitfx.files.folders import FolderKind
+from splitfx.ground.files.folders import FolderKind
 
 M = TypeVar("M")
 

@@ -21,8 +21,8 @@ from msgspec import Meta, Struct
 
 from splitfx.errors import ExportError, UnsupportedError
 from splitfx.export.bundles.opened import Opened
-from splitfx.files.folders import FolderKind
-from splitfx.files.typed import Count, Text
+from splitfx.ground.files.folders import FolderKind
+from splitfx.ground.files.typed import Count, Text
 from splitfx.ground.table import number, seconds, size, table
 from splitfx.text import shown
 

@@ -19,7 +19,7 @@ from torch import fx
 from splitfx.compiler.pipeline import Figures, Step, figures
 from splitfx.compiler.sketch import Sketch, sketch
 from splitfx.errors import SplitfxError
-from splitfx.files import check_target, written_whole
+from splitfx.ground.files import check_target, written_whole
 from splitfx.ground.table import dims, number, seconds, size
 from splitfx.ir.graph import info
 from splitfx.ir.notes import Note

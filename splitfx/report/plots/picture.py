@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfx.errors import MissingExtraError, SplitfxError
-from splitfx.files import check_target, written_whole
+from splitfx.ground.files import check_target, written_whole
 from splitfx.report.html.style import COLOURS
 
 PALETTE = dict(re.findall(r"--(\w+):\s*(#\w+)", COLOURS.partition("@media")[0]))  # the light one: pictures are printed

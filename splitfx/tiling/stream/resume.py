@@ -20,10 +20,10 @@ from typing import Any
 import msgspec
 
 from splitfx.errors import PlanError, SplitfxError
-from splitfx.files import check_target, refusals
-from splitfx.files.drafts import locked
-from splitfx.files.renames import put
-from splitfx.files.typed import Count, Text, read_typed
+from splitfx.ground.files import check_target, refusals
+from splitfx.ground.files.drafts import locked
+from splitfx.ground.files.renames import put
+from splitfx.ground.files.typed import Count, Text, read_typed
 from splitfx.ground.table import dims
 
 PAUSE = 1.0  # seconds between two notes of how many rows are there

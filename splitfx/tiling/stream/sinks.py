@@ -21,8 +21,8 @@ import torch
 from splitfx.analysis.fingerprint import fingerprint
 from splitfx.analysis.regions import MAPS
 from splitfx.errors import PlanError, UnsupportedError
-from splitfx.files import written_whole
 from splitfx.ground.digest import digest
+from splitfx.ground.files import written_whole
 from splitfx.ground.table import dims
 from splitfx.ir.graph import layer
 from splitfx.tiling.run.execution import Program

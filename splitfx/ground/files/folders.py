@@ -19,11 +19,11 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from splitfx.errors import SplitfxError
-from splitfx.files import followed, read_json, refusals
-from splitfx.files.drafts import draft_of, recover, replace_folder
-from splitfx.files.renames import put
-from splitfx.files.typed import typed
 from splitfx.ground import limits
+from splitfx.ground.files import followed, read_json, refusals
+from splitfx.ground.files.drafts import draft_of, recover, replace_folder
+from splitfx.ground.files.renames import put
+from splitfx.ground.files.typed import typed
 from splitfx.text import shown
 
 M = TypeVar("M")

@@ -1,6 +1,6 @@
-"""Writes a file whole or not at all; `splitfx.files.folders` does so with folders.
+"""Writes a file whole or not at all; `splitfx.ground.files.folders` does so with folders.
 
-Does: hands out a draft's path beside the target (`splitfx.files.drafts`) and renames it when the writer is done.
+Does: hands out a draft's path beside the target (`splitfx.ground.files.drafts`) and renames it when the writer is done.
 Refuses: an existing target unless `overwrite`, however late it came; a target that is no regular file; a missing
 parent folder, a place that cannot be written.
 Promises: after an error or a kill at any moment, the target is as it was or as it was to be. A link as the target is
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from splitfx.errors import SplitfxError
-from splitfx.files.drafts import draft_of
-from splitfx.files.renames import put
 from splitfx.ground import limits
+from splitfx.ground.files.drafts import draft_of
+from splitfx.ground.files.renames import put
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from splitfx.errors import SplitfxError
-from splitfx.files import read_json
+from splitfx.ground.files import read_json
 from splitfx.text import one_line
 
 DEEPEST = 100  # containers in containers

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from splitfx.files.renames import exchange, put
+from splitfx.ground.files.renames import exchange, put
 
 SUFFIX = ".splitfx"
 NEW, OLD, OURS, LOCK = "new", "old", "ours.json", "lock"
