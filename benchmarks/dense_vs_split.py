@@ -22,9 +22,10 @@ from splitfx.export.onnx import export_onnx
 from splitfx.export.sessions import CPU, open_session, session_options
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import number, seconds, size
+from splitfx.ground.turns import alternate
 from splitfx.passes import Group
+from splitfx.report.measuring import measure
 from splitfx.report.profile import profile
-from splitfx.runtime.measuring import alternate, measure
 
 NAME = "dense_vs_split"
 SHAPE = (1, 3, 224, 224)

@@ -33,9 +33,10 @@ from splitfx.export.onnx import export_onnx
 from splitfx.export.runtime import check_onnx
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import seconds, size, table, wrap
+from splitfx.ground.turns import alternate
 from splitfx.passes import FoldBatchNorm, Group, Tile
+from splitfx.report.measuring import measure
 from splitfx.report.profile import profile
-from splitfx.runtime.measuring import alternate, measure
 
 FACTORS = {"vgg16": (8, 2, 2, 4, 4), "resnet18": (8, 4, 2, 2, 2)}
 MEMORY = 0.02  # of the predicted peak

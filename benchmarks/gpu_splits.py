@@ -18,9 +18,9 @@ from splitfx.export.bundles.submodels import export_bundle
 from splitfx.export.bundles.submodels_runner import Bundle
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import seconds
+from splitfx.ground.turns import alternate
 from splitfx.parallel import Streams
 from splitfx.passes import SplitNet, SubNetworks
-from splitfx.runtime.measuring import alternate
 from splitfx.subnetworks.model import SubNetworksGraph
 from splitfx.train.data import load_data
 from splitfx.train.finetune import finetune

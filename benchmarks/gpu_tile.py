@@ -23,9 +23,10 @@ from splitfx.compiler.plan import Plan
 from splitfx.compiler.transform import transform
 from splitfx.errors import SplitfxError
 from splitfx.ground.table import seconds, size
+from splitfx.ground.turns import alternate
 from splitfx.passes import FoldBatchNorm, Tile
+from splitfx.report.measuring import measure
 from splitfx.report.profile import profile
-from splitfx.runtime.measuring import alternate, measure
 
 NETWORKS = ("resnet18", "mobilenet_v2", "resnet50", "vgg16", "efficientnet_b0")
 TYPES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ import torchvision
 
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import size
+from splitfx.report.measuring import measure
 from splitfx.report.profile import profile
-from splitfx.runtime.measuring import measure
 
 NAME = "memory_prediction"
 MODELS = (

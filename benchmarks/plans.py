@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import splitfx
 from splitfx.ground.table import size
-from splitfx.runtime.turns import Ratio, ratios
+from splitfx.ground.turns import Ratio, ratios
 
 NAME = "plans"
 COLUMNS = (

@@ -28,9 +28,9 @@ from splitfx.analysis.live import LiveStorage
 from splitfx.errors import SplitfxError
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import seconds, shorten, size
+from splitfx.ground.turns import timed
 from splitfx.ir.graph import info
 from splitfx.passes import FoldBatchNorm, Tile
-from splitfx.runtime.measuring import timed
 
 NAME = "tile"
 # (model, image size, budget for no loss of time, budget for the least memory)

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from splitfx.report.diff import Difference, diff
     from splitfx.report.explain import Comparison, Explanation, compare, explain
     from splitfx.report.html import inspect_html
+    from splitfx.report.measuring import Measurement, measure
     from splitfx.report.pareto import Curve, pareto
     from splitfx.report.profile import Profile, profile
-    from splitfx.runtime.measuring import Measurement, measure
     from splitfx.storage import load, save
     from splitfx.tiling.stream import stream
     from splitfx.tiling.stream.sources import RowSource
@@ -88,7 +88,7 @@ _HOME = {
     "splitfx.export.report": ["RuntimeReport"],
     "splitfx.export.runtime": ["check_onnx"],
     "splitfx.export.sessions": ["session_options"],
-    "splitfx.runtime.measuring": ["measure", "Measurement"],
+    "splitfx.report.measuring": ["measure", "Measurement"],
     "splitfx.analysis": ["Facts"],
     "splitfx.compiler.plan": ["Plan"],
     "splitfx.compiler.protocol": ["Pass", "Promise", "Outcome"],

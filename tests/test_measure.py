@@ -11,10 +11,11 @@ from torch import nn
 
 from splitfx.errors import UnsupportedError
 from splitfx.ground.table import WIDTH
-from splitfx.runtime.measuring import alternate, measure
+from splitfx.ground.turns import WARM_UP, alternate
+from splitfx.report.measuring import measure
 
 MIB = 2**20
-measure_module = importlib.import_module("splitfx.runtime.measuring")  # splitfx.measure is the function
+measure_module = importlib.import_module("splitfx.report.measuring")  # splitfx.measure is the function
 IMAGE = torch.zeros(MIB // 4)  # 1 MiB
 
 
@@ -96,7 +97,7 @@ def test_runs_below_one() -> None:
 def test_alternating_calls_every_function_equally_often() -> None:
     calls: list[str] = []
     found = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=4)
-    assert calls.count("a") == calls.count("b") == 4 + measure_module.WARM_UP
+    assert calls.count("a") == calls.count("b") == 4 + WARM_UP
     assert set(found) == {"a", "b"}
 
 

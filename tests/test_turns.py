@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from splitfx.runtime import turns
-from splitfx.runtime.turns import LEAST, MOST_SECONDS, PARTS, Ratio, ratio, ratios
+from splitfx.ground import turns
+from splitfx.ground.turns import LEAST, MOST_SECONDS, PARTS, Ratio, ratio, ratios
 
 
 class Machine:

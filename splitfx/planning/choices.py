@@ -15,9 +15,9 @@ from splitfx.errors import PlanError
 from splitfx.ground.files import written_whole
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, seconds, size, table, wrap
+from splitfx.ground.turns import Ratio
 from splitfx.planning.goals import Goals
 from splitfx.report.explanation import ratio
-from splitfx.runtime.turns import Ratio
 
 
 @dataclass(frozen=True)

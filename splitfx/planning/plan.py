@@ -20,6 +20,7 @@ from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import dims, number, seconds, size
+from splitfx.ground.turns import MOST_SECONDS, device_of, ratios
 from splitfx.ir.graph import TensorSpec, info, is_canonical, random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.planning.candidates import Candidate, candidates
@@ -27,8 +28,7 @@ from splitfx.planning.choices import Choice, Plans
 from splitfx.planning.goals import Amount, Goals, goals
 from splitfx.planning.study import Notebook, Row
 from splitfx.planning.training import with_accuracy
-from splitfx.runtime.measuring import device_of, measure, placed
-from splitfx.runtime.turns import MOST_SECONDS, ratios
+from splitfx.report.measuring import measure, placed
 from splitfx.train.search.study import TEMPORARY, SearchStudy
 
 CALLS = 7  # of the model alone, for the amount that shares are of

@@ -16,9 +16,9 @@ from torch import fx
 from splitfx.analysis import facts
 from splitfx.errors import PlanError, UnsupportedError
 from splitfx.ground.table import number, seconds, size, table
+from splitfx.ground.turns import alternate
 from splitfx.ir.graph import random_inputs
 from splitfx.ir.modes import in_eval
-from splitfx.runtime.measuring import alternate
 from splitfx.subnetworks.entry import entries
 from splitfx.tiling.plan.planner import parse_bytes
 

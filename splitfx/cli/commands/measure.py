@@ -22,7 +22,7 @@ def arguments(one: Parser) -> None:
 def run(given: Namespace, progress: Progress) -> int:
     from splitfx.cli.loading import inputs_of, is_folder, model_of, needed_inputs, saved
     from splitfx.ir.graph import random_inputs
-    from splitfx.runtime.measuring import measure as measured
+    from splitfx.report.measuring import measure as measured
 
     if is_folder(given.model):
         model: Any = saved(given.model, progress)

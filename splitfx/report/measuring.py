@@ -13,7 +13,7 @@ import copy
 import ctypes
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from splitfx.frontend.example_inputs import inputs_for
 from splitfx.ground.notebook import Shown
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import seconds, size
-from splitfx.ground.timing import settling, took
+from splitfx.ground.turns import device_of, timed
 from splitfx.ir.modes import in_eval
 
-WARM_UP = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -106,42 +105,8 @@ def measure(
     )
 
 
-def alternate(
-    functions: Mapping[str, Callable[[], Any]], runs: int = 20, device: str | torch.device = "cpu"
-) -> dict[str, float]:
-    """Median seconds of each function, called in turn, so that a drift of the machine meets all alike."""
-    return {name: statistics.median(times) for name, times in timed(functions, runs, device_of(device)).items()}
-
-
-def timed(
-    functions: Mapping[str, Callable[[], Any]], runs: int, device: torch.device, warm_up: int = WARM_UP
-) -> dict[str, list[float]]:
-    """Seconds of every run of every function, in rounds; the order turns round from one round to the next."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    settle = settling(device)
-    with torch.inference_mode():
-        for turn in range(-warm_up, runs):
-            names = list(functions) if turn % 2 == 0 else list(functions)[::-1]
-            for name in names:
-                found[name].append(took(functions[name], settle))
-    return {name: times[warm_up:] for name, times in found.items()}
-
-
 def _p90(times: Sequence[float]) -> float:
     return sorted(times)[math.ceil(0.9 * len(times)) - 1]
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """Raises `UnsupportedError` for one that is not here."""
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UnsupportedError(f"there is no device {str(device)!r}; use 'cpu' or 'cuda'") from error
-    if place.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"measuring on {place.type} is not supported; use 'cpu' or 'cuda'")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("there is no CUDA device here (torch.cuda.is_available() is False); use device='cpu'")
-    return place
 
 
 def placed(model: nn.Module, place: torch.device) -> nn.Module:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from splitfx.errors import UnsupportedError
 from splitfx.ground.timing import settling, took
 
 PARTS, STUDENT = 5, 2.776  # of the time, and Student's t for 95 % with as many
 LEAST, LEAST_SECONDS, MOST_SECONDS = 3 * PARTS, 1.0, 20.0  # pairs of calls, and the time for them, for each ratio
 SURE = 0.02  # a ratio whose spread is no larger than this share of it is known
 SEEN = 0.01  # what two digits show
+WARM_UP = 3  # calls before the first that counts
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,37 @@ def _known(found: list[float], passed: float, most: float) -> bool:
         return len(found) >= PARTS
     now = ratio(found)
     return len(found) >= LEAST and passed >= LEAST_SECONDS and now.spread <= SURE * now.middle
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], runs: int = 20, device: str | torch.device = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each function, called in turn, so that a drift of the machine meets all alike."""
+    return {name: statistics.median(times) for name, times in timed(functions, runs, device_of(device)).items()}
+
+
+def timed(
+    functions: Mapping[str, Callable[[], Any]], runs: int, device: torch.device, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Seconds of every run of every function, in rounds; the order turns round from one round to the next."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    settle = settling(device)
+    with torch.inference_mode():
+        for turn in range(-warm_up, runs):
+            names = list(functions) if turn % 2 == 0 else list(functions)[::-1]
+            for name in names:
+                found[name].append(took(functions[name], settle))
+    return {name: times[warm_up:] for name, times in found.items()}
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Raises `UnsupportedError` for one that is not here."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedError(f"there is no device {str(device)!r}; use 'cpu' or 'cuda'") from error
+    if place.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"measuring on {place.type} is not supported; use 'cpu' or 'cuda'")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("there is no CUDA device here (torch.cuda.is_available() is False); use device='cpu'")
+    return place
