@@ -76,7 +76,7 @@ def divided(model: nn.Module, kept: str, seed: int) -> Any:
 def draw(path: str = "docs/subnetworks.svg") -> None:
     """The README's picture from the kept results of this benchmark and of `subnetworks_latency`."""
     from benchmarks.run import load
-    from splitfx.train.picture import chart
+    from splitfx.report.plots.picture import chart
 
     times = {
         r["model"]: 1e6 * r["onnx_seconds"] for r in load("subnetworks_latency")["rows"] if "small" in r["network"]

@@ -21,8 +21,8 @@ from splitfx.export.bundles.branches import export_branches
 from splitfx.export.bundles.submodels import export_bundle
 from splitfx.passes import SubNetworks, Tile
 from splitfx.report.html import inspect_html, inspect_svg
+from splitfx.report.plots.picture import chart
 from splitfx.train import checkpoint
-from splitfx.train.picture import chart
 from tests.splitnet.carved import Chain, carved
 from tests.subnetworks.networks import vgg
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from splitfx.errors import TrainingError
 from splitfx.ir.graph import info, is_canonical
 from splitfx.ir.modes import in_eval
-from splitfx.train import batches
+from splitfx.train.data import batches
 from splitfx.train.objective import logits
 
 Data = Dataset[Any]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfx.errors import TrainingError
-from splitfx.train.batches import Process, shares
+from splitfx.train.data.batches import Process, shares
 
 
 @given(st.integers(8, 200), st.integers(1, 50), st.integers(1, 4), st.integers(0, 5))

@@ -1,4 +1,7 @@
-"""A picture as a file: png, svg or pdf, as the name's end says. Needs matplotlib, which is imported here only."""
+"""A picture, or a chart of accuracies, as a file: png, svg or pdf, as the name's end says.
+
+Needs matplotlib, which is imported here only.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,22 @@ def picture(path: str | os.PathLike[str], size: tuple[float, float], overwrite: 
         figure = Figure(figsize=size, dpi=140, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
-        with written_whole(path, overwrite=overwrite) as scratch:
-            figure.savefig(scratch, format=form)
+        with written_whole(path, overwrite=overwrite) as draft:
+            figure.savefig(draft, format=form)
+
+
+@contextmanager
+def chart(path: str | os.PathLike[str], overwrite: bool, x_label: str) -> Iterator[Any]:
+    """Axes to draw accuracies in percent on; written to ``path`` (png, svg or pdf by its suffix) at the end.
+
+    Raises `MissingExtraError` without matplotlib, `SplitfxError` where the file cannot be written.
+    """
+    with picture(path, (7, 4), overwrite) as figure:
+        axes = figure.subplots()
+        yield axes
+        axes.set(xlabel=x_label, ylabel="accuracy [%]")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        plain_axes(axes)
 
 
 def plain_axes(axes: Any) -> None:

@@ -25,7 +25,7 @@ from splitfx.errors import PlanError
 from splitfx.ground.notebook import Shown
 from splitfx.ground.progress import Say, told
 from splitfx.ground.table import number, size, table
-from splitfx.train.picture import chart
+from splitfx.report.plots.picture import chart
 from splitfx.train.search.preview import preview_search
 from splitfx.train.search.space import SearchSpace, figures, key_of
 from splitfx.train.search.study import TEMPORARY, SearchStudy

@@ -12,7 +12,7 @@ from torch import fx
 from splitfx.compiler.plan import Plan
 from splitfx.ground.notebook import Shown
 from splitfx.ground.table import number, size, table
-from splitfx.train.picture import chart
+from splitfx.report.plots.picture import chart
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from splitfx.errors import PlanError, TrainingError
 from splitfx.train import checkpoint
-from splitfx.train.batches import sized
+from splitfx.train.data.batches import sized
 from splitfx.train.finetune import evaluate as scored
 from splitfx.train.finetune import finetune
 from splitfx.train.fit import Data

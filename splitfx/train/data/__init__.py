@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from splitfx.errors import MissingExtraError, TrainingError, nearest
 from splitfx.ground import limits
 from splitfx.ground.files import read_text
-from splitfx.train.idx import read_idx
+from splitfx.train.data.idx import read_idx
 
 KINDS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
