@@ -182,19 +182,8 @@ class Regions:
         assert dims is not None
         together = all(self.dims[n] == dims for n in node.all_input_nodes)
         operand = first if isinstance(first, fx.Node) else source
-        return Placed(
-            node,
-            bind(node),
-            dims,
-            self.sizes(operand),
-            self.sizes(node),
-            operand,
-            self.values,
-            together,
-            self.extents[source],
-            self.dims,
-            self.extents,
-        )
+        sizes, extent = (self.sizes(operand), self.sizes(node)), self.extents[source]
+        return Placed(node, bind(node), dims, *sizes, operand, self.values, together, extent, self.dims, self.extents)
 
     def edge(self, node: fx.Node, operand: fx.Node, axis: int) -> Edge:
         """The tables of a node that is no barrier and one of its feature maps."""
@@ -290,10 +279,15 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if not maps:
         whole = None if known.gate(node) else whole
         return whole, f"{name or node.target} reads no feature map"
-    dims = known.dims[maps[0]]
+    return _beside_maps(node, maps[0], whole, known)
+
+
+def _beside_maps(node: fx.Node, read: fx.Node, whole: Dims | None, known: Regions) -> tuple[Dims | None, str]:
+    """The same of what reads a map; ``whole``: where its rows lie once it is complete."""
+    sizes, row, name = known.sizes(node), op(node), op_name(node)
+    dims, at = known.dims[read], known.placed(node)
     assert dims is not None
-    at = known.placed(node)
-    if row.reduces == "moments" and known.sizes(maps[0]) == sizes:
+    if row.reduces == "moments" and known.sizes(read) == sizes:
         whole = Laid(dims, at.extent)  # a norm leaves every value in its place
     if row.reduces == "exponentials" and row.consumes is not None and not row.consumes(at):
         return Laid(dims, at.extent), f"{name} runs along the whole map"
@@ -303,16 +297,8 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if why := known.misread(node) or (row.refuses(at) if row.refuses is not None else ""):
         return whole, why
     if row.spatial in (Spatial.WINDOW, Spatial.RESIZE, Spatial.PAD):
-        like = MAPS.get(len(sizes)) == dims and len(known.sizes(maps[0])) == len(sizes)
-        like = like and (len(sizes) > 3 or known.extents[maps[0]][1] == 1)
-        like = like or row.spatial is Spatial.PAD  # of a constant, wherever rows lie
-        why = "" if like else f"{name} does not read a map with channels in front"
-        if not isinstance(known.values[node], torch.Tensor):
-            why = f"{name} returns more than a map"
-        sequence = dims == NCL and len(sizes) == 3 and at.extent[1] == 1
-        extent = (sizes[dims[0]], 1) if sequence else at.extent if at.joined else None
-        laid = Laid(dims, extent, across=row.wraps is not None and row.wraps(at))
-        return laid if not why else whole, why
+        laid = _resampled(node, read, at, known)
+        return (whole, laid) if isinstance(laid, str) else (laid, "")
     follows = row.follows or (_elementwise if row.spatial is Spatial.POINTWISE else None)
     moved = follows(at) if follows is not None else None
     if moved is not None and follows is _elementwise:
@@ -322,6 +308,20 @@ def _placed(node: fx.Node, known: Regions) -> tuple[Dims | None, str]:
     if row.spatial is Spatial.GLOBAL:
         return whole, f"{name} reduces over the whole map"
     return whole, f"{name or node.target} has no spatial rule"
+
+
+def _resampled(node: fx.Node, read: fx.Node, at: Placed, known: Regions) -> Dims | str:
+    """Where the rows lie behind windows, another size or a padding; why not, where rows are not what is there."""
+    sizes, dims, row, name = known.sizes(node), at.dims, op(node), op_name(node)
+    like = MAPS.get(len(sizes)) == dims and len(known.sizes(read)) == len(sizes)
+    like = like and (len(sizes) > 3 or known.extents[read][1] == 1)
+    if not isinstance(known.values[node], torch.Tensor):
+        return f"{name} returns more than a map"
+    if not like and row.spatial is not Spatial.PAD:  # of a constant, wherever rows lie
+        return f"{name} does not read a map with channels in front"
+    sequence = dims == NCL and len(sizes) == 3 and at.extent[1] == 1
+    extent = (sizes[dims[0]], 1) if sequence else at.extent if at.joined else None
+    return Laid(dims, extent, across=row.wraps is not None and row.wraps(at))
 
 
 def _beside_rows(node: fx.Node, at: Placed, known: Regions) -> bool:

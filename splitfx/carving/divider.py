@@ -189,20 +189,7 @@ class Divider(Generic[Asked]):
             self.note(str(block), f"block {block.index}: factor 1, left as it is", "info")
             return
         shared = self.shared()
-        edges, spared = [], dict[str, list[str]]()
-        for edge in self.inside[block.index]:
-            option = self.spared(edge, shared)
-            if option:
-                spared.setdefault(option, []).append(layer(edge.node))
-            elif edge.computed:
-                self.note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
-            elif str(edge.node.target) in self.read:
-                self.note(layer(edge.node), "left undivided: the model reads its weight elsewhere too", "declined")
-            else:
-                edges.append(edge)
-        for option, layers in spared.items():
-            names = ", ".join(dict.fromkeys(layers))
-            self.note(str(block), f"block {block.index}: left undivided by option {option}: {names}", "info")
+        edges = self.divisible(block, shared)
         if not edges:
             self.note(str(block), f"block {block.index}: no layer to divide", "declined")
             return
@@ -218,6 +205,24 @@ class Divider(Generic[Asked]):
                 self.note(layer(edge.node), f"left undivided: {division}", "declined")
             else:
                 self.divisions[edge.node] = division
+
+    def divisible(self, block: Block, shared: set[fx.Node]) -> list[Edge]:
+        """The block's layers that may be divided; notes say why the others may not."""
+        edges, spared = [], dict[str, list[str]]()
+        for edge in self.inside[block.index]:
+            option = self.spared(edge, shared)
+            if option:
+                spared.setdefault(option, []).append(layer(edge.node))
+            elif edge.computed:
+                self.note(layer(edge.node), "left undivided: its weight is computed by the model", "declined")
+            elif str(edge.node.target) in self.read:
+                self.note(layer(edge.node), "left undivided: the model reads its weight elsewhere too", "declined")
+            else:
+                edges.append(edge)
+        for option, layers in spared.items():
+            names = ", ".join(dict.fromkeys(layers))
+            self.note(str(block), f"block {block.index}: left undivided by option {option}: {names}", "info")
+        return edges
 
     def edges_of(self, block: Block, place: dict[fx.Node, int]) -> list[Edge]:
         """The block's convs, and linear layers between them (gates written with nn.Linear)."""

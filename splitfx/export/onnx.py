@@ -254,9 +254,7 @@ def _place(exported: torch.export.ExportedProgram, error: BaseException | None) 
 
 
 def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """`output` for one tensor, the keys for a dict, `output_0`, ... for a sequence; never the name of an
-    input.
-    """
+    """`output` for one tensor, the keys for a dict, `output_0`, ... for a sequence; never the name of an input."""
     taken = {node.name for node in exported.graph.nodes if node.op == "placeholder"}
     spec = exported.call_spec.out_spec
     if spec is None:
@@ -311,8 +309,7 @@ def _record(model: Any, gm: fx.GraphModule, fixed: str, tiled: list[str]) -> Non
 def _layers(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, str]]:
     """The layer of every node by its name, and for a batch norm the layer of what it reads, else ""."""
     of: Callable[[Any], str] = lambda node: node.meta.get("custom", {}).get(LAYER, "")  # noqa: E731
-    norm = "batch_norm"
-    return {n.name: (of(n), of(n.args[0]) if norm in str(n.target) else "") for n in exported.graph.nodes}
+    return {n.name: (of(n), of(n.args[0]) if "batch_norm" in str(n.target) else "") for n in exported.graph.nodes}
 
 
 def _clean_nodes(model: Any, layers: dict[str, tuple[str, str]]) -> None:

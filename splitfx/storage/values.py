@@ -8,6 +8,7 @@ Promises: nothing is imported, evaluated or allocated.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
@@ -56,12 +57,16 @@ def encode(value: Any) -> Any:
         return {"node": value.name}
     if isinstance(value, slice):
         return {"slice": [encode(value.start), encode(value.stop), encode(value.step)]}
-    if isinstance(value, complex) and math.isfinite(value.real) and math.isfinite(value.imag):
+    if isinstance(value, complex) and cmath.isfinite(value):
         return {"complex": [value.real, value.imag]}
     if value is Ellipsis:
         return {"ellipsis": 0}
     if isinstance(value, torch.device):
         return {"device": value.type}
+    return _encode_word(value)
+
+
+def _encode_word(value: Any) -> Any:
     for kind, table in WORDS.items():
         if (name := str(value).removeprefix("torch.")) in table and table[name] is value:
             return {kind: name}

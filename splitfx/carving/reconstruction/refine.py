@@ -39,8 +39,7 @@ def refine(
         torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0] for parts in zip(*given, strict=True)
     ]
     count = max(len(one) for one in inputs if isinstance(one, torch.Tensor))
-    numbers = torch.arange(count)
-    rest, held = numbers.split([count - math.ceil(count / HELD), math.ceil(count / HELD)])
+    rest, held = torch.arange(count).split([count - math.ceil(count / HELD), math.ceil(count / HELD)])
     there, here = (observed(graph, places) for graph in (dense, split))
     weights = {name: t.detach().clone().requires_grad_() for name, t in trained(split, masks).items()}
     inside = {f"{path}.weight": d for path, d in masks.items() if d is not None}

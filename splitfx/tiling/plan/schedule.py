@@ -141,9 +141,17 @@ class Scheduler(Emitter):
     # ------------------------------------------------------------ one firing of a group
 
     def _fire_group(self, kernels: list[Kernel], released: dict[Kernel, int], pause: int) -> Iterator[Instruction]:
+        ready = self._ready(kernels, released, pause)
+        target = self._targets(kernels, ready)
+        for kernel in kernels:
+            if target[kernel] > self.buffers[kernel].done:
+                yield from self._fire(kernel, target[kernel])
+
+    def _ready(self, kernels: list[Kernel], released: dict[Kernel, int], pause: int) -> dict[Kernel, int]:
+        """Forward: how far each could go."""
         inside = set(kernels)
         ready: dict[Kernel, int] = {}
-        for kernel in kernels:  # forward: how far each could go
+        for kernel in kernels:
             limit = released.get(kernel, self._stop(kernel))
             if _ends(kernel, inside):
                 limit = min(limit, self._most(kernel, pause))
@@ -152,14 +160,15 @@ class Scheduler(Emitter):
                 if there is None:
                     grows = operand not in released or (bool(operand.takes) and operand.kind is Kind.ROWS)
                     there = self.buffers[operand].done if grows else released[operand]
-                    if there >= self._stop(operand):
-                        there = operand.rows
-                elif there >= self._stop(operand):
-                    there = operand.rows
-                limit = min(limit, edge.reach(there))
+                limit = min(limit, edge.reach(operand.rows if there >= self._stop(operand) else there))
             ready[kernel] = max(limit, self.buffers[kernel].done)
+        return ready
+
+    def _targets(self, kernels: list[Kernel], ready: dict[Kernel, int]) -> dict[Kernel, int]:
+        """Backward: how far each has to go."""
+        inside = set(kernels)
         target = {k: self.buffers[k].done for k in kernels}
-        for kernel in reversed(kernels):  # backward: how far each has to go
+        for kernel in reversed(kernels):
             if _ends(kernel, inside):
                 target[kernel] = max(target[kernel], ready[kernel])
             if target[kernel] > self.buffers[kernel].done:
@@ -167,9 +176,7 @@ class Scheduler(Emitter):
                     if operand in inside:
                         _, last, _, _ = edge.need(self.buffers[kernel].done, target[kernel])
                         target[operand] = max(target[operand], last)
-        for kernel in kernels:
-            if target[kernel] > self.buffers[kernel].done:
-                yield from self._fire(kernel, target[kernel])
+        return target
 
     # ------------------------------------------------------------ ends of phases
 
