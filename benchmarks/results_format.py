@@ -44,8 +44,8 @@ def kept_beside(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(result: dict[str, Any], path: Path | None = None) -> str:
     target = path or path_of(result["name"])
     target.parent.mkdir(exist_ok=True)
-    with written_whole(target, overwrite=True) as scratch:
-        scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with written_whole(target, overwrite=True) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return str(target.relative_to(Path.cwd())) if target.is_relative_to(Path.cwd()) else target.name
 
 

@@ -48,10 +48,10 @@ class Group(Pass):
     (``"strict"``) or stays dense (``"relaxed"``, which lets a few scalars per channel cross between branches).
     ``costly``: a block whose fusion costs more weights than the division saves is left ``"whole"`` or ``"split"`` all
     the same, as its factor says; a note gives both figures. ``order``: channels go to branches as they come
-    (``"given"``) or so that the branches keep the most squared weight (``"mass"``). ``lowering``: ``"grouped"`` convs,
-    narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and ``exclude``: globs of
-    layer names. ``calibration``: example inputs on which fusions are solved by least squares and batch norms behind
-    divided layers take their running statistics (not in the plan).
+    (``"given"``) or so that the branches keep the most weight energy (``"energy"``: squared weights). ``lowering``:
+    ``"grouped"`` convs, narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and
+    ``exclude``: globs of layer names. ``calibration``: example inputs on which fusions are solved by least squares and
+    batch norms behind divided layers take their running statistics (not in the plan).
 
     Stochastic depth on a split value draws per branch. Raises `PlanError` when ``factors`` does not fit the model.
     """
@@ -65,7 +65,7 @@ class Group(Pass):
     share: int = 0
     gating: Literal["strict", "relaxed"] = "strict"
     costly: Literal["whole", "split"] = "whole"
-    order: Literal["given", "mass", "solved"] = "given"
+    order: Literal["given", "energy", "solved"] = "given"
     branches: dict[str, tuple[int, ...]] | None = None
     lowering: Literal["auto", "grouped", "branches"] | tuple[Literal["grouped", "branches"], ...] = "auto"
     select: tuple[str, ...] = ("*",)
@@ -99,13 +99,13 @@ class _Job(Divider[Group]):
     def __init__(self, options: Group, graph: fx.GraphModule, facts: Facts) -> None:
         super().__init__(options, graph, facts)
         self.fusions: dict[fx.Node, np.ndarray] = {}
-        self.settled: dict[int, Literal["grouped", "branches"]] = {}
+        self.lowered: dict[int, Literal["grouped", "branches"]] = {}
 
     def run(self) -> Outcome:
         if not self.blocks:
             return Outcome((Note("model", "has no convolution: nothing to split", "declined"),))
         self.unmatched_globs()
-        self.settle()
+        self.decide()
         if not self.divisions:
             self.note("model", "no convolution can be divided: nothing was changed", "declined")
             return Outcome(tuple(self.notes))
@@ -126,19 +126,19 @@ class _Job(Divider[Group]):
         self.notes += carve(self.graph, self.divisions, lowering)
         changes: dict[str, Any] = {}
         if self.options.lowering == "auto":
-            changes["lowering"] = tuple(self.settled.get(b.index, "branches") for b in self.blocks)
+            changes["lowering"] = tuple(self.lowered.get(b.index, "branches") for b in self.blocks)
             if isinstance(self.options.factors, int):  # a word for each block, so a factor for each
                 changes["factors"] = (self.options.factors,) * len(self.blocks)
         if self.options.order == "solved":
-            changes["branches"] = self.settled_branches()
+            changes["branches"] = self.decided_branches()
         if dense is not None:
             changes["calibration"] = None  # it is done with
         return Outcome(tuple(self.notes), reference, replace(self.options, **changes) if changes else None)
 
-    def masses(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
+    def energies(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
         """What the order goes by. A layer behind a fusion reads any combinations of channels: it is left out."""
-        if self.options.order == "mass":
-            return super().masses(edges)
+        if self.options.order == "energy":
+            return super().energies(edges)
         if self.options.calibration is None:
             raise PlanError("pass 'group': order='solved' needs calibration, a few hundred inputs without labels")
         fused = {b.end for b in self.blocks if self.factor[b.index] > 1 and self.options.fusion != "none"}
@@ -191,7 +191,7 @@ class _Job(Divider[Group]):
             return {}
         factor = self.factor[block.index]
         how, why = choose_lowering(self.asked_lowering(block), self.facts, block, nodes, self.divisions)
-        self.settled[block.index] = how
+        self.lowered[block.index] = how
         self.note(
             str(block),
             f"block {block.index}: {len(nodes)} {'layer' if len(nodes) == 1 else 'layers'} in {factor} branches as "

@@ -34,7 +34,7 @@ from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_name
 from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import WHOLE, Structure
-from splitfx.splitnet.weights import heaviest, masses
+from splitfx.splitnet.weights import energies, heaviest
 
 Lowering = Literal["grouped", "padded", "branches"]
 SHOWN = 12  # groups, and classes of a group, named in the notes
@@ -143,7 +143,7 @@ class SplitNet(Pass):
             if self.calibration is None:
                 raise PlanError("pass 'splitnet': source='activations' needs calibration: example inputs")
             return heaviest(found, self.seed, contributions(found, self.calibration))
-        return heaviest(found, self.seed, masses(found, self.calibration))
+        return heaviest(found, self.seed, energies(found, self.calibration))
 
     def lower(self, found: Structure, divisions: dict[fx.Node, Division], padding: Padding) -> tuple[Lowering, str]:
         """Grouped convs, padded where groups are unequal, or narrow branches, for the whole model; linear layers are
@@ -225,7 +225,7 @@ def _told(
     for split in found.splits:
         where, division = layer(split.edge.node), divisions[split.edge.node]
         sizes = "/".join(f"{len(i)}:{len(o)}" for i, o in zip(division.ins, division.outs, strict=True))
-        share = f", keeps {shares[where]:.1%} of the squared weight" if where in shares else ", keeps all its weights"
+        share = f", keeps {shares[where]:.1%} of the weight energy" if where in shares else ", keeps all its weights"
         notes.append(Note(where, f"{split.level} groups of {sizes} channels{share}"))
     own = found.classes
     if own is not None:

@@ -102,9 +102,9 @@ class SubNetworks(Pass):
         for site, entry in zip(chosen, made, strict=True):
             insert_after(graph, site.cut, free_path(graph, f"sub{entry.number}"), entry)
         dress(graph)
-        settled = replace(self, cuts=tuple(s.enters for s in chosen), budgets=(), of="macs")
+        resolved = replace(self, cuts=tuple(s.enters for s in chosen), budgets=(), of="macs")
         by_name = self.cuts and all(isinstance(c, int) or c == s.enters for c, s in zip(self.cuts, chosen, strict=True))
-        return Outcome(tuple(notes), before, None if by_name else settled)
+        return Outcome(tuple(notes), before, None if by_name else resolved)
 
     # ------------------------------------------------------------ which cuts
 

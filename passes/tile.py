@@ -47,17 +47,19 @@ class TileStage:
     rows: int = 0
     grid: tuple[int, int] = (1, 1)
     recompute: int = -1
-    every: tuple[int, ...] = ()
+    firing_intervals: tuple[int, ...] = ()
     as_it_is: bool = False
     keep: int = -1
 
     def __post_init__(self) -> None:
-        options.settle(self, "pass 'tile': {} of a stage")
+        options.normalise(self, "pass 'tile': {} of a stage")
         of = f"the stage {shown(options.changed(self))}: "
-        _check_counts(self.rows, self.grid, self.recompute, self.every, of)
+        _check_counts(self.rows, self.grid, self.recompute, self.firing_intervals, of)
         _check_bytes("keep", self.keep, of)
         if self.as_it_is and len(options.changed(self)) > 1:
-            raise PlanError("pass 'tile': a stage that stays as_it_is has no rows, grid, recompute, every or keep")
+            raise PlanError(
+                "pass 'tile': a stage that stays as_it_is has no rows, grid, recompute, firing_intervals or keep"
+            )
 
     @classmethod
     def of(cls, schedule: Schedule | None) -> Self:
@@ -67,7 +69,7 @@ class TileStage:
         recompute, keep = (
             -1 if n == float("inf") else int(n) for n in (schedule.keeping.recompute, schedule.keeping.spill)
         )
-        return cls(schedule.rows, schedule.tiles, recompute, schedule.every, keep=keep)
+        return cls(schedule.rows, schedule.tiles, recompute, schedule.firing_intervals, keep=keep)
 
     def schedule(self, spill: Spill = "") -> Schedule | None:
         """``spill``: as the option of `Tile`. Raises `PlanError` where it is empty and the stage needs it."""
@@ -78,7 +80,9 @@ class TileStage:
                 "pass 'tile': a stage with keep spills the other maps: say where to, spill='disk' or 'host'"
             )
         recompute, keep = (float("inf") if n < 0 else float(n) for n in (self.recompute, self.keep))
-        return Schedule(self.rows, self.every, self.grid, Keeping(recompute, keep, spill if self.keep >= 0 else ""))
+        return Schedule(
+            self.rows, self.firing_intervals, self.grid, Keeping(recompute, keep, spill if self.keep >= 0 else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class Tile(Pass):
     share of what the model takes now, as in "0.5x"; "least" for the least possible; empty: half of what the model
     takes now, or the least that is possible. ``mode``: "stream" keeps
     line buffers, "grid" computes halos twice, "auto" lets the planner choose. By hand instead: ``until`` names the last
-    layer that is tiled, ``rows`` the input rows of a step, ``every`` the steps between two firings of each group of
-    layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes of maps that may wait for a reduction; where
-    there are more, some are computed twice instead of being kept (-1: never).
+    layer that is tiled, ``rows`` the height of a strip (the input rows of a step), ``firing_intervals`` the steps
+    between two firings of each group of layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes of maps
+    that may wait for a reduction; where there are more, some are computed twice instead of being kept (-1: never).
 
     ``spill``: maps that wait for a reduction (the statistics of a norm, say) may go elsewhere meanwhile, where the
     budget asks for it: "host" is the memory beside a GPU, "disk" a file in the folder of temporary files (``TMPDIR``)
@@ -118,7 +122,7 @@ class Tile(Pass):
     until: str = ""
     rows: int = 0
     grid: tuple[int, int] = (1, 1)
-    every: tuple[int, ...] = ()
+    firing_intervals: tuple[int, ...] = ()
     recompute: int = -1
     checkpoint: bool = False
     spill: Spill = ""
@@ -130,14 +134,14 @@ class Tile(Pass):
             object.__setattr__(self, "budget", f"{self.budget} B")
         if self.budget and self.budget != "least" and self._share is None:
             planner.parse_bytes(str(self.budget))
-        _check_counts(self.rows, self.grid, self.recompute, self.every)
+        _check_counts(self.rows, self.grid, self.recompute, self.firing_intervals)
         if self.by_hand and (self.budget or self.stages):
             raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
         if self.by_hand and self.mode != "auto":
             raise PlanError("pass 'tile': mode tells the planner what to look for; rows and grid by hand leave nothing")
-        if not self.by_hand and (self.every or self.recompute != -1):
+        if not self.by_hand and (self.firing_intervals or self.recompute != -1):
             raise PlanError(
-                "pass 'tile': every and recompute go with rows or grid; with a budget the planner sets them"
+                "pass 'tile': firing_intervals and recompute go with rows or grid; with a budget the planner sets them"
             )
 
     @property
@@ -150,7 +154,7 @@ class Tile(Pass):
         return share(str(self.budget)) or None
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
-        if self._share is not None:  # of this graph: the settled plan holds the bytes
+        if self._share is not None:  # of this graph: the resolved plan holds the bytes
             count = max(1, int(self._share * facts.memory.peak_bytes))
             return replace(self, budget=f"{count} B").run(graph, facts)
         self._require_place(facts)
@@ -173,8 +177,8 @@ class Tile(Pass):
                 tiled.checkpoint = self.checkpoint  # type: ignore[union-attr]
         if self.by_hand:
             return Outcome(tuple(notes))
-        settled = replace(self, stages=tuple(TileStage.of(schedule) for schedule, _ in decided))
-        return Outcome(tuple(notes), settled=None if settled == self else settled)
+        resolved = replace(self, stages=tuple(TileStage.of(schedule) for schedule, _ in decided))
+        return Outcome(tuple(notes), resolved=None if resolved == self else resolved)
 
     def _require_place(self, facts: Facts) -> None:
         """Raise `PlanError` where there is no other memory than the one that is to be spared."""
@@ -203,7 +207,9 @@ class Tile(Pass):
             return [(one, _how(one)) for one in schedules]
         if self.by_hand:
             keep = 0 if self.spill else -1
-            schedule = TileStage(self.rows, self.grid, self.recompute, self.every, keep=keep).schedule(self.spill)
+            schedule = TileStage(self.rows, self.grid, self.recompute, self.firing_intervals, keep=keep).schedule(
+                self.spill
+            )
             for nodes in found:
                 _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
@@ -261,15 +267,21 @@ def _apart(graph: fx.GraphModule, found: list[Nodes]) -> tuple[fx.GraphModule, F
     return work, Facts(work), calls | results
 
 
-def _check_counts(rows: int, grid: Sequence[int], recompute: int, every: Sequence[int], of: str = "") -> None:
+def _check_counts(
+    rows: int, grid: Sequence[int], recompute: int, firing_intervals: Sequence[int], of: str = ""
+) -> None:
     """Raise `PlanError` for settings that no map can have, before any is looked at."""
-    if rows < 0 or min(grid) < 1 or any(e < 1 for e in every):
-        raise PlanError(f"pass 'tile': {of}rows, grid and every are counts: rows at least 0, the others at least 1")
+    if rows < 0 or min(grid) < 1 or any(e < 1 for e in firing_intervals):
+        raise PlanError(
+            f"pass 'tile': {of}rows, grid and firing_intervals are counts: rows at least 0, the others at least 1"
+        )
     if grid[0] * grid[1] > limits.TILES:
         raise PlanError(f"pass 'tile': {of}a grid has at most {limits.TILES} tiles; got {shown(tuple(grid))}")
-    most = max(rows, *every, 0)
+    most = max(rows, *firing_intervals, 0)
     if most > limits.ELEMENTS:
-        raise PlanError(f"pass 'tile': {of}rows and every count rows and steps of a map; no map has {shown(most)}")
+        raise PlanError(
+            f"pass 'tile': {of}rows and firing_intervals count rows and steps of a map; no map has {shown(most)}"
+        )
     _check_bytes("recompute", recompute, of)
 
 
@@ -338,5 +350,5 @@ def _spec(value: Any) -> TensorSpec:
 def _how(schedule: Schedule | None) -> str:
     if schedule is None:
         return "left as it is"
-    rows = f"{schedule.rows} rows a step" if schedule.rows else "whole tiles"
+    rows = f"strips of {schedule.rows} rows" if schedule.rows else "whole tiles"
     return rows + (f", {schedule.tiles[0]} x {schedule.tiles[1]} tiles" if schedule.tiles != (1, 1) else "")

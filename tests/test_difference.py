@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splitfx.ground.difference import apart, relative_error
-from splitfx.ground.timing import settling, took
+from splitfx.ground.timing import synchronizer, took
 
 ONE = torch.tensor([1.0, -4.0, 2.0])
 
@@ -43,9 +43,9 @@ def test_other_shapes_are_infinitely_far() -> None:
     assert relative_error(ONE, ONE[:2]) == math.inf
 
 
-def test_a_call_is_timed_from_settled_to_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_timed_between_two_synchronizations(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr("time.perf_counter", lambda: seen.append("clock") or float(len(seen)))
-    assert took(lambda: seen.append("call"), lambda: seen.append("settle")) == 3.0
-    assert seen == ["settle", "clock", "call", "settle", "clock"]
-    settling(torch.device("cpu"))()
+    assert took(lambda: seen.append("call"), lambda: seen.append("synchronize")) == 3.0
+    assert seen == ["synchronize", "clock", "call", "synchronize", "clock"]
+    synchronizer(torch.device("cpu"))()

@@ -143,10 +143,10 @@ def test_one_factor_is_for_every_block() -> None:
 def test_one_factor_with_a_measured_lowering_is_kept_block_by_block() -> None:
     """The plan of the split says for each block what it became, and gives the same graph again."""
     split = splitfx.transform(network(), Group(factors=2), SHAPE)
-    settled = info(split).plan.passes[0]
-    assert isinstance(settled, Group)
-    assert settled.factors == (2, 2)
-    assert len(settled.lowering) == 2
+    resolved = info(split).plan.passes[0]
+    assert isinstance(resolved, Group)
+    assert resolved.factors == (2, 2)
+    assert len(resolved.lowering) == 2
 
 
 # ---------------------------------------------------------------- inputs

@@ -159,8 +159,8 @@ def test_the_recorded_plan_replays() -> None:
     """What was measured (lowering) is written down: the replay measures nothing and gives the same graph."""
     before = graph()
     split = run_plan(before, Plan([Group(factors=(2, 2))]))
-    settled = info(split).plan.passes[0]
-    assert settled.lowering in (("grouped", "grouped"), ("branches", "branches"), ("grouped", "branches"),
+    resolved = info(split).plan.passes[0]
+    assert resolved.lowering in (("grouped", "grouped"), ("branches", "branches"), ("grouped", "branches"),
                                 ("branches", "grouped"))  # fmt: skip
     again = run_plan(before, Plan.from_toml(info(split).plan.to_toml()))
     assert text(again) == text(split)

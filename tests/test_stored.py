@@ -291,7 +291,7 @@ def test_schedules_stay_within_their_maps(name: str, tiled: Path) -> None:
 @pytest.mark.parametrize("lost", ["Run", "Store", "Take"])
 def test_sabotage_a_schedule_that_leaves_something_out(lost: str, tiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = next(m for m in load(tiled).modules() if isinstance(m, Tiled)).stage
-    specs, schedule = [TensorSpec((1, 3, 16, 12))], Schedule(rows=4, every=(1, 2))
+    specs, schedule = [TensorSpec((1, 3, 16, 12))], Schedule(rows=4, firing_intervals=(1, 2))
     covered.require_covered(stage, specs, schedule)
     real = Scheduler.instructions
 

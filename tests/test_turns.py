@@ -29,7 +29,7 @@ class Machine:
 
         return run
 
-    def took(self, call: Callable[[], float], settle: Callable[[], None]) -> float:
+    def took(self, call: Callable[[], float], synchronize: Callable[[], None]) -> float:
         return call()
 
 

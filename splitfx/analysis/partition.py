@@ -101,20 +101,20 @@ def _deal(readers: _Readers, items: np.ndarray, factor: int, by_unit: np.ndarray
     by_unit[dealt] = np.arange(len(dealt)) % factor  # in turn: every reader's share is even to within one
 
 
-# ---------------------------------------------------------------- the order that keeps the most weight mass
+# ---------------------------------------------------------------- the order that keeps the most weight energy
 
 
-def kept_mass(edges: Iterable[tuple[Edge, np.ndarray]], branch: np.ndarray) -> float:
-    """Share of the squared weights that lies inside the blocks, over ``(edge, mass [out, in])``."""
+def kept_energy(edges: Iterable[tuple[Edge, np.ndarray]], branch: np.ndarray) -> float:
+    """Share of the weight energy that lies inside the blocks, over ``(edge, energy [out, in])``."""
     kept = total = 0.0
-    for edge, mass in edges:
+    for edge, energy in edges:
         outs, ins = branch[edge.outs], branch[edge.ins]
         inside = (outs[:, None] == ins[None]) | (outs[:, None] == WHOLE) | (ins[None] == WHOLE)
-        kept, total = kept + float((mass * inside).sum()), total + float(mass.sum())
+        kept, total = kept + float((energy * inside).sum()), total + float(energy.sum())
     return kept / total if total else 1.0
 
 
-def most_mass(
+def most_energy(
     axes: Axes,
     edges: Sequence[tuple[Edge, np.ndarray]],
     start: Partition,
@@ -122,16 +122,16 @@ def most_mass(
     restarts: int = 4,
     seed: int = 0,
 ) -> Partition:
-    """Re-assign channels, branch sizes as they are, so that the blocks keep the most squared weight.
+    """Re-assign channels, branch sizes as they are, so that the blocks keep the most weight energy.
 
     Block-coordinate ascent: each axis in turn is assigned exactly (linear sum assignment with one slot per place in
     a branch) while the others hold still, from the given order and from random ones; monotone, so it ends.
-    ``edges`` carry their mass [out, in], the squared weights summed over the kernel.
+    ``edges`` carry their energy [out, in], the squared weights summed over the kernel.
     """
     rng = np.random.default_rng(seed)
     divided = np.flatnonzero(start.branch != WHOLE)
     sets = families(axes, divided) if len(divided) else []
-    best, value = start.branch, kept_mass(edges, start.branch)
+    best, value = start.branch, kept_energy(edges, start.branch)
     for trial in range(restarts):
         branch = start.branch.copy()
         for names in sets if trial else []:
@@ -139,7 +139,7 @@ def most_mass(
             labels = np.array([branch[names[where == i][0]] for i in range(len(units))])
             branch[names] = rng.permutation(labels)[where]
         climbed = _ascend(axes, edges, sets, branch, start.factor, sweeps)
-        reached = kept_mass(edges, climbed)
+        reached = kept_energy(edges, climbed)
         if reached > value:
             best, value = climbed, reached
     return Partition(start.factor, best, start.whole)
@@ -153,12 +153,12 @@ def _ascend(
     factor: int,
     sweeps: int,
 ) -> np.ndarray:
-    value = kept_mass(edges, branch)
+    value = kept_energy(edges, branch)
     for _ in range(sweeps):
         for names in sets:
             trial = _assign(axes, edges, names, branch, factor)
-            branch = trial if kept_mass(edges, trial) >= kept_mass(edges, branch) else branch
-        reached = kept_mass(edges, branch)
+            branch = trial if kept_energy(edges, trial) >= kept_energy(edges, branch) else branch
+        reached = kept_energy(edges, branch)
         if reached <= value + 1e-9:
             break
         value = reached
@@ -172,8 +172,8 @@ def _assign(
     index = np.full(len(branch), -1)
     index[names] = where
     score = np.zeros((len(units), factor))
-    for edge, mass in edges:
-        for mine, other, m in ((edge.outs, edge.ins, mass), (edge.ins, edge.outs, mass.T)):
+    for edge, energy in edges:
+        for mine, other, m in ((edge.outs, edge.ins, energy), (edge.ins, edge.outs, energy.T)):
             rows = index[mine]
             if (rows >= 0).any():
                 gain = m[:, branch[other] >= 0] @ np.eye(factor)[branch[other][branch[other] >= 0]]

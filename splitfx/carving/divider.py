@@ -17,7 +17,7 @@ from splitfx.analysis import Facts
 from splitfx.analysis.axes import Edge
 from splitfx.analysis.blocks import Block, blocks
 from splitfx.analysis.gates import gates
-from splitfx.analysis.partition import WHOLE, Partition, kept_mass, most_mass, partition
+from splitfx.analysis.partition import WHOLE, Partition, kept_energy, most_energy, partition
 from splitfx.analysis.shapes import shape
 from splitfx.carving.division import Division, alike, weights_of
 from splitfx.carving.fusion import squares
@@ -54,7 +54,7 @@ Asked = TypeVar("Asked", bound=Options)
 
 
 class Divider(Generic[Asked]):
-    """What is divided of one graph; `settle` decides."""
+    """What is divided of one graph; `decide` says what."""
 
     def __init__(self, options: Asked, graph: fx.GraphModule, facts: Facts) -> None:
         self.options, self.graph, self.facts, self.axes = options, graph, facts, facts.axes
@@ -65,7 +65,7 @@ class Divider(Generic[Asked]):
         self.read, self.tied = read_alone(graph), {path for paths in tied(graph).values() for path in paths}
         self.divisions: dict[fx.Node, Division] = {}
         self.partitions: dict[int, Partition] = {}  # of the split blocks, by number
-        self.mass: dict[fx.Node, np.ndarray] | None = None
+        self.energy: dict[fx.Node, np.ndarray] | None = None
         self.relaxed = gates(facts) if options.gating == "relaxed" else set()
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.inside = {b.index: self.edges_of(b, place) for b in self.blocks}
@@ -115,7 +115,7 @@ class Divider(Generic[Asked]):
 
     # ------------------------------------------------------------ which blocks are split
 
-    def settle(self) -> None:
+    def decide(self) -> None:
         """Divide the blocks; and again, with the costliest left whole, while there is one that costs more weights than
         it saves."""
         self.divide_all()
@@ -195,7 +195,7 @@ class Divider(Generic[Asked]):
             return
         found = partition(self.axes, edges, factor, self.whole_axes(block, shared))
         if self.options.branches is not None:
-            found = self.as_settled(block, found)
+            found = self.as_planned(block, found)
         elif self.options.order != "given":
             found = self.ordered(block, edges, found)
         self.partitions[block.index] = found
@@ -248,14 +248,14 @@ class Divider(Generic[Asked]):
 
     def ordered(self, block: Block, edges: list[Edge], found: Partition) -> Partition:
         """Channels in branches such that these keep the most of what the order goes by."""
-        mass = self.weighed()
-        weighed = [(e, mass[e.node]) for e in edges if e.node in mass]
+        energy = self.weighed()
+        weighed = [(e, energy[e.node]) for e in edges if e.node in energy]
         if not weighed:
             return found
-        before = kept_mass(weighed, found.branch)
-        best = most_mass(self.axes, weighed, found)
-        after = kept_mass(weighed, best.branch)
-        what = "squared weight" if self.options.order == "mass" else "contributions to outputs"
+        before = kept_energy(weighed, found.branch)
+        best = most_energy(self.axes, weighed, found)
+        after = kept_energy(weighed, best.branch)
+        what = "weight energy" if self.options.order == "energy" else "contributions to outputs"
         self.note(
             str(block),
             f"block {block.index}: channel order keeps {after:.1%} of the {what}, the given order {before:.1%}",
@@ -265,16 +265,16 @@ class Divider(Generic[Asked]):
 
     def weighed(self) -> dict[fx.Node, np.ndarray]:
         """What the order goes by, [out, in] of every layer that it counts."""
-        if self.mass is None:
+        if self.energy is None:
             every = [e for inside in self.inside.values() for e in inside]
             edges = [e for e in every if e.groups == 1 and module_of(e.node) is not None]
-            self.mass = self.masses(edges)
-        return self.mass
+            self.energy = self.energies(edges)
+        return self.energy
 
-    def masses(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
+    def energies(self, edges: list[Edge]) -> dict[fx.Node, np.ndarray]:
         return {e.node: squares(module_of(e.node)) for e in edges}
 
-    def as_settled(self, block: Block, found: Partition) -> Partition:
+    def as_planned(self, block: Block, found: Partition) -> Partition:
         """The branch of every channel as an earlier run wrote it down."""
         assert self.options.branches is not None
         given, divided = self.options.branches.get(str(block.index)), np.flatnonzero(found.branch != WHOLE)
@@ -283,13 +283,13 @@ class Divider(Generic[Asked]):
         if len(given) != len(divided) or set(given) != set(range(found.factor)):
             raise PlanError(
                 f"pass 'group': branches has {len(given)} channels in {len(set(given))} branches for block "
-                f"{block.index}, which has {len(divided)} in {found.factor}: it was settled for another model"
+                f"{block.index}, which has {len(divided)} in {found.factor}: it was decided for another model"
             )
         branch = found.branch.copy()
         branch[divided] = given
         return Partition(found.factor, branch, found.whole)
 
-    def settled_branches(self) -> dict[str, tuple[int, ...]]:
+    def decided_branches(self) -> dict[str, tuple[int, ...]]:
         """The branch of every divided channel, block by block."""
         return {
             str(index): tuple(found.branch[found.branch != WHOLE].tolist()) for index, found in self.partitions.items()

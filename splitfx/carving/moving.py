@@ -78,8 +78,8 @@ class Moving(Pieces, ABC):
         ids, rest = (move(node, {node.args[0]: one}, self.values) for one in (held.ids, held.rest))  # type: ignore[dict-item]
         if isinstance(ids, list):
             each = zip(ids, rest, self.values[node], strict=True)
-            settled = [self.settle(held, i, r, shape(v)) for i, r, v in each]
-            return settled if all(isinstance(s, Value) for s in settled) else None
+            values = [self.in_place(held, i, r, shape(v)) for i, r, v in each]
+            return values if all(isinstance(s, Value) for s in values) else None
         if ids is None:
             return None
         after = shape(self.values[node])
@@ -92,9 +92,9 @@ class Moving(Pieces, ABC):
             and ids.numel() == held.base.size
         ):
             return self.same(node)  # it moves rows and columns, not channels
-        return self.settle(held, ids, rest, after)
+        return self.in_place(held, ids, rest, after)
 
-    def settle(self, held: Deferred, ids: torch.Tensor, rest: torch.Tensor, after: tuple[int, ...]) -> Any:
+    def in_place(self, held: Deferred, ids: torch.Tensor, rest: torch.Tensor, after: tuple[int, ...]) -> Any:
         """Back to one channel dim with everything else in place: the pieces as they are, under new positions."""
         base = held.base
         others = [s for d, s in enumerate(held.sizes) if d != base.dim]

@@ -75,7 +75,7 @@ def default(cls: type, name: str) -> Any:
     return value if value is MISSING else convert(value, fields(cls)[name])
 
 
-def settle(instance: Any, named: str) -> None:
+def normalise(instance: Any, named: str) -> None:
     """Check every field of a frozen dataclass and normalise it ([8, 2] -> (8, 2)); called by its `__post_init__`.
 
     ``named``: how a message names a field, such as "recipe: {}". Raises `PlanError`.

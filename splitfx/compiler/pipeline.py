@@ -74,15 +74,15 @@ def run_plan(
 
     The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
     """
-    settled: list[Pass] = []
+    resolved: list[Pass] = []
     work, origin = graph, info(graph).origin or sketch(graph)
     for number, step in enumerate(plan.passes, 1):
         say(f"pass {number} of {len(plan.passes)}: {step.name}")
         work, done = _run(work, step, verify)
-        settled.append(done)
+        resolved.append(done)
     if work is not graph:
         take_apart(work, graph)
-    info(work).plan, info(work).origin = Plan(settled, plan.input_shape), origin
+    info(work).plan, info(work).origin = Plan(resolved, plan.input_shape), origin
     return work
 
 
@@ -105,7 +105,7 @@ def _run(graph: fx.GraphModule, step: Pass, verify: bool) -> tuple[fx.GraphModul
     difference: float | None = None
     if changed:
         _tidied(step, work)
-    done = step if outcome.settled is None else outcome.settled
+    done = step if outcome.resolved is None else outcome.resolved
     notes, reference = outcome.notes, outcome.reference
     del outcome
     if changed and verify:

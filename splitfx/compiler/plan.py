@@ -98,8 +98,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the plan file, whole or not at all. Raises `PlanError` when it exists or is not writable."""
-        with written_whole(path, overwrite=overwrite, error=PlanError) as scratch:
-            scratch.write_text(self.to_toml(), encoding="utf-8", newline="\n")
+        with written_whole(path, overwrite=overwrite, error=PlanError) as draft:
+            draft.write_text(self.to_toml(), encoding="utf-8", newline="\n")
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

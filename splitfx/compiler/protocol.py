@@ -39,13 +39,13 @@ class Outcome:
     """What `Pass.run` returns.
 
     `reference` is what a pass must equal that does not promise EQUAL: the dense masked model of a RETRAIN pass, the
-    plain form of what an APPROXIMATE one computes. `settled` is the pass with what it decided
+    plain form of what an APPROXIMATE one computes. `resolved` is the pass with what it decided
     by measuring written down, so that its plan gives the same graph on another machine; None: nothing was measured.
     """
 
     notes: tuple[Note, ...] = ()
     reference: fx.GraphModule | None = None
-    settled: Pass | None = None
+    resolved: Pass | None = None
 
 
 def not_in_plan() -> Any:
@@ -69,7 +69,7 @@ class Pass:
     writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        options.settle(self, f"pass '{self.name}': option '{{}}'")
+        options.normalise(self, f"pass '{self.name}': option '{{}}'")
 
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         """Rewrite `graph` in place, through `splitfx.ir.editing`, and return the notes.

@@ -133,7 +133,7 @@ def _coarser(stage: Stage, schedule: Schedule) -> Iterator[Schedule]:
     rows = schedule.rows
     while 0 < rows < stage.clock:
         rows *= 2
-        yield replace(schedule, rows=rows, tiles=(1, 1), every=())
+        yield replace(schedule, rows=rows, tiles=(1, 1), firing_intervals=())
 
 
 def _words(schedule: Schedule) -> str:

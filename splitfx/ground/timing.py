@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch  # a process that only runs onnxruntime starts without it
 
 
-def settling(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
     """A function that waits until a device has done what it was given."""
     if device.type != "cuda":
         return lambda: None
@@ -19,10 +19,10 @@ def settling(device: torch.device) -> Callable[[], None]:
     return lambda: torch.cuda.synchronize(device)
 
 
-def took(call: Callable[[], Any], settle: Callable[[], None] = lambda: None) -> float:
-    """Seconds of one call, from settled to settled."""
-    settle()
+def took(call: Callable[[], Any], synchronize: Callable[[], None] = lambda: None) -> float:
+    """Seconds of one call, from synchronized to synchronized."""
+    synchronize()
     start = time.perf_counter()
     call()
-    settle()
+    synchronize()
     return time.perf_counter() - start

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from splitfx.errors import UnsupportedError
-from splitfx.ground.timing import settling, took
+from splitfx.ground.timing import synchronizer, took
 
 PARTS, STUDENT = 5, 2.776  # of the time, and Student's t for 95 % with as many
 LEAST, LEAST_SECONDS, MOST_SECONDS = 3 * PARTS, 1.0, 20.0  # pairs of calls, and the time for them, for each ratio
@@ -59,7 +59,7 @@ def ratios(
 ) -> dict[str, Ratio]:
     """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or after ``most`` seconds
     for each of them, but not before five calls of each."""
-    settle = settling(torch.device(device))
+    synchronize = synchronizer(torch.device(device))
     found: dict[str, list[float]] = {name: [] for name in others}
     open_ = list(others)
     with torch.inference_mode():
@@ -69,9 +69,9 @@ def ratios(
         while open_:
             for name in open_:
                 if len(found[name]) % 2:
-                    mine, its = took(others[name], settle), took(base, settle)
+                    mine, its = took(others[name], synchronize), took(base, synchronize)
                 else:
-                    its, mine = took(base, settle), took(others[name], settle)
+                    its, mine = took(base, synchronize), took(others[name], synchronize)
                 found[name].append(mine / its)
             passed = (time.perf_counter() - start) / len(others)
             open_ = [name for name in open_ if not _known(found[name], passed, most)]
@@ -97,12 +97,12 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of every run of every function, in rounds; the order turns round from one round to the next."""
     found: dict[str, list[float]] = {name: [] for name in functions}
-    settle = settling(device)
+    synchronize = synchronizer(device)
     with torch.inference_mode():
         for turn in range(-warm_up, runs):
             names = list(functions) if turn % 2 == 0 else list(functions)[::-1]
             for name in names:
-                found[name].append(took(functions[name], settle))
+                found[name].append(took(functions[name], synchronize))
     return {name: times[warm_up:] for name, times in found.items()}
 
 

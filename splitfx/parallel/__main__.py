@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from splitfx.errors import SplitfxError
 from splitfx.ground.difference import relative_error
 from splitfx.ground.table import seconds
-from splitfx.ground.timing import settling, took
+from splitfx.ground.timing import synchronizer, took
 from splitfx.ir.graph import random_inputs
 from splitfx.parallel.link import ParallelError
 from splitfx.parallel.ranks import Ranks
@@ -92,7 +92,7 @@ def _median(call: Callable[[], Any], runs: int, together: Callable[[], None], de
     found = []
     for _ in range(max(runs, 1)):
         together()
-        found.append(took(call, settling(device)))
+        found.append(took(call, synchronizer(device)))
     return statistics.median(found)
 
 

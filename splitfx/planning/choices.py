@@ -92,8 +92,8 @@ class Plans(Shown):
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the best plan as a file for `transform`, with comments that say why. Raises `PlanError`."""
         text = self.to_toml()
-        with written_whole(path, overwrite=overwrite, error=PlanError) as scratch:
-            scratch.write_text(text, encoding="utf-8", newline="\n")
+        with written_whole(path, overwrite=overwrite, error=PlanError) as draft:
+            draft.write_text(text, encoding="utf-8", newline="\n")
 
     def to_toml(self) -> str:
         best, now = self.best, self.now

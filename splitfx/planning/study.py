@@ -59,8 +59,8 @@ class Notebook:
 
     def write(self) -> None:
         if self.folder is not None:
-            with written_whole(self.folder / LOOKED, overwrite=True, error=PlanError) as scratch:
-                scratch.write_text(json.dumps(msgspec.to_builtins(self.known), indent=1), encoding="utf-8")
+            with written_whole(self.folder / LOOKED, overwrite=True, error=PlanError) as draft:
+                draft.write_text(json.dumps(msgspec.to_builtins(self.known), indent=1), encoding="utf-8")
 
     def row(self, name: str, row: Row) -> Row:
         self.known.rows[name] = row

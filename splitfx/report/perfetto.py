@@ -19,8 +19,8 @@ STEP = 1000  # microseconds that one operation takes in the picture: it is an or
 def write_trace(profile: Profile, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write the trace as JSON. Raises `SplitfxError` where the file exists or cannot be written."""
     text = json.dumps({"traceEvents": list(_events(profile)), "displayTimeUnit": "ms"})
-    with written_whole(path, overwrite=overwrite) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    with written_whole(path, overwrite=overwrite) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _events(profile: Profile) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ from splitfx.ir.graph import layer, module_of
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure
-from splitfx.splitnet.weights import Masses, heaviest
+from splitfx.splitnet.weights import Energies, heaviest
 
 
 def activations(
@@ -44,7 +44,7 @@ def activations(
     return Assignment(made, "activations", levels=levels, classes=names, **options)
 
 
-def contributions(found: Structure, inputs: Any, labels: Any = None) -> Masses:
+def contributions(found: Structure, inputs: Any, labels: Any = None) -> Energies:
     """What of each split layer's weights, [out, in], classes use."""
     graph = found.facts.graph
     walk = Walk(graph, batched(graph, inputs))

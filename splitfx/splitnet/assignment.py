@@ -106,15 +106,15 @@ def group_lines(labels: Sequence[int], names: Sequence[str], shown: int | None =
 
 
 def kept(found: Structure, labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The share of the squared weights that each split layer keeps, by layer."""
+    """The share of the weight energy that each split layer keeps, by layer."""
     result: dict[str, float] = {}
     for split in found.splits:
         if split.edge.groups > 1:
             continue  # its blocks lie whole within the groups, whatever the labels
-        mass = squares(module_of(split.edge.node))
+        energy = squares(module_of(split.edge.node))
         ins = found.along(split.edge.ins, labels, split.level)
         outs = found.along(split.edge.outs, labels, split.level)
         inside = (outs[:, None] == ins[None]) | (ins[None] < 0)
-        total = float(mass.sum())
-        result[layer(split.edge.node)] = float(mass[inside].sum()) / total if total else 1.0
+        total = float(energy.sum())
+        result[layer(split.edge.node)] = float(energy[inside].sum()) / total if total else 1.0
     return result

@@ -25,7 +25,7 @@ from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
 from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Split, Structure, Vector
-from splitfx.splitnet.weights import heaviest, masses
+from splitfx.splitnet.weights import energies, heaviest
 
 SPREAD = 0.01  # standard deviation of the logits at the start
 LEAN = 1.0  # what the logits of a group that the weights suggest are raised by
@@ -91,7 +91,7 @@ def attach(
             raise PlanError(f"a penalty's factor is 0 or more, not {factor}")
     if start not in ("noise", "weights"):
         raise PlanError(f"start is 'noise' or 'weights', not {start!r}")
-    lean = heaviest(found, seed, masses(found)) if start == "weights" else None
+    lean = heaviest(found, seed, energies(found)) if start == "weights" else None
     groups = Groups(found, (weight, disjoint, balance), seed, lean, {"levels": levels, "classes": names, **options})
     if freeze_norms:
         groups.freeze(graph)

@@ -1,4 +1,4 @@
-"""An assignment from the weights alone: the balanced groups whose blocks keep the most squared weight.
+"""An assignment from the weights alone: the balanced groups whose blocks keep the most weight energy.
 
 Maximises J = sum over split layers of the kept share of M[o, i] = |W[o, i]|² · E[x_i²], rows divided by their sum where
 a norm follows, over balanced labels of every vector at once (semantics.md section D, "Without training"). Start: one
@@ -32,16 +32,16 @@ from splitfx.splitnet.levels import Levels
 from splitfx.splitnet.structure import Structure, Vector
 
 Labels = dict[str, np.ndarray]
-Masses = dict[fx.Node, np.ndarray]  # [out, in] of each split layer: what counts of its weights
+Energies = dict[fx.Node, np.ndarray]  # [out, in] of each split layer: what counts of its weights
 STARTS, SWEEPS = 4, 50
 MOST_KICKS, KICKED_ITEMS = 100, 20_000  # kicks, and items that they may sweep over all together
 
 
 @dataclass(frozen=True)
 class Link:
-    """The mass [items out, items in] of one layer between two vectors, as shares of one layer's total."""
+    """The energy [items out, items in] of one layer between two vectors, as shares of one layer's total."""
 
-    mass: np.ndarray
+    energy: np.ndarray
     source: str
     target: str
     level: int
@@ -56,31 +56,31 @@ def weights(
     calibration: Any = None,
     **options: Any,
 ) -> Assignment:
-    """The assignment that keeps the most weight mass. ``calibration``: example inputs [N, C, H, W] that give each input
-    channel its mean square E[x²]; without it all count alike. ``options``: ``depth``, ``groups``, ``boundary``,
+    """The assignment that keeps the most weight energy. ``calibration``: example inputs [N, C, H, W] that give each
+    input channel its mean square E[x²]; without it all count alike. ``options``: ``depth``, ``groups``, ``boundary``,
     ``gating``."""
     found = structure(graph, levels, **options)
     names = class_names(found, classes) if classes else ()
     known = len(found.notes)
-    labels = heaviest(found, seed, masses(found, calibration))
+    labels = heaviest(found, seed, energies(found, calibration))
     source = "; ".join(["weights", *(note.what for note in found.notes[known:])])
     return Assignment(labels, source, levels=levels, classes=names, **options)
 
 
-def masses(found: Structure, calibration: Any = None) -> Masses:
+def energies(found: Structure, calibration: Any = None) -> Energies:
     """The squared weights of every split layer; with example inputs, times the mean square of each input channel."""
     seen = None if calibration is None else second_moments(found.facts.graph, found, calibration)
     result = {}
     for split in (s for s in found.splits if s.edge.groups == 1):
         node = split.edge.node
-        mass = squares(module_of(node))
-        if not np.isfinite(mass).all():
+        energy = squares(module_of(node))
+        if not np.isfinite(energy).all():
             raise PlanError(f"{layer(node)}: its weights are not finite, so none of them can be the heaviest")
         if seen is not None:
-            mass = mass * seen[node]
-            if not np.isfinite(mass).all():
+            energy = energy * seen[node]
+            if not np.isfinite(energy).all():
                 raise PlanError(f"{layer(node)}: what it reads in the calibration is not finite")
-        result[node] = mass
+        result[node] = energy
     return result
 
 
@@ -96,19 +96,19 @@ def second_moments(graph: fx.GraphModule, found: Structure, inputs: Any) -> dict
     return {node: squares_of[operand] for node, operand in wanted.items()}
 
 
-def links(found: Structure, masses: Masses) -> list[Link]:
+def links(found: Structure, energies: Energies) -> list[Link]:
     result = []
     for split in found.splits:
         if split.edge.groups > 1:
             continue  # its blocks lie whole within the groups, whatever the labels
-        mass = masses[split.edge.node]
+        energy = energies[split.edge.node]
         if _feeds_a_norm(split.edge.node):
-            mass = mass / (mass.sum(1, keepdims=True) + 1e-300)
-        mass = mass / (mass.sum() or 1.0)
+            energy = energy / (energy.sum(1, keepdims=True) + 1e-300)
+        energy = energy / (energy.sum() or 1.0)
         for target, rows, outs in found.views(split.edge.outs):
             for source, columns, ins in found.views(split.edge.ins):
                 block = np.zeros((target.size, source.size))
-                np.add.at(block, (outs[:, None], ins[None]), mass[np.ix_(rows, columns)])
+                np.add.at(block, (outs[:, None], ins[None]), energy[np.ix_(rows, columns)])
                 result.append(Link(block, source.name, target.name, split.level))
     return result
 
@@ -118,10 +118,10 @@ def _feeds_a_norm(node: fx.Node) -> bool:
     return bool(readers) and all(isinstance(m, BatchNorm | nn.GroupNorm) for m in readers)
 
 
-def heaviest(found: Structure, seed: int, masses: Masses) -> Labels:
-    """The labels of the most kept mass that the search finds: the best of several starts, then kicked out of its
+def heaviest(found: Structure, seed: int, energies: Energies) -> Labels:
+    """The labels of the most kept energy that the search finds: the best of several starts, then kicked out of its
     optimum again and again (iterated local search), as often as the size of the problem allows."""
-    search = _Search(found, links(found, masses))
+    search = _Search(found, links(found, energies))
     rng = np.random.default_rng(seed)
     best, most = {}, -1.0
     for start in range(STARTS):
@@ -160,7 +160,7 @@ class _Search:
 
     def kept(self, link: Link, labels: Labels) -> float:
         source, target = (self.one_hot(n, labels, link.level) for n in (link.source, link.target))
-        return float((target * (link.mass @ source)).sum())
+        return float((target * (link.energy @ source)).sum())
 
     # ------------------------------------------------------------ coordinate ascent
 
@@ -177,7 +177,7 @@ class _Search:
         return name
 
     def ascend(self, labels: Labels, last: str = "") -> float:
-        """Improve ``labels`` in place until no vector can be improved alone; returns the kept mass. Monotone.
+        """Improve ``labels`` in place until no vector can be improved alone; returns the kept energy. Monotone.
         The vector ``last`` comes after the others, which may follow it first."""
         value = sum(self.kept(e, labels) for e in self.links)
         order = sorted(self.vectors, key=lambda name: name == last)
@@ -195,9 +195,9 @@ class _Search:
         for e in touching:
             merge = self.merged(vector, e.level)
             if e.target == name:
-                score += (e.mass @ self.one_hot(e.source, labels, e.level))[:, merge]
+                score += (e.energy @ self.one_hot(e.source, labels, e.level))[:, merge]
             if e.source == name:
-                score += (e.mass.T @ self.one_hot(e.target, labels, e.level))[:, merge]
+                score += (e.energy.T @ self.one_hot(e.target, labels, e.level))[:, merge]
         old = labels[name]
         before = sum(self.kept(e, labels) for e in touching)
         labels[name] = balanced(score)
@@ -243,7 +243,7 @@ class _Search:
             if e.source in member and e.target in member:
                 a = slice(start[e.target], start[e.target] + len(member[e.target]))
                 b = slice(start[e.source], start[e.source] + len(member[e.source]))
-                block = e.mass[np.ix_(member[e.target], member[e.source])]
+                block = e.energy[np.ix_(member[e.target], member[e.source])]
                 near[a, b] += block
                 near[b, a] += block.T
         points, told = embedded(near, len(children), rng)

@@ -82,7 +82,7 @@ class Schedule(Struct, forbid_unknown_fields=True):
     """See `splitfx.tiling.plan.instructions.Schedule`."""
 
     rows: Count = 0
-    every: tuple[Positive, ...] = ()
+    firing_intervals: tuple[Positive, ...] = ()
     tiles: tuple[Positive, Positive] = (1, 1)
     keeping: Keeping = msgspec.field(default_factory=Keeping)
 

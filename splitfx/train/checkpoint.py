@@ -150,8 +150,8 @@ def write(folder: Path, about: About, epoch: int, state: State) -> None:
     """Replace the checkpoint by that of ``epoch``. Raises `TrainingError`; the one before is kept."""
     path = folder / NAME
     try:
-        with written_whole(path, overwrite=True, error=TrainingError) as scratch:
-            torch.save({"format": FORMAT, "about": asdict(about), "epoch": epoch, **state}, scratch)
+        with written_whole(path, overwrite=True, error=TrainingError) as draft:
+            torch.save({"format": FORMAT, "about": asdict(about), "epoch": epoch, **state}, draft)
     except (TrainingError, RuntimeError) as error:  # torch's writer has its own words for a full disk
         kept = f"the checkpoint of epoch {epoch - 1} is kept" if path.exists() else "there is no checkpoint before it"
         raise TrainingError(
@@ -289,5 +289,5 @@ def _kinds(optimizer: Any) -> tuple[type, ...]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_whole(path, overwrite=True, error=TrainingError) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    with written_whole(path, overwrite=True, error=TrainingError) as draft:
+        draft.write_text(text, encoding="utf-8")

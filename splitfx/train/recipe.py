@@ -54,7 +54,7 @@ class Recipe:
     source: str = ""
 
     def __post_init__(self) -> None:
-        options.settle(self, "recipe: {}")
+        options.normalise(self, "recipe: {}")
         for name, right, rule in (
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),

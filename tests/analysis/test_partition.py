@@ -1,4 +1,4 @@
-"""Partitions: balanced on every axis, units whole, readers served, the most mass kept when asked."""
+"""Partitions: balanced on every axis, units whole, readers served, the most energy kept when asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.analysis.axes import Axes, Edge
-from splitfx.analysis.partition import WHOLE, kept_mass, most_mass, partition
+from splitfx.analysis.partition import WHOLE, kept_energy, most_energy, partition
 from splitfx.frontend.trace import trace
 from tests.models import ZOO
 from tests.strategies import networks
@@ -98,35 +98,35 @@ def test_every_axis_is_balanced(network: tuple[nn.Module, torch.Tensor], factor:
     check(axes, axes.edges, factor)
 
 
-# ---------------------------------------------------------------- mass
+# ---------------------------------------------------------------- energy
 
 
-def by_hand(edge: Edge, mass: np.ndarray, branch: np.ndarray) -> float:
+def by_hand(edge: Edge, energy: np.ndarray, branch: np.ndarray) -> float:
     kept = 0.0
     for o, i in itertools.product(range(len(edge.outs)), range(len(edge.ins))):
         a, b = branch[edge.outs[o]], branch[edge.ins[i]]
-        kept += mass[o, i] * (WHOLE in (a, b) or a == b)
-    return kept / mass.sum()
+        kept += energy[o, i] * (WHOLE in (a, b) or a == b)
+    return kept / energy.sum()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kept_mass_by_hand(seed: int) -> None:
+def test_kept_energy_by_hand(seed: int) -> None:
     rng = np.random.default_rng(seed)
     axes = chain(3, 6, 5, 2)
     edge = axes.edges[1]
     branch = rng.integers(-1, 2, len(axes.channel))
-    mass = rng.random((5, 6))
-    assert kept_mass([(edge, mass)], branch) == pytest.approx(by_hand(edge, mass, branch))
+    energy = rng.random((5, 6))
+    assert kept_energy([(edge, energy)], branch) == pytest.approx(by_hand(edge, energy, branch))
 
 
-def test_most_mass_never_loses_and_keeps_sizes() -> None:
+def test_most_energy_never_loses_and_keeps_sizes() -> None:
     rng = np.random.default_rng(0)
     axes = chain(3, 9, 9, 9, 2)
     edges = axes.edges[1:3]
     weighed = [(e, rng.random((9, 9)) ** 8) for e in edges]
     start = partition(axes, edges, 2, {})
-    best = most_mass(axes, weighed, start)
-    assert kept_mass(weighed, best.branch) > kept_mass(weighed, start.branch)
+    best = most_energy(axes, weighed, start)
+    assert kept_energy(weighed, best.branch) > kept_energy(weighed, start.branch)
     for edge in edges:
         for names in (edge.ins, edge.outs):
             assert sorted(sizes(best.branch[names])) == sorted(sizes(start.branch[names]))
@@ -137,6 +137,6 @@ def test_planted_blocks_come_back() -> None:
     axes = chain(3, 12, 12, 2)
     edge = axes.edges[1]
     rows, columns = rng.permutation(12) % 3, rng.permutation(12) % 3
-    mass = (rows[:, None] == columns[None]).astype(float)
-    best = most_mass(axes, [(edge, mass)], partition(axes, [edge], 3, {}), restarts=8)
-    assert kept_mass([(edge, mass)], best.branch) == 1.0
+    energy = (rows[:, None] == columns[None]).astype(float)
+    best = most_energy(axes, [(edge, energy)], partition(axes, [edge], 3, {}), restarts=8)
+    assert kept_energy([(edge, energy)], best.branch) == 1.0

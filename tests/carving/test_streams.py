@@ -45,7 +45,7 @@ class Inverted(nn.Module):
 def found(model: nn.Module, x: torch.Tensor) -> list[Stream]:
     graph = trace(model.eval(), x)
     divider = Divider(Group((2,), fusion="none"), graph, facts(graph))
-    divider.settle()
+    divider.decide()
     return streams(units(graph, divider.divisions, ()), divider.divisions, ())
 
 

@@ -16,7 +16,7 @@ from splitfx.passes import Group
 def found(model: nn.Module, x: torch.Tensor, factors: tuple[int, ...]) -> list[Unit]:
     graph = trace(model, x)
     divider = Divider(Group(factors, fusion="none"), graph, facts(graph))
-    divider.settle()
+    divider.decide()
     return [u for u in units(graph, divider.divisions, ()) if u.behind]
 
 

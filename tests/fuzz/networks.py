@@ -107,7 +107,7 @@ def _add(
     model: Network, rng: Random, values: list[torch.Tensor], inputs: int, layer: nn.Module, reads: tuple[int, ...]
 ) -> bool:
     """The step, if what it computes is a tensor of ordinary size and values."""
-    _settle(layer, rng)
+    _norm_statistics(layer, rng)
     owned = {v.untyped_storage().data_ptr() for v in values[:inputs]}
     if _writes(layer) and values[reads[0]].untyped_storage().data_ptr() in owned:
         return False  # the user's own input
@@ -155,7 +155,7 @@ def _writes(layer: nn.Module) -> bool:
     return bool(getattr(layer, "inplace", False))
 
 
-def _settle(layer: nn.Module, rng: Random) -> None:
+def _norm_statistics(layer: nn.Module, rng: Random) -> None:
     """Statistics and scales that are not 0 and 1."""
     for name, tensor in [*layer.named_buffers(), *layer.named_parameters()]:
         if name.endswith("running_mean"):

@@ -42,7 +42,7 @@ def group(rng: Random, graph: fx.GraphModule) -> Pass:
         fusion="none" if naive else rng.choice(("widen", "keep", "none")),
         share=rng.choice((0, 0, 0, 1, 2)),
         gating=rng.choice(("strict", "relaxed")),
-        order=rng.choice(("given", "mass")),
+        order=rng.choice(("given", "energy")),
         lowering=rng.choice(("branches", "grouped", "branches", "grouped", "auto")),
         exclude=_some_layers(rng, graph, Channel.MIXES) if rng.random() < 0.2 else (),
     )
@@ -64,7 +64,12 @@ def tile(rng: Random, graph: fx.GraphModule) -> Pass:
         return TileZeroHalo(grid=grid, until=_some_layers(rng, graph)[0])
     every = tuple(rng.randint(1, 3) for _ in range(rng.randint(0, 3)))
     rows = rng.randint(1, 9) if form == "rows" else rng.choice((0, 0, 3))
-    by_hand = {"rows": rows, "every": every, "recompute": rng.choice((-1, -1, 0, 5000)), "checkpoint": checkpoint}
+    by_hand = {
+        "rows": rows,
+        "firing_intervals": every,
+        "recompute": rng.choice((-1, -1, 0, 5000)),
+        "checkpoint": checkpoint,
+    }
     return Tile(grid=(1, 1) if form == "rows" else grid, until=until, **by_hand)
 
 

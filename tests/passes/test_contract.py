@@ -40,7 +40,7 @@ def groups(graph: fx.GraphModule) -> list[Pass]:
     count = max(1, len(blocks(facts(graph))))
     return [
         Group(factors=(2,) * count, costly="split", lowering="branches"),
-        Group(factors=(3,) * count, fusion="none", lowering="grouped", order="mass", gating="relaxed"),
+        Group(factors=(3,) * count, fusion="none", lowering="grouped", order="energy", gating="relaxed"),
     ]
 
 
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Callable[[fx.GraphModule], list[Pass]]] = {
     "drop_identity": lambda graph: [DropIdentity(), DropIdentity(eval_only=True)],
     "splitnet": splitnets,
     "subnetworks": lambda graph: [SubNetworks(), SubNetworks(statistics="private")],
-    "tile": lambda graph: [Tile(rows=4, every=(1, 2)), Tile(budget="least")],
+    "tile": lambda graph: [Tile(rows=4, firing_intervals=(1, 2)), Tile(budget="least")],
     "tile_zero_halo": zero_halos,
 }
 NAMES = sorted(registry.all())
@@ -164,16 +164,16 @@ class Doubler(nn.Module):
 
 @each
 def test_the_plan_round_trips(name: str, model: str) -> None:
-    for step, (_, settled) in zip(case(name, model).passes, case(name, model).results, strict=True):
-        plan = Plan([step, settled])
+    for step, (_, resolved) in zip(case(name, model).passes, case(name, model).results, strict=True):
+        plan = Plan([step, resolved])
         assert Plan.from_toml(plan.to_toml()) == plan
 
 
 @each
-def test_a_settled_plan_gives_the_same_graph(name: str, model: str) -> None:
+def test_a_resolved_plan_gives_the_same_graph(name: str, model: str) -> None:
     made = case(name, model)
-    for split, settled in made.results:
-        again, _ = run_pass(made.graph, settled, verify=False)
+    for split, resolved in made.results:
+        again, _ = run_pass(made.graph, resolved, verify=False)
         assert text(again) == text(split)
         oracle.assert_equal(dict(again.state_dict()), dict(split.state_dict()))
 

@@ -58,14 +58,14 @@ def test_an_order_for_the_solved_layers_finds_hidden_branches() -> None:
     batch, others = torch.randn(2, 64, 3, 12, 12, dtype=torch.float64)
     model = halves(batch)
     far = {}
-    for order in ("given", "mass", "solved"):
+    for order in ("given", "energy", "solved"):
         step = Group((1, 2), order=order, lowering="grouped", calibration=batch)  # type: ignore[arg-type]
         split = splitfx.transform(model, step, batch[:2])
         far[order] = float((split(others) - model(others)).detach().norm() / model(others).detach().norm())
     assert far["solved"] < 1e-5 < 0.01 < far["given"], far
 
 
-def test_what_an_order_settled_is_in_the_plan() -> None:
+def test_what_an_order_decided_is_in_the_plan() -> None:
     batch = torch.randn(64, 3, 12, 12, dtype=torch.float64)
     model = halves(batch)
     split = splitfx.transform(model, Group((1, 2), order="solved", lowering="grouped", calibration=batch), batch[:2])

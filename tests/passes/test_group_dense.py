@@ -26,7 +26,8 @@ SMALL = ["plain", "residual", "concats", "squeeze_excite", "depthwise", "grouped
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(
-    ("lowering", "order"), sampled([(how, order) for how in ("grouped", "branches") for order in ("given", "mass")], 3)
+    ("lowering", "order"),
+    sampled([(how, order) for how in ("grouped", "branches") for order in ("given", "energy")], 3),
 )
 def test_odd_models(name: str, lowering: Any, order: Any) -> None:
     graph, x = in_double(name)
@@ -117,7 +118,7 @@ def test_real_models(name: str) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_large_models(name: str, lowering: Any, gating: Any) -> None:
     graph, x = real(name)
-    for factor, fusion, order in ((2, "widen", "given"), (3, "none", "mass")):
+    for factor, fusion, order in ((2, "widen", "given"), (3, "none", "energy")):
         step = Group(per_block(graph, factor), fusion, gating=gating, order=order, lowering=lowering)  # type: ignore[arg-type]
         assert_masked_dense(graph, step, x)
 
@@ -133,7 +134,7 @@ def run_law(network: tuple[nn.Module, torch.Tensor], data: st.DataObject) -> Non
         data.draw(st.sampled_from(("widen", "keep", "none")), label="fusion"),
         data.draw(st.integers(0, 2), label="share"),
         gating=data.draw(st.sampled_from(("strict", "relaxed")), label="gating"),
-        order=data.draw(st.sampled_from(("given", "mass")), label="order"),
+        order=data.draw(st.sampled_from(("given", "energy")), label="order"),
         lowering=data.draw(st.sampled_from(("grouped", "branches")), label="lowering"),
     )
     run_pass(graph, step)

@@ -123,7 +123,7 @@ def test_a_module_called_again_is_split_once() -> None:
     assert len(calls) == 3
 
 
-def test_mass_order_keeps_more() -> None:
+def test_energy_order_keeps_more() -> None:
     """Planted blocks under a random permutation of the channels come back whole."""
     model, x = chain()
     rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def test_mass_order_keeps_more() -> None:
         conv.weight.mul_(torch.tensor(hidden[:, None] == hidden[None])[:, :, None, None])
     graph = trace(model, x)
     kept = []
-    for order in ("given", "mass"):
+    for order in ("given", "energy"):
         _, outcome = grouped(graph, Group((1, 2, 1), "keep", lowering="branches", order=order))  # type: ignore[arg-type]
         assert outcome.reference is not None
         kept.append(sum(float(m.weight().square().sum()) for m in outcome.reference.modules() if isinstance(m, Masked)))

@@ -25,7 +25,7 @@ from tests.subnetworks.networks import X, divided, small
 @pytest.mark.parametrize(("of", "budgets"), [("macs", ("0.8x", "0.4x")), ("peak", ("0.8x",))])
 def test_a_budget_takes_the_cut_closest_below(of: str, budgets: tuple[str, ...]) -> None:
     graph = trace(small(), X)
-    split, settled = run_pass(graph, SubNetworks(budgets=budgets, of=of))  # type: ignore[arg-type]
+    split, resolved = run_pass(graph, SubNetworks(budgets=budgets, of=of))  # type: ignore[arg-type]
     assert isinstance(split, SubNetworksGraph)
     figures = split.figures()
     word = {"macs": "macs", "peak": "peak_bytes"}[of]
@@ -35,9 +35,9 @@ def test_a_budget_takes_the_cut_closest_below(of: str, budgets: tuple[str, ...])
         share = float(budget[:-1])
         fits = [getattr(m, word) for m in every[1:] if getattr(m, word) <= share * base]
         assert getattr(made, word) == max(fits)
-    assert isinstance(settled, SubNetworks)
-    assert settled.budgets == ()
-    assert text(run_pass(graph, settled)[0]) == text(split)
+    assert isinstance(resolved, SubNetworks)
+    assert resolved.budgets == ()
+    assert text(run_pass(graph, resolved)[0]) == text(split)
 
 
 def test_a_budget_of_latency() -> None:

@@ -68,7 +68,7 @@ def notes(split: fx.GraphModule, kind: str) -> list[str]:
         {},
         {"budget": "least"},
         {"rows": 1},
-        {"rows": 4, "every": (2, 1)},
+        {"rows": 4, "firing_intervals": (2, 1)},
         {"rows": 0, "grid": (2, 2)},
         {"rows": 3, "grid": (1, 2)},
         {"mode": "grid", "budget": "least"},
@@ -78,7 +78,7 @@ def notes(split: fx.GraphModule, kind: str) -> list[str]:
 )
 def test_equal_and_smaller(options: dict[str, Any]) -> None:
     graph, _ = net()
-    split, settled = run_pass(graph, Tile(**options))
+    split, resolved = run_pass(graph, Tile(**options))
     assert tiles(split)
     for batch in (1, 3):
         oracle.assert_equal_outputs(split, graph, image(batch, 3, 48, 40))
@@ -88,9 +88,9 @@ def test_equal_and_smaller(options: dict[str, Any]) -> None:
     less = 0 if "until" in options else 1  # there the peak is in what stays outside
     assert step.after.peak_bytes <= step.before.peak_bytes - less
     assert facts(split).cost.macs >= facts(graph).cost.macs * 0.99
-    again, _ = run_pass(graph, settled)
+    again, _ = run_pass(graph, resolved)
     assert [t.schedule for t in tiles(again)] == [t.schedule for t in tiles(split)]
-    assert Plan.from_toml(Plan([settled]).to_toml()) == Plan([settled])
+    assert Plan.from_toml(Plan([resolved]).to_toml()) == Plan([resolved])
 
 
 def test_the_stage_ends_where_whole_maps_are_read() -> None:
@@ -102,7 +102,7 @@ def test_the_stage_ends_where_whole_maps_are_read() -> None:
 
 def test_a_plan_says_what_it_predicts() -> None:
     split, _ = run_pass(net()[0], Tile(budget="least"))
-    assert any("predicted peak" in n and "rows a step" in n for n in notes(split, "did"))
+    assert any("predicted peak" in n and "strips of" in n for n in notes(split, "did"))
 
 
 def test_half_the_peak_by_default() -> None:
@@ -200,14 +200,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"budget": "-2 MiB"}, "a budget is bytes with their unit"),
     "rows below zero": ({"rows": -1}, "counts"),
     "an empty grid": ({"grid": (0, 1)}, "counts"),
-    "every zero": ({"rows": 1, "every": (0,)}, "counts"),
+    "a firing interval of zero": ({"rows": 1, "firing_intervals": (0,)}, "counts"),
     "both": ({"budget": "1 MiB", "rows": 3}, "not both"),
     "mode by hand": ({"rows": 2, "mode": "stream"}, "mode tells the planner"),
-    "every alone": ({"every": (1, 2)}, "every and recompute go with rows or grid"),
-    "recompute alone": ({"budget": "least", "recompute": 0}, "every and recompute go with rows or grid"),
+    "firing intervals alone": ({"firing_intervals": (1, 2)}, "firing_intervals and recompute go with rows or grid"),
+    "recompute alone": ({"budget": "least", "recompute": 0}, "firing_intervals and recompute go with rows or grid"),
     "both, grid": ({"budget": "least", "grid": (2, 2)}, "not both"),
     "more rows than any map": ({"rows": 10**15}, "no map has"),
-    "more steps than any map": ({"rows": 1, "every": (1, 10**15)}, "no map has"),
+    "more steps than any map": ({"rows": 1, "firing_intervals": (1, 10**15)}, "no map has"),
     "more tiles than are counted": ({"grid": (100_000, 100_000)}, "a grid has at most"),
     "bytes below never": ({"rows": 1, "recompute": -2}, "recompute is a number of bytes"),
     "bytes of no machine": ({"rows": 1, "recompute": 2**61}, "recompute is a number of bytes"),
@@ -294,7 +294,7 @@ def test_models_without_maps(model: nn.Module) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (5, 4)])
 def test_inputs_smaller_than_the_receptive_field(size: tuple[int, int]) -> None:
     graph, _ = net()
-    split, _ = run_pass(graph, Tile(rows=3, every=(1, 2)))
+    split, _ = run_pass(graph, Tile(rows=3, firing_intervals=(1, 2)))
     oracle.assert_equal_outputs(split, graph, image(2, 3, *size))
     small, _ = net(size)
     for step in (Tile(rows=1), Tile(), Tile(budget="least")):
@@ -309,7 +309,10 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_a_plan_for_another_number_of_stages() -> None:
     with pytest.raises(PlanError, match="stages"):
-        run_pass(net()[0], Tile(stages=(TileStage(2, every=(1,)), TileStage(2, every=(1,)), TileStage(2))))
+        run_pass(
+            net()[0],
+            Tile(stages=(TileStage(2, firing_intervals=(1,)), TileStage(2, firing_intervals=(1,)), TileStage(2))),
+        )
 
 
 def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
@@ -322,7 +325,7 @@ def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
     [
         ({"rows": -1}, "the stage .* counts"),
         ({"rows": 2, "grid": (0, 1)}, "the stage .* counts"),
-        ({"rows": 2, "every": (0,)}, "the stage .* counts"),
+        ({"rows": 2, "firing_intervals": (0,)}, "the stage .* counts"),
         ({"rows": 2, "recompute": -2}, "the stage .* recompute is a number of bytes"),
         ({"rows": 2, "as_it_is": True}, "a stage that stays as_it_is has no rows"),
         ({"row": 2}, r"'stages\[1\]' has no key 'row'. Did you mean 'rows'\?"),
@@ -342,8 +345,10 @@ def test_a_stage_is_checked_by_itself() -> None:
 
 
 def test_stages_are_tables_of_a_plan() -> None:
-    """What a person reads in a plan that the planner has settled, one stage tiled and one not."""
-    plan = Plan([Tile("least", stages=(TileStage(4, every=(1, 2)), TileStage(as_it_is=True)))], (1, 3, 48, 40))
+    """What a person reads in a plan that the planner has resolved, one stage tiled and one not."""
+    plan = Plan(
+        [Tile("least", stages=(TileStage(4, firing_intervals=(1, 2)), TileStage(as_it_is=True)))], (1, 3, 48, 40)
+    )
     text = plan.to_toml()
     assert text.partition("[[pass]]")[2] == (
         '\nname = "tile"\nbudget = "least"\n'

@@ -71,7 +71,7 @@ def test_channels_written_in_place() -> None:
     split = split_by(model, 3)
     assert any("m.1: left undivided: a part of it is overwritten" in one for one in notes(split))
     x = image(2, 3, 8, 8).double()
-    splitfx.transform(model, Group(factors=(2,), fusion="none", order="mass", lowering="grouped"), x)
+    splitfx.transform(model, Group(factors=(2,), fusion="none", order="energy", lowering="grouped"), x)
 
 
 def shuffled(m: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:

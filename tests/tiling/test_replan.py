@@ -161,10 +161,10 @@ def test_a_model_of_two_inputs_and_values_beside_the_stage() -> None:
 
 def test_copies_plans_and_stored_programs_keep_the_budget(tmp_path: Path) -> None:
     graph = trace(body(), image(1, 3, 64, 48))
-    split, settled = run_pass(graph, Tile(budget=f"{BUDGET} B"))
+    split, resolved = run_pass(graph, Tile(budget=f"{BUDGET} B"))
     x = image(1, 3, 96, 80)
     wanted = stage(split).program((x,)).schedule
-    again, _ = run_pass(graph, settled)
+    again, _ = run_pass(graph, resolved)
     plan = splitfx.Plan([Tile(budget=f"{BUDGET} B")], input_shape=(1, 3, 64, 48))
     splitfx.save(splitfx.transform(body(), plan), tmp_path / "split")
     loaded = splitfx.load(tmp_path / "split")

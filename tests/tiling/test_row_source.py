@@ -387,7 +387,7 @@ def test_columns_need_a_source_that_can_be_read_again(net: nn.Module) -> None:
 def test_memory_grows_with_the_width_and_not_with_the_height(net: nn.Module) -> None:
     from splitfx.analysis.live import LiveStorage
 
-    split = tiled(net, Tile(rows=4, every=(1, 1, 1)))
+    split = tiled(net, Tile(rows=4, firing_intervals=(1, 1, 1)))
     peaks = {}
     for height, width in ((128, 64), (512, 64), (128, 256)):
         source = RowSource(picture(height, width))

@@ -66,7 +66,7 @@ def counts(found: Stage, schedule: Schedule, counting: bool) -> tuple[object, ..
 def test_what_is_left_out_is_counted(name: str, schedule: Schedule, height: int) -> None:
     found = stage(name, height)
     if schedule.tiles != (1, 1) and not found.divides:
-        schedule = Schedule(schedule.rows, schedule.every)
+        schedule = Schedule(schedule.rows, schedule.firing_intervals)
     assert counts(found, schedule, True) == counts(found, schedule, False)
 
 

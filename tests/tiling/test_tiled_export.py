@@ -79,7 +79,7 @@ def record(path: Path) -> tuple[list[Any], list[str]]:
 
 @pytest.mark.filterwarnings("ignore:.*fixed batch size")
 @pytest.mark.parametrize(
-    "options", [{"rows": 16, "every": (1, 2)}, {"rows": 24, "recompute": 0}, {"budget": "least"}], ids=str
+    "options", [{"rows": 16, "firing_intervals": (1, 2)}, {"rows": 24, "recompute": 0}, {"budget": "least"}], ids=str
 )
 def test_a_file_of_steps(tmp_path: Path, options: dict[str, Any]) -> None:
     split = tiled(Gated, (48, 40), **options)[1]

@@ -50,7 +50,7 @@ def net(norm: bool = False, size: tuple[int, int] = (26, 18), **options: Any) ->
     """The graph, and the same graph tiled."""
     model = Net(norm).eval()
     graph = splitfx.trace(model, (torch.randn(2, 3, *size), torch.randn(2, 3, *size)))
-    return graph, run_pass(graph, Tile(**options or {"rows": 4, "every": (1, 2)}))[0]
+    return graph, run_pass(graph, Tile(**options or {"rows": 4, "firing_intervals": (1, 2)}))[0]
 
 
 def tiled_of(graph: nn.Module) -> Tiled:
@@ -131,7 +131,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rows": (option("rows", -1), "unusable options: see schedule.rows"),
     "rows as words": (option("rows", "4"), "unusable options: see schedule.rows"),
     "a switch for a number": (option("rows", True), "unusable options: see schedule.rows"),
-    "every": (option("every", {"tuple": [0]}), "unusable options: see schedule.every"),
+    "firing_intervals": (option("firing_intervals", {"tuple": [0]}), "unusable options: see schedule.firing_intervals"),
     "tiles": (option("tiles", {"tuple": [1]}), "unusable options: see schedule.tiles"),
     "recompute": (kept("recompute", {"float": "nan"}), "unusable options: see schedule.keeping"),
     "spilled bytes": (kept("spill", -1.0), "unusable options: see schedule.keeping.spill"),
@@ -205,7 +205,7 @@ def test_channels_last() -> None:
         oracle.assert_equal(split(*given), graph(*given))
 
 
-@pytest.mark.parametrize("options", [{"rows": 4, "every": (1, 2)}, {"rows": 1}])
+@pytest.mark.parametrize("options", [{"rows": 4, "firing_intervals": (1, 2)}, {"rows": 1}])
 def test_gradients_are_those_of_the_untiled_graph(options: dict[str, Any]) -> None:
     graph, split = net(norm=True, **options)
     found = []

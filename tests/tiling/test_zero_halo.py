@@ -384,7 +384,7 @@ def test_the_picture_of_schedules_marks_the_untiled_one_and_joins_the_best(tmp_p
     path = tmp_path / "pareto.svg"
     plot_pareto(points, path)
     assert [len(points_of(path, s)) for s in ("best schedules", "other schedules", "untiled")] == [2, 1, 1]
-    assert {"untiled", "4 rows a step", "16 rows a step"} <= texts(path)
+    assert {"untiled", "strips of 4 rows", "strips of 16 rows"} <= texts(path)
     with pytest.raises(PlanError, match="no points"):
         plot_pareto([], tmp_path / "none.svg")
 

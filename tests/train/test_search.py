@@ -337,7 +337,7 @@ def test_what_a_tuner_and_a_front_refuse() -> None:
 # ---------------------------------------------------------------- weights that are handed on
 
 
-@pytest.mark.parametrize("order", ["given", "mass"])
+@pytest.mark.parametrize("order", ["given", "energy"])
 @pytest.mark.parametrize("lowering", ["branches", "grouped"])
 def test_trained_weights_are_handed_on(lowering: str, order: str) -> None:
     """The same factors give the same function; one block more leaves what lies in front of it as it was."""

@@ -49,7 +49,7 @@ def test_a_front_is_searched_and_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     few = ["search", MODEL, "--input", "1x1x12x12", "--factors", "2,4"]
-    assert main([*few, "--dry-run", "--option", "order=mass"]) == 0
+    assert main([*few, "--dry-run", "--option", "order=energy"]) == 0
     text = capsys.readouterr().out
     assert "kept weight" in text
     assert "at most 4 trials" in text

@@ -51,8 +51,8 @@ def finetuned(folder: str, out: str) -> None:
         on_epoch=lambda epoch: print("epoch", epoch.epoch, flush=True),
     )  # fmt: skip
     if rank == 0:
-        with written_whole(out, overwrite=True) as scratch:
-            save_file({k: v.contiguous() for k, v in split.state_dict().items()}, str(scratch))
+        with written_whole(out, overwrite=True) as draft:
+            save_file({k: v.contiguous() for k, v in split.state_dict().items()}, str(draft))
         Path(out).with_suffix(".json").write_text(json.dumps(json.loads(history.to_json())))
 
 
@@ -65,8 +65,8 @@ def searched(folder: str, out: str) -> None:
         RecipeTuner(made.train, made.val, Recipe(epochs=2, batch_size=32, lr=0.05), device="cpu"),
         tolerance=100.0, study=SearchStudy(folder, resume=True), progress=lambda text: print(text, flush=True),
     )  # fmt: skip
-    with written_whole(out, overwrite=True) as scratch:
-        save_file({k: v.contiguous() for k, v in found.split.state_dict().items()}, str(scratch))
+    with written_whole(out, overwrite=True) as draft:
+        save_file({k: v.contiguous() for k, v in found.split.state_dict().items()}, str(draft))
     Path(out).with_suffix(".json").write_text(found.to_json())
 
 

@@ -1,4 +1,4 @@
-"""What an order of channels should keep within the branches: not squared weight, but what a channel contributes to an
+"""What an order of channels should keep within the branches: not weight energy, but what a channel contributes to an
 output on inputs."""
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from splitfx.export.loops.writer import END, Scope, loose
 
 @dataclass(frozen=True)
 class Pace:
-    """``rows`` of the source a strip; each group runs in every ``every[group]``-th."""
+    """Strips of ``rows`` rows of the source; each group runs in every ``firing_intervals[group]``-th."""
 
     rows: int
-    every: tuple[int, ...]
+    firing_intervals: tuple[int, ...]
 
 
 class Loop:
@@ -99,7 +99,7 @@ class Loop:
 
     def times(self, group: int) -> tuple[int, int]:
         """A group runs in every so many strips, from so many on."""
-        return self.pace.every[group], max(1, -(-self._needs[group] // self.pace.rows))
+        return self.pace.firing_intervals[group], max(1, -(-self._needs[group] // self.pace.rows))
 
     def always(self, group: int) -> bool:
         return self.times(group) == (1, 1)

@@ -39,7 +39,7 @@ def draft_of(target: Path) -> Iterator[Path]:
         yield holder / NEW / target.name
     finally:
         try:
-            _settle(holder)
+            _put_back(holder)
             tidied = True
         finally:
             os.close(lock)
@@ -117,7 +117,7 @@ def _sweep(holder: Path) -> None:
     try:
         mine = locked(lock)
         if mine:
-            _settle(holder)
+            _put_back(holder)
     finally:
         os.close(lock)
     if mine:
@@ -140,7 +140,7 @@ def locked(file: int) -> bool:
     return True
 
 
-def _settle(holder: Path) -> None:
+def _put_back(holder: Path) -> None:
     """Before a draft folder goes: a folder moved aside and not replaced takes its name again, and a file of the user's
     that came into the old folder while it was replaced moves into the new one."""
     for place in (holder / OLD, holder / NEW):

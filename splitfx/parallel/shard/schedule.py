@@ -61,7 +61,7 @@ class ShareScheduler(Scheduler):
                 self.buffers[kernel] = complete(kernel, register)
         for phase in range(-1, self.stage.phases):
             yield from self._phase(phase) if phase >= 0 else ()
-            yield from self._settle(phase)
+            yield from self._exchange(phase)
             self.spent.append(Spent(self.registers.mark(), self.cost))
             self.calls += self.cost.calls
             self.cost = CostMeter()
@@ -83,7 +83,7 @@ class ShareScheduler(Scheduler):
 
     # ------------------------------------------------------------ between two phases
 
-    def _settle(self, phase: int) -> Iterator[Instruction]:
+    def _exchange(self, phase: int) -> Iterator[Instruction]:
         """What crosses behind a phase; then reductions and what runs once."""
         behind = [k for k in self.stage.kernels if k.phase == phase]
         values = [k for k in behind if self.shares.crosses(k)]

@@ -63,7 +63,7 @@ def plot_weights(
 
 def _pair(cell: Any, matrix: Matrix) -> None:
     inputs, outputs = matrix.rms.shape[1], matrix.rms.shape[0]
-    told = f"{matrix.level} groups hold {matrix.kept:.1%} of the squared weight"
+    told = f"{matrix.level} groups hold {matrix.kept:.1%} of the weight energy"
     cell.suptitle(f"{shorten(matrix.layer, 34)}: {told}", color=PALETTE["ink"], fontsize=9.5)
     before, after = cell.subplots(1, 2)
     top = float(np.quantile(reduced(matrix.rms, PIXELS), 0.995)) or 1.0

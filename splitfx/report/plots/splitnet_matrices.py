@@ -43,7 +43,7 @@ class Matrix:
 
     @property
     def kept(self) -> float:
-        """The share of the squared weight within the groups."""
+        """The share of the weight energy within the groups."""
         inside = (self.row_groups[:, None] == self.column_groups[None]) | (self.column_groups[None] == WHOLE)
         total = float((self.rms**2).sum())
         return float((self.rms[inside] ** 2).sum()) / total if total else 1.0

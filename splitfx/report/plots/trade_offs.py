@@ -90,7 +90,7 @@ def plot_pareto(points: Sequence[Point], path: str | os.PathLike[str], overwrite
 def _how(point: Point) -> str:
     schedule = point.schedule
     assert schedule is not None
-    how = f"{schedule.rows} rows a step" if schedule.rows else "whole tiles"
+    how = f"strips of {schedule.rows} rows" if schedule.rows else "whole tiles"
     return how + (f", {schedule.tiles[0]} x {schedule.tiles[1]} tiles" if schedule.tiles != (1, 1) else "")
 
 

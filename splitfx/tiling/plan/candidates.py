@@ -171,7 +171,7 @@ class Candidates:
             yield target, count
             gains = [max(0, known - peak) for (peak, _), known in zip(count.phases, least, strict=True)]
             least = [min(peak, known) for (peak, _), known in zip(count.phases, least, strict=True)]
-            if target > SMALL or schedule.rows * max(schedule.every, default=1) * FEW > stage.clock:
+            if target > SMALL or schedule.rows * max(schedule.firing_intervals, default=1) * FEW > stage.clock:
                 continue
             tall = _tall(count)
             hopeless = any(peak - gain > budget for peak, gain in zip(least, gains, strict=True))
@@ -312,11 +312,11 @@ class Candidates:
         """One group of the phase in which the peak lies fires more or less often."""
         stage, tall = self.stage(schedule.keeping), _tall(self._count(schedule))
         groups = sorted({k.group for k in stage.kernels if k.kind is Kind.ROWS and k.phase == tall})
-        every = schedule.every or (1,) * stage.groups
+        intervals = schedule.firing_intervals or (1,) * stage.groups
         for group in groups:
-            for changed in (every[group] * 2, every[group] // 2):
+            for changed in (intervals[group] * 2, intervals[group] // 2):
                 if 1 <= changed <= 512:
-                    yield replace(schedule, every=(*every[:group], changed, *every[group + 1 :]))
+                    yield replace(schedule, firing_intervals=(*intervals[:group], changed, *intervals[group + 1 :]))
 
 
 def _tall(count: _Count) -> int:

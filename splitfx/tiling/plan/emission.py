@@ -25,7 +25,7 @@ from splitfx.tiling.plan.instructions import (
     Store,
     Take,
 )
-from splitfx.tiling.plan.meter import CostMeter, Spent, moved, scratch
+from splitfx.tiling.plan.meter import CostMeter, Spent, moved, workspace_bytes
 from splitfx.tiling.plan.registers import Registers
 from splitfx.tiling.stage.kernel import Kernel, Stage
 from splitfx.tiling.stage.roles import Kind
@@ -83,7 +83,7 @@ class Emitter:
         if kernel.kind is Kind.REDUCE:
             if kernel not in self.totals:
                 self.totals[kernel] = self.registers.allocate(kernel.total_bytes, kernel)
-            self.registers.touch(scratch(kernel, rows, columns, None) + kernel.total_bytes, kernel)
+            self.registers.touch(workspace_bytes(kernel, rows, columns, None) + kernel.total_bytes, kernel)
             yield Reduce(kernel, tuple(srcs))
             self.cost.count(kernel, rows, columns, 0)
         else:
@@ -103,7 +103,7 @@ class Emitter:
             register = self.registers.take_over(over)
             self._hand_over(kernel, over, private)
         else:
-            self.registers.touch(scratch(kernel, rows, columns, pads[0] if pads else None) + size, kernel)
+            self.registers.touch(workspace_bytes(kernel, rows, columns, pads[0] if pads else None) + size, kernel)
             register = self.registers.allocate(size, kernel)
         yield Run(register, kernel, tuple(srcs), tuple(starts), tuple(pads), rows, columns, over)
         yield from self._give(kernel, rows, columns, register, size)

@@ -16,12 +16,12 @@ Pads = tuple[int, int]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a stage is run. ``rows``: input rows a step; 0: the whole tile at once. ``every``: for each group of kernels,
-    the steps between two firings (1 where it has no entry). ``tiles``: rows and columns of the grid. ``keeping``: what
-    becomes of maps that wait for a reduction."""
+    """How a stage is run. ``rows``: the height of a strip, the input rows of a step; 0: the whole tile at once.
+    ``firing_intervals``: for each group of kernels, the steps between two firings (1 where it has no entry). ``tiles``:
+    rows and columns of the grid. ``keeping``: what becomes of maps that wait for a reduction."""
 
     rows: int = 0
-    every: tuple[int, ...] = ()
+    firing_intervals: tuple[int, ...] = ()
     tiles: tuple[int, int] = (1, 1)
     keeping: Keeping = KEEP_ALL
 

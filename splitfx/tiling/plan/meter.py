@@ -70,7 +70,7 @@ def moved(kernel: Kernel, rows: Interval, size: int) -> int:
     return 0 if rows[1] - rows[0] == 1 or prod(value.shape[: kernel.dims[0]]) == 1 else size
 
 
-def scratch(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None) -> int:
+def workspace_bytes(kernel: Kernel, rows: Interval, columns: Interval, pads: Pads | None) -> int:
     """The most bytes that a kernel holds beyond its operands and its result, for one piece of it."""
     span = Span(rows, columns, pads)
     if kernel.kind is Kind.REDUCE:

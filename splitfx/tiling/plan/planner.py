@@ -63,7 +63,7 @@ class Planned:
         s = self.schedule
         if s is None:
             return f"left as it is: its peak is {words(self.before.peak_bytes)}"
-        how = f"{s.rows} rows a step" if s.rows else "whole tiles"
+        how = f"strips of {s.rows} rows" if s.rows else "whole tiles"
         grid = f", {s.tiles[0]} x {s.tiles[1]} tiles" if s.tiles != (1, 1) else ""
         peak = f"predicted peak {words(self.point.peak_bytes)} of {words(self.before.peak_bytes)}"
         return f"{how}{grid}{_spilled(s)}: {peak}, reached at {self.point.layer}{self._others()}"

@@ -1,10 +1,10 @@
 """Schedule: the order in which the pieces of a stage are computed, as a list of instructions, and what it holds.
 
 *Push, not pull*: a strip of ``rows`` input rows goes in at every step, and each group of kernels computes what it can
-of it. A group fires at every ``every[group]``-th step, so that deep kernels work on pieces large enough to run at full
-speed. Within a group, first forward (which rows of the group's results can be made), then backward (which rows of
-each kernel these need), so nothing is computed before it is needed. Rows that later pieces read again stay in line
-buffers as copies: a line buffer never keeps a large storage alive.
+of it. A group fires at every ``firing_intervals[group]``-th step, so that deep kernels work on pieces large enough to
+run at full speed. Within a group, first forward (which rows of the group's results can be made), then backward (which
+rows of each kernel these need), so nothing is computed before it is needed. Rows that later pieces read again stay in
+line buffers as copies: a line buffer never keeps a large storage alive.
 
 ``tiles`` cuts what the stage gives into a grid of R x C pieces. Each piece is a run of its own over the rows and
 columns that it needs, with nothing kept from one to the next: the halo between them is computed again. Column bands
@@ -102,8 +102,8 @@ class Scheduler(Emitter):
         inside = {k for kernels in parts.values() for k in kernels}
         sources = {k for kernel in inside for k, _, _ in kernel.reads if k not in inside}
         sources |= {k for k in inside if not k.reads}  # made of whole values, at the pace of the others
-        steps, every = self._steps(sources), self.schedule.every
-        order = [(every[g] if g < len(every) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
+        steps, intervals = self._steps(sources), self.schedule.firing_intervals
+        order = [(intervals[g] if g < len(intervals) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
         ends = [k for k in inside if _ends(k, inside)]
         step, longest = 0, max(pause for pause, _ in order)
         steady = Steady(self, inside, sources, steps, [pause for pause, _ in order]) if self.counting else None

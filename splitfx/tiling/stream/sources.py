@@ -199,7 +199,7 @@ class _Strips:
         name = f"the strip at row {self.there}"
         if not isinstance(strip, np.ndarray | torch.Tensor):
             raise PlanError(f"{name}: is no array but {type(strip).__name__}")
-        # The first strip settles it, and the promised width helps: a strip of 3 rows could be read either way.
+        # The first strip decides it, and the promised width helps: a strip of 3 rows could be read either way.
         self.layout = self.layout or self._by_width(tuple(strip.shape)) or layout_of(tuple(strip.shape), None, name)
         return _Array(strip, self.layout, name)
 

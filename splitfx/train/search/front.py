@@ -2,7 +2,7 @@
 
 Optuna's multi-objective sampler (a tree-structured Parzen estimator) proposes the factors of all blocks at once; each
 trial is tuned from the unsplit model's weights, and has an accuracy, multiply-accumulates and a peak. The first
-proposals are not drawn: they follow the squared weight that a split keeps, from the unsplit model on, always the step
+proposals are not drawn: they follow the weight energy that a split keeps, from the unsplit model on, always the step
 that saves most work for the weight it loses.
 """
 

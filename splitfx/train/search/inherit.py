@@ -93,7 +93,7 @@ def _selected(fusion: nn.Module, trained: nn.Module) -> None:
 
 
 def kept_weight(dense: fx.GraphModule, split: fx.GraphModule) -> float:
-    """The share of the squared weight of all convs that a split keeps (fusions not counted); no accuracy is implied."""
+    """The share of the weight energy of all convs that a split keeps (fusions not counted); no accuracy is implied."""
     made = set(fusions(split))
 
     def total(graph: fx.GraphModule) -> float:

@@ -17,7 +17,7 @@ from splitfx.train.search.trend import Figures
 @dataclass(frozen=True)
 class SearchPreview(Shown):
     """What a search may try: per block and factor that divides it (the others 1) the figures, and the share of the
-    convs' squared weight that is kept. ``most`` is the largest number of trials."""
+    convs' weight energy that is kept. ``most`` is the largest number of trials."""
 
     rows: tuple[tuple[int, str, int, Figures, float], ...]
     before: Figures
