@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 VALUE = 120  # characters of one value in a message
+LINE = 300  # characters of another's message within ours
 MESSAGE = 1500  # characters of a message
 
 # C0 and C1 without line breaks, DEL, what turns the direction of writing, line separators, halves of surrogate pairs.
@@ -67,6 +68,6 @@ def share(text: str) -> float | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its kind where it says nothing."""
+    """What an error says in its first line, as `one_line`; its kind where it says nothing."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return one_line(text.splitlines()[0], LINE) if text else type(error).__name__

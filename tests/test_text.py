@@ -13,7 +13,7 @@ from splitfx.errors import PlanError, SplitfxError
 from splitfx.ground.table import table, wrap
 from splitfx.ir.notes import Note
 from splitfx.report.explain import Explanation
-from splitfx.text import MESSAGE, VALUE, cut, one_line, printable, shown
+from splitfx.text import LINE, MESSAGE, VALUE, cut, first_line, one_line, printable, shown
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.\u2028\ud800\x00\x7f"
 
@@ -91,3 +91,9 @@ def test_nearest_does_not_search_for_what_is_no_name():
     with pytest.raises(PlanError, match="no pass is named"):
         splitfx.Plan.from_toml(f"format = 1\n[[pass]]\nname = '{'g' * 1_000_000}'\n")
     assert time.process_time() - started < 2
+
+
+def test_the_first_line_of_an_error_is_its_kind_where_it_says_nothing():
+    assert first_line(RuntimeError("\n  one\x1b[2J\ntwo")) == "one\\x1b[2J"
+    assert first_line(NotImplementedError()) == "NotImplementedError"
+    assert len(first_line(ValueError("x" * 10_000))) == LINE

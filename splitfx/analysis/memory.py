@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.live import LiveStorage, has_storage, key
+from splitfx.analysis.shapes import like
 from splitfx.ground.exclusive import Autocast, casting, exclusive, twin
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import Result, op, op_name
@@ -154,7 +155,7 @@ class Temporaries:
         module, mode = module_of(node), getattr(given[0], "fake_mode", None)
         assert mode is not None, f"{node.name} has no fake operands"
         with exclusive(), casting(self.autocast), torch.no_grad(), mode:
-            call: Any = node.target if module is None else twin(module, _fake)
+            call: Any = node.target if module is None else twin(module, like)
             state = () if module is None else (*call.parameters(), *call.buffers())
             with LiveStorage(state=[*given, *state]) as watch:
                 result = call(*args, **kwargs)
@@ -174,10 +175,6 @@ def is_composite(node: fx.Node) -> bool:
         return False
     name = target._schema.name + ("." + target._overloadname if target._overloadname != "default" else "")
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-
-
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from splitfx.ground.exclusive import exclusive, reseed, twin
 from splitfx.ir.graph import Staged, TensorSpec, attribute, copy_graph, info, layer
 from splitfx.ir.layers import Masked
 from splitfx.ir.modes import module_has_mode
+from splitfx.text import first_line
 
 TOLERANCE = 1e-10  # relative to the largest output; float64 rounding over deep networks stays below 1e-12
 ROUNDING = {
@@ -61,7 +62,7 @@ class Exact(fx.Interpreter):
         try:
             return super().run_node(n)
         except Exception as error:
-            raise Misfit(f"{layer(n)}: {str(error).splitlines()[0]}") from error
+            raise Misfit(f"{layer(n)}: {first_line(error)}") from error
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(target, *_wide((args, kwargs)))

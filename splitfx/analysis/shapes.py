@@ -18,6 +18,7 @@ from splitfx.errors import UnsupportedError
 from splitfx.ground.exclusive import Autocast, casting, exclusive, twin
 from splitfx.ir.graph import TensorSpec, attribute, info, layer, module_of
 from splitfx.ir.ops import op, op_name
+from splitfx.text import first_line
 
 
 def shapes(graph: fx.GraphModule, inputs: tuple[Any, ...] | None = None, autocast: Autocast = ()) -> dict[fx.Node, Any]:
@@ -41,7 +42,7 @@ class _Run:
             try:
                 self.values[node] = self.value(node)
             except Exception as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                reason = first_line(error)
                 raise UnsupportedError(f"layer {layer(node)}: the input sizes do not fit: {reason}") from error
 
     def value(self, node: fx.Node) -> Any:
@@ -50,7 +51,7 @@ class _Run:
             return self.input(next(self.inputs))
         if node.op == "get_attr":
             held = attribute(self.graph, str(node.target))
-            return _fake(held) if isinstance(held, torch.Tensor) else held
+            return like(held) if isinstance(held, torch.Tensor) else held
         if node.op == "output":
             return args[0]
         module, target = module_of(node), cast(Any, node.target)
@@ -71,11 +72,12 @@ class _Run:
         """Weights of one size share a fake: nobody outside their module sees them."""
         key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if key not in self.weights:
-            self.weights[key] = _fake(tensor)
+            self.weights[key] = like(tensor)
         return self.weights[key]
 
 
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same sizes and strides; a fake one where fake tensors are made."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 

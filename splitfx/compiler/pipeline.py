@@ -33,6 +33,7 @@ from splitfx.ground.progress import say
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import copy_graph, info, take_apart
 from splitfx.ir.verifier import IllegalGraph
+from splitfx.text import first_line
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _tidied(step: Pass, work: fx.GraphModule) -> None:
     try:
         tidy(work)
     except IllegalGraph as error:
-        raise PassError(f"pass '{step.name}' left an illegal graph: {str(error).splitlines()[0]}") from error
+        raise PassError(f"pass '{step.name}' left an illegal graph: {first_line(error)}") from error
 
 
 def _same_values(graph: fx.GraphModule, work: fx.GraphModule) -> bool:

@@ -32,6 +32,7 @@ from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 from splitfx.ground.progress import Say, say, told
 from splitfx.ir import graph as graphs
 from splitfx.ir.modes import in_eval
+from splitfx.text import first_line
 
 SECONDS = 600.0
 
@@ -107,8 +108,7 @@ def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         with _evaluating(model):
             result = model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ExportError(f"the module does not accept these inputs: {first}") from error
+        raise ExportError(f"the module does not accept these inputs: {first_line(error)}") from error
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     return [leaf.detach().cpu() for leaf in leaves]
 

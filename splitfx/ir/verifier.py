@@ -11,6 +11,7 @@ from torch import fx
 
 from splitfx.ir.ops import in_place
 from splitfx.ir.schema import sharing
+from splitfx.text import first_line
 
 
 class IllegalGraph(RuntimeError):
@@ -22,7 +23,7 @@ def verify(graph: fx.GraphModule) -> None:
     try:
         graph.graph.lint()
     except (RuntimeError, AssertionError, AttributeError) as error:
-        raise IllegalGraph(str(error).splitlines()[0]) from error
+        raise IllegalGraph(first_line(error)) from error
     nodes = list(graph.graph.nodes)
     outputs = [n for n in nodes if n.op == "output"]
     if outputs != nodes[-1:]:

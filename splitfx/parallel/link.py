@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from splitfx.errors import SplitfxError, UnsupportedError
+from splitfx.text import first_line
 
 START = 300.0  # seconds in which all ranks have to be there
 _HEADER = 10  # numbers that announce a tensor: its type, how many sizes, the sizes
@@ -64,7 +65,7 @@ class Link:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.group: Any = dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
-            raise ParallelError(f"the ranks did not come together within {START:g} s: {_first(error)}") from error
+            raise ParallelError(f"the ranks did not come together within {START:g} s: {first_line(error)}") from error
 
     def agree(self, held: str) -> None:
         """Check that every rank holds the same, by a `digest` of it. Ranks may come up to `START` seconds late."""
@@ -172,7 +173,7 @@ class Link:
             yield
         except (RuntimeError, ValueError) as error:
             self.broken = f"{who} died or did not answer within {self.timeout:g} s"
-            raise ParallelError(f"{self.broken} ({_first(error)}); stop the other ranks and start again") from error
+            raise ParallelError(f"{self.broken} ({first_line(error)}); stop the other ranks and start again") from error
 
     def close(self) -> None:
         """Leave the job; the process group that was there before stays."""
@@ -211,7 +212,3 @@ def _header(tensor: torch.Tensor) -> list[int]:
         raise UnsupportedError(f"a tensor of {tensor.dtype} with {tensor.dim()} dimensions cannot cross between ranks")
     sizes = list(tensor.shape)
     return [_TYPES.index(tensor.dtype), len(sizes), *sizes, *[0] * (_HEADER - 2 - len(sizes))]
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

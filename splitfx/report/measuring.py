@@ -30,6 +30,7 @@ from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import seconds, size
 from splitfx.ground.turns import device_of, timed
 from splitfx.ir.modes import in_eval
+from splitfx.text import first_line
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -129,8 +130,8 @@ def _try(call: Callable[[], Any], model: nn.Module) -> None:
     try:
         call()
     except (RuntimeError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedError(f"{type(model).__name__} does not run on these inputs: {first[:300]}") from error
+        why = first_line(error)
+        raise UnsupportedError(f"{type(model).__name__} does not run on these inputs: {why}") from error
 
 
 def _live_peak(call: Callable[[], Any], model: nn.Module, inputs: Any) -> int:

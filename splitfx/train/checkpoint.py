@@ -24,7 +24,7 @@ from splitfx.ground.files import written_whole
 from splitfx.ground.files.drafts import sweep
 from splitfx.ground.files.typed import Count, reason, require_ordinary
 from splitfx.ir.graph import info, is_canonical
-from splitfx.text import one_line, shown
+from splitfx.text import first_line, one_line, shown
 from splitfx.train.history import Epoch, Score
 from splitfx.train.objective import Objective
 from splitfx.train.recipe import Recipe
@@ -177,7 +177,7 @@ def _cause(error: Exception) -> str:
         if isinstance(known, OSError) and known.strerror:
             return known.strerror
         known = known.__cause__ or known.__context__
-    return f"is the disk full? {str(error).splitlines()[0]}"
+    return f"is the disk full? {first_line(error)}"
 
 
 class Stored(Struct):

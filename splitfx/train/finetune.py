@@ -24,10 +24,11 @@ from splitfx.errors import TrainingError
 from splitfx.ground.progress import Clock, Say, say, told
 from splitfx.ir.graph import info, is_canonical
 from splitfx.ir.modes import kept_modes
+from splitfx.text import first_line
 from splitfx.train import checkpoint
 from splitfx.train.data import batches
 from splitfx.train.data.batches import Process
-from splitfx.train.fit import Data, check, first_line, not_empty
+from splitfx.train.fit import Data, check, not_empty
 from splitfx.train.history import Epoch, History, Score
 from splitfx.train.objective import Loss, Objective, Regulariser, logits
 from splitfx.train.processes import accelerated

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from splitfx.errors import TrainingError
 from splitfx.ir.graph import info, is_canonical
 from splitfx.ir.modes import in_eval
+from splitfx.text import first_line
 from splitfx.train.data import batches
 from splitfx.train.objective import logits
 
@@ -72,10 +73,6 @@ def _classes(name: str, data: Data, targets: Any, out: Any) -> None:
             raise TrainingError(
                 f"the {name} set has class number {number}, the model's head gives {classes} classes, from 0 on"
             )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _wanted(split: nn.Module) -> str:

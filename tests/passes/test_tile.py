@@ -330,7 +330,10 @@ def test_a_plan_whose_grid_does_not_fit_its_stage() -> None:
         ({"rows": 2, "as_it_is": True}, "a stage that stays as_it_is has no rows"),
         ({"row": 2}, r"'stages\[1\]' has no key 'row'. Did you mean 'rows'\?"),
         ({"rows": "2"}, r"'stages\[1\].rows' must be an integer; got '2'"),
-        ((2, 1, 1, -1), "'stages' must be a list of .a table of rows, grid, recompute, every, as_it_is, keep.; got"),
+        (
+            (2, 1, 1, -1),
+            "'stages' must be a list of .a table of rows, grid, recompute, firing_intervals, as_it_is, keep.; got",
+        ),
     ],
 )
 def test_a_plan_with_an_odd_stage(stage: Any, message: str) -> None:
@@ -352,12 +355,12 @@ def test_stages_are_tables_of_a_plan() -> None:
     text = plan.to_toml()
     assert text.partition("[[pass]]")[2] == (
         '\nname = "tile"\nbudget = "least"\n'
-        "[[pass.stages]]\nrows = 4\nevery = [1, 2]\n"
+        "[[pass.stages]]\nrows = 4\nfiring_intervals = [1, 2]\n"
         "[[pass.stages]]\nas_it_is = true\n"
     )
     assert Plan.from_toml(text) == plan
     head = text.partition("[[pass.stages]]")[0]
-    assert Plan.from_toml(f"{head}stages = [{{rows = 4, every = [1, 2]}}, {{as_it_is = true}}]\n") == plan
+    assert Plan.from_toml(f"{head}stages = [{{rows = 4, firing_intervals = [1, 2]}}, {{as_it_is = true}}]\n") == plan
 
 
 # ---------------------------------------------------------------- the oracle notices

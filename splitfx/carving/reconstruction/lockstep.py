@@ -19,6 +19,7 @@ from splitfx.frontend.example_inputs import split_inputs
 from splitfx.ir.graph import info, module_of
 from splitfx.ir.modes import in_eval
 from splitfx.ir.ops import in_place
+from splitfx.text import first_line
 
 BATCH = 64  # inputs that are run at a time
 
@@ -112,7 +113,7 @@ class Walk(fx.Interpreter):
                 with in_eval(self.module), torch.no_grad():
                     self._run(node)
             except (RuntimeError, ValueError, TypeError) as error:
-                raise PlanError(f"calibration inputs do not fit the model: {str(error).splitlines()[0]}") from error
+                raise PlanError(f"calibration inputs do not fit the model: {first_line(error)}") from error
         for operand in node.all_input_nodes:
             if self.last[operand] is node and operand not in self.kept:
                 self.drop(operand)

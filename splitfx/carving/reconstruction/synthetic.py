@@ -19,6 +19,7 @@ from splitfx.carving.narrow import BatchNorm
 from splitfx.errors import PlanError
 from splitfx.ground.progress import Say, say, told
 from splitfx.ir.modes import in_eval
+from splitfx.text import first_line
 
 RATE = 0.1  # of Adam, on coefficients whose spread is 1
 
@@ -90,9 +91,7 @@ def _run(model: nn.Module, images: torch.Tensor) -> None:
     try:
         model(images)
     except RuntimeError as error:
-        raise PlanError(
-            f"draw_inputs: the model does not take {list(images.shape)}: {str(error).splitlines()[0]}"
-        ) from error
+        raise PlanError(f"draw_inputs: the model does not take {list(images.shape)}: {first_line(error)}") from error
 
 
 def _images(parts: torch.Tensor, fall: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

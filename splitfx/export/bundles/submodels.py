@@ -26,6 +26,7 @@ from splitfx.ir import graph as graphs
 from splitfx.subnetworks.choose import ModelFigures
 from splitfx.subnetworks.entry import entries
 from splitfx.subnetworks.model import SubNetworksGraph
+from splitfx.text import first_line
 
 WEIGHTS = "weights.data"
 SMALL = 64  # bytes: shapes, scalars and the like stay in the files
@@ -99,8 +100,7 @@ def _write_models(
             try:
                 onnx.checker.check_model(str(draft / f"{name}.onnx"))
             except onnx.checker.ValidationError as error:
-                first = str(error).strip().splitlines()[0]
-                raise ExportError(f"onnx.checker refuses the exported {name}: {first}") from error
+                raise ExportError(f"onnx.checker refuses the exported {name}: {first_line(error)}") from error
         return data.tell()
 
 

@@ -143,7 +143,8 @@ def joins_by_hand() -> bool:
 
 
 def window_span(rule: Window, axis: int, count: int) -> int:
-    """Rows, padding included, that ``count`` rows of a convolution or pool read."""
+    """Rows, padding included, that ``count`` rows of a convolution or pool read; those that a transposed convolution
+    makes of ``count`` rows, before padding is cut off."""
     return (count - 1) * rule.stride[axis] + rule.dilation[axis] * (rule.kernel[axis] - 1) + 1
 
 

@@ -14,6 +14,13 @@ Interval = tuple[int, int]
 Pads = tuple[int, int]
 
 
+def widen(wanted: dict[Kernel, Interval], kernel: Kernel, low: int, high: int) -> None:
+    """Let what is wanted of a kernel include rows [low, high) too."""
+    if high > low:
+        known = wanted.get(kernel, (low, high))
+        wanted[kernel] = (min(low, known[0]), max(high, known[1]))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a stage is run. ``rows``: the height of a strip, the input rows of a step; 0: the whole tile at once.

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from splitfx.tiling.plan.buffers import Buffer
 from splitfx.tiling.plan.emission import Emitter, complete
-from splitfx.tiling.plan.instructions import Instruction, Interval
+from splitfx.tiling.plan.instructions import Instruction, Interval, widen
 from splitfx.tiling.plan.meter import CostMeter, Spent
 from splitfx.tiling.plan.steady import Steady
 from splitfx.tiling.stage.kernel import Kernel
@@ -71,25 +71,20 @@ class Scheduler(Emitter):
         """Rows (or columns) of every kernel that this tile of the stage's results needs."""
         found: dict[Kernel, Interval] = {}
 
-        def want(kernel: Kernel, low: int, high: int) -> None:
-            if high > low:
-                known = found.get(kernel, (low, high))
-                found[kernel] = (min(low, known[0]), max(high, known[1]))
-
         for kernel in reversed(self.stage.kernels):
             size = kernel.sizes[axis]
             if kernel.exit >= 0 or kernel.kind is Kind.REDUCE:
                 start = self.first if axis == 0 and kernel.kind is Kind.ROWS else 0
-                want(kernel, max(size * part // parts, start), size * (part + 1) // parts)
+                widen(found, kernel, max(size * part // parts, start), size * (part + 1) // parts)
             if kernel.home >= 0 and kernel.exit < 0:
-                want(kernel, 0, size)
+                widen(found, kernel, 0, size)
             if axis == 1 and kernel in found and kernel.node in self.stage.regions.across:
-                want(kernel, 0, size)  # its rows are computed in full
+                widen(found, kernel, 0, size)  # its rows are computed in full
             if kernel in found and kernel.kind in (Kind.ROWS, Kind.REDUCE):
                 low, high = found[kernel]
                 for operand, *edges in kernel.reads:
                     first, last, _, _ = edges[axis].need(low, high)
-                    want(operand, first, max(last, first))
+                    widen(found, operand, first, max(last, first))
         return found
 
     def _phase(self, phase: int) -> Iterator[Instruction]:

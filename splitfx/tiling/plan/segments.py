@@ -17,6 +17,7 @@ from splitfx.analysis.cuts import cuts
 from splitfx.analysis.regions import reduced_dims
 from splitfx.ir.graph import layer
 from splitfx.ir.ops import bind, in_place, is_size, op
+from splitfx.tiling.plan.instructions import widen
 from splitfx.tiling.stage.kernel import Kernel, Stage
 from splitfx.tiling.stage.roles import Kind
 
@@ -122,7 +123,7 @@ def _walk(stage: Stage, places: list[int], stop: int, bands: int) -> Iterator[tu
         why = why or _barrier(kernel)
         if place == stop or kernel.exit >= 0 or kernel.kind is Kind.REDUCE:
             first = kernel.rows * part // bands
-            _widen(wanted, kernel, first, min(kernel.rows, first - (-kernel.rows // bands)))  # the tallest of all bands
+            widen(wanted, kernel, first, min(kernel.rows, first - (-kernel.rows // bands)))  # the tallest of all bands
         if kernel not in wanted:
             total += 0 if kernel.kind is Kind.ROWS else kernel.row_bytes
             continue
@@ -130,14 +131,8 @@ def _walk(stage: Stage, places: list[int], stop: int, bands: int) -> Iterator[tu
         total += kernel.row_bytes * (high - low) if kernel.kind is Kind.ROWS else kernel.row_bytes
         for operand, edge, _ in kernel.reads:
             first, last, _, _ = edge.need(low, high)
-            _widen(wanted, operand, first, last)
+            widen(wanted, operand, first, last)
     yield -1, total, why
-
-
-def _widen(wanted: dict[Kernel, tuple[int, int]], kernel: Kernel, low: int, high: int) -> None:
-    if high > low:
-        known = wanted.get(kernel, (low, high))
-        wanted[kernel] = (min(low, known[0]), max(high, known[1]))
 
 
 def _barrier(kernel: Kernel) -> str:

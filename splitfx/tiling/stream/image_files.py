@@ -18,7 +18,7 @@ import torch
 
 from splitfx.errors import SplitfxError, UnsupportedError
 from splitfx.ground import limits
-from splitfx.text import shown
+from splitfx.text import first_line, shown
 from splitfx.tiling.stream.rows import Layout, Rows, checked, layout_of, sizes_of, tensor_of
 
 
@@ -112,9 +112,7 @@ def file_rows(path: Path, layout: Layout | None) -> Rows:
         raise
     except (ValueError, TypeError, LookupError, SyntaxError, tokenize.TokenError, struct.error, OverflowError) as error:
         # numpy reads its header as Python text, and fails in the ways of a parser
-        raise SplitfxError(
-            f"{path}: is damaged: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
-        ) from error
+        raise SplitfxError(f"{path}: is damaged: {first_line(error)}") from error
     raise UnsupportedError(
         f"{path}: cannot be read row by row; .npy, PPM, PGM and uncompressed TIFF files in strips can. Convert it, "
         "or give the rows as strips: RowSource(strips, size=(rows, columns))"

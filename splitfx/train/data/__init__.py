@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from splitfx.errors import MissingExtraError, TrainingError, nearest
 from splitfx.ground import limits
 from splitfx.ground.files import read_text
+from splitfx.text import first_line
 from splitfx.train.data.idx import read_idx
 
 KINDS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
@@ -244,7 +245,7 @@ def _cifar_python(word: str, folder: Path, kind: str, train: bool) -> tuple[torc
         found = cls(str(folder), train=train, download=False)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise TrainingError(
-            f"{word}: CIFAR is not there, or its files are damaged ({str(error).splitlines()[0]}). Put the folder "
+            f"{word}: CIFAR is not there, or its files are damaged ({first_line(error)}). Put the folder "
             f"'{cls.base_folder}' of the archive {cls.filename} into {folder}, or that of the binary version"
         ) from error
     images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
@@ -275,7 +276,7 @@ def _folder(word: str, folder: Path, shape: Shape, augment: bool) -> Data:
         try:
             sets.append(datasets.ImageFolder(str(part), v2.Compose(steps), loader=_image))
         except (FileNotFoundError, OSError) as error:
-            raise TrainingError(f"{word}: {str(error).splitlines()[0]}") from error
+            raise TrainingError(f"{word}: {first_line(error)}") from error
     if sets[0].classes != sets[1].classes:
         only = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise TrainingError(f"{word}: train and val have different classes: {', '.join(only[:5])}")

@@ -20,6 +20,7 @@ from torch import fx
 
 from splitfx import storage
 from splitfx.errors import MissingExtraError, TrainingError
+from splitfx.text import first_line
 
 SPLIT, RUN = "split", "run"
 JOURNAL = "study.journal"
@@ -75,7 +76,7 @@ class Trials:
                 if known is None:
                     self.study.set_user_attr(ABOUT, dict(about))
             except Exception as error:  # optuna's storages raise what their backends do
-                raise TrainingError(f"the study in {self.study_is_in} cannot be opened: {_line(error)}") from error
+                raise TrainingError(f"the study in {self.study_is_in} cannot be opened: {first_line(error)}") from error
         if known is not None:
             _same(known, json.loads(json.dumps(dict(about))), self.study_is_in)
 
@@ -138,8 +139,8 @@ class Trials:
             self.study.add_trial(done)
         except Exception as error:  # optuna's storages raise what their backends do
             raise TrainingError(
-                f"the study in {self.study_is_in} cannot be written: {_line(error)}. Trial {key} is not in it; go on "
-                "with resume=True (--resume) when it can be"
+                f"the study in {self.study_is_in} cannot be written: {first_line(error)}. Trial {key} is not in it; go "
+                "on with resume=True (--resume) when it can be"
             ) from error
         shutil.rmtree(place / RUN, ignore_errors=True)  # its checkpoints
 
@@ -211,7 +212,3 @@ def _optuna() -> Any:
         raise MissingExtraError(f"optuna cannot be imported ({error}): pip install 'splitfx[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,7 @@ from splitfx.ir.ops.pieces import (
     padded,
     part_bytes,
     real_rows,
+    window_span,
 )
 from splitfx.ir.ops.reading import bind
 from splitfx.ir.ops.row import Bound, Channel, Raised, Sizes, Spatial, Window, rows
@@ -118,13 +119,8 @@ def _ends(rule: Window, spans: Sequence[Interval], starts: Sequence[int], length
     found = []
     for axis, (start, stop) in enumerate(spans):
         first = (starts[axis] if axis < 2 else 0) * rule.stride[axis] - rule.padding[axis]
-        found.append((first - start, stop - first - _natural(rule, axis, lengths[axis])))
+        found.append((first - start, stop - first - window_span(rule, axis, lengths[axis])))
     return found
-
-
-def _natural(rule: Window, axis: int, length: int) -> int:
-    """Rows that a transposed convolution makes of ``length`` rows, before padding is cut off."""
-    return (length - 1) * rule.stride[axis] + rule.dilation[axis] * (rule.kernel[axis] - 1) + 1
 
 
 def _transposed_piece(job: Job) -> Call:
@@ -159,7 +155,7 @@ def _transposed_workspace(job: Job, span: Span) -> int:
     starts = [edge.need(*part)[0] for edge, part in ((read.h, span.rows), (read.w, span.columns))]
     if not any(map(any, _ends(job.rule, job.spans(span), starts, lengths))):
         return 0
-    rows_, columns, *rest = (_natural(job.rule, axis, n) for axis, n in enumerate(lengths))
+    rows_, columns, *rest = (window_span(job.rule, axis, n) for axis, n in enumerate(lengths))
     return math.prod(rest) * part_bytes(job.row_bytes, job.sizes[1], rows_, columns) // math.prod(job.rest)
 
 
