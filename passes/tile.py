@@ -22,11 +22,12 @@ from splitfx.compiler import options
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
+from splitfx.ground.amounts import parse_bytes, share
 from splitfx.ground.table import size as words
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, layer, module_of
 from splitfx.ir.ops import op_name
-from splitfx.text import share, shown
+from splitfx.text import shown
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.plan.planner import Candidates
@@ -133,7 +134,7 @@ class Tile(Pass):
         if isinstance(self.budget, int):
             object.__setattr__(self, "budget", f"{self.budget} B")
         if self.budget and self.budget != "least" and self._share is None:
-            planner.parse_bytes(str(self.budget))
+            parse_bytes(str(self.budget))
         _check_counts(self.rows, self.grid, self.recompute, self.firing_intervals)
         if self.by_hand and (self.budget or self.stages):
             raise PlanError("pass 'tile': give a budget, or rows and grid by hand, not both")
@@ -214,7 +215,7 @@ class Tile(Pass):
                 _check_grid(Candidates(graph, facts, nodes), self.grid)
             return [(schedule, _how(schedule)) for _ in found]
         if self.budget and self.budget != "least":
-            return self._within(graph, facts, found, planner.parse_bytes(str(self.budget)))
+            return self._within(graph, facts, found, parse_bytes(str(self.budget)))
         decided = []
         for nodes in found:
             candidates = self._candidates(graph, facts, nodes)

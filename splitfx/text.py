@@ -61,12 +61,6 @@ def shown(value: Any, most: int = VALUE) -> str:
     return one_line(_Short().repr(value), most)
 
 
-def share(text: str) -> float | None:
-    """A budget as a share of what there is: 0.5 for ``0.5x`` or ``50%``; None for what is written in another way."""
-    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([x×%])\s*", text)
-    return float(found[1]) / (100 if found[2] == "%" else 1) if found is not None else None
-
-
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, as `one_line`; its kind where it says nothing."""
     text = str(error).strip()

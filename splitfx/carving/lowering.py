@@ -20,6 +20,7 @@ from splitfx.analysis.blocks import Block
 from splitfx.analysis.shapes import shape
 from splitfx.carving.division import Division, Divisions
 from splitfx.ground.exclusive import exclusive
+from splitfx.ground.timing import synchronizer, took
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import op, op_name
 from splitfx.ir.ops.channels import is_channels_last
@@ -129,25 +130,14 @@ def _seconds(
 
 def alternate(first: Callable[[], None], second: Callable[[], None], device: str) -> tuple[float, float]:
     """The least seconds of each, taken in turn so that a busy machine treats both alike."""
-    best = [float("inf")] * 2
+    best, synchronize = [float("inf")] * 2, synchronizer(torch.device(device))
     with torch.inference_mode():
         for run in (first, second):
             run()  # the first call of a shape picks kernels
         started = time.perf_counter()
         for _ in range(REPEATS):
             for i, run in enumerate((first, second)):
-                best[i] = min(best[i], _time(run, device))
+                best[i] = min(best[i], took(run, synchronize))
             if time.perf_counter() - started > ENOUGH_SECONDS:
                 break
     return best[0], best[1]
-
-
-def _time(run: Callable[[], None], device: str) -> float:
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -30,6 +30,7 @@ from splitfx.export import agreement, sessions
 from splitfx.export.probe import timed
 from splitfx.export.report import OutputError, ProviderRow, RuntimeReport
 from splitfx.ground.progress import Say, say, told
+from splitfx.ground.timing import p90
 from splitfx.ir import graph as graphs
 from splitfx.ir.modes import in_eval
 from splitfx.text import first_line
@@ -162,8 +163,10 @@ def _row(bench: _Bench, provider: str, model: nn.Module, call: tuple[tuple, dict
         name,
         verdict,
         errors,
-        *_middle(answer["times"]),
-        *(_middle(torch_times) if torch_times else (None, None)),
+        statistics.median(answer["times"]),
+        p90(answer["times"]),
+        statistics.median(torch_times) if torch_times else None,
+        p90(torch_times) if torch_times else None,
         answer.get("peak_bytes"),
         answer.get("load_bytes"),
         answer.get("peak_why", ""),
@@ -207,12 +210,6 @@ def _compared(bench: _Bench, names: list[str], outputs: Path) -> tuple[tuple[Out
     faults = [agreement.fault(name, got, want, bench.tolerance) for name, got, want in each]
     wrong = [words for _, words in faults if words]
     return tuple(one for one, _ in faults), f"mismatch: {'; '.join(wrong)}" if wrong else "ok"
-
-
-def _middle(times: Sequence[float]) -> tuple[float, float]:
-    """Median and 90th percentile."""
-    ordered = sorted(times)
-    return statistics.median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
 
 
 def _torch_times(model: nn.Module, call: tuple[tuple, dict], provider: str, runs: int) -> list[float]:

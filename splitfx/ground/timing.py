@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,3 +27,9 @@ def took(call: Callable[[], Any], synchronize: Callable[[], None] = lambda: None
     call()
     synchronize()
     return time.perf_counter() - start
+
+
+def p90(times: Iterable[float]) -> float:
+    """What nine of ten calls do not exceed."""
+    ordered = sorted(times)
+    return ordered[math.ceil(0.9 * len(ordered)) - 1]

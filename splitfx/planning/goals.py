@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitfx.errors import PlanError
+from splitfx.ground.amounts import parse_bytes, parse_count, parse_seconds, share
 from splitfx.ground.table import number, seconds, size
-from splitfx.text import share, shown
-from splitfx.tiling.plan.planner import parse_bytes
+from splitfx.text import shown
 
 Amount = str | int | float | None
-_TIME = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,15 @@ def goals(peak: Amount, latency: Amount, macs: Amount, drop: float | None, now: 
         raise PlanError(f"accuracy_drop is in points, 0 or more; got {shown(drop)}")
     return Goals(
         None if least else _bytes(peak, now[0]),
-        _amount("latency", latency, now[1], _time),
-        None if macs is None else math.floor(_amount("macs", macs, now[2], _count) or 0),
+        _amount("latency", latency, now[1], parse_seconds),
+        None if macs is None else math.floor(_amount("macs", macs, now[2], parse_count) or 0),
         least,
         drop,
     )
 
 
 def _bytes(given: Amount, now: int) -> int | None:
-    found = _amount("peak", given, now, lambda text: float(parse_bytes(text)))
+    found = _amount("peak", given, now, parse_bytes)
     return None if found is None else math.floor(found)
 
 
@@ -73,17 +71,3 @@ def _amount(name: str, given: Amount, now: float, read: Callable[[str], float]) 
     if isinstance(given, bool) or not (math.isfinite(found) and found > 0):
         raise PlanError(f"{name} is more than nothing, as an amount or as a share such as '0.5x'; got {shown(given)}")
     return found
-
-
-def _time(text: str) -> float:
-    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(s|ms|us|µs)\s*", text)
-    if found is None:
-        raise PlanError(f"a latency is a time such as '20 ms', or a share such as '0.8x'; got {shown(text)}")
-    return float(found[1]) * _TIME[found[2]]
-
-
-def _count(text: str) -> float:
-    found = re.fullmatch(r"\s*(\d*\.?\d+(?:e\d+)?)\s*([kMGT]?)\s*", text)
-    if found is None:
-        raise PlanError(f"macs is a count such as '1.5 G', or a share such as '0.5x'; got {shown(text)}")
-    return float(found[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from splitfx.frontend.example_inputs import inputs_for
 from splitfx.ground.notebook import Shown
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import seconds, size
+from splitfx.ground.timing import p90
 from splitfx.ground.turns import device_of, timed
 from splitfx.ir.modes import in_eval
 from splitfx.text import first_line
@@ -102,12 +102,8 @@ def measure(
         peak = _cuda_peak(call, place) - before if place.type == "cuda" else _live_peak(call, there, (args, kwargs))
         process, why = _process_peak(call) if place.type == "cpu" else (None, "the tensors are on the GPU")
     return Measurement(
-        statistics.median(times), _p90(times), runs, peak, process, why, str(place), torch.get_num_threads()
+        statistics.median(times), p90(times), runs, peak, process, why, str(place), torch.get_num_threads()
     )
-
-
-def _p90(times: Sequence[float]) -> float:
-    return sorted(times)[math.ceil(0.9 * len(times)) - 1]
 
 
 def placed(model: nn.Module, place: torch.device) -> nn.Module:

@@ -21,6 +21,7 @@ from splitfx.analysis.shapes import shapes
 from splitfx.errors import UnsupportedError
 from splitfx.ir import graph as graphs
 from splitfx.ir import sizes
+from splitfx.ir.modes import in_eval
 from splitfx.ir.ops import layers
 from splitfx.ir.ops.layers import LAYERS
 from splitfx.ir.schema import FUNCTION_NAMES
@@ -146,10 +147,9 @@ def _layer(path: str, module: nn.Module) -> dict[str, Any]:
 
 def _passes_through(module: nn.Module) -> bool:
     """Whether a parameterless layer of the user's hands its input on in eval mode, as DropPath does."""
-    was, probe = module.training, torch.randn(2, 3, 4, 4)
+    probe = torch.randn(2, 3, 4, 4)
     try:
-        return bool(torch.equal(module.eval()(probe), probe))
+        with in_eval(module):
+            return bool(torch.equal(module(probe), probe))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False  # it wants another input; then it is more than a pass-through
-    finally:
-        module.train(was)

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from splitfx.ground import names
+from splitfx.ground.amounts import parse_bytes
 from splitfx.ground.files.typed import require_ordinary
 from splitfx.ir.notes import Note
 from splitfx.storage.operators import LARGEST
@@ -98,7 +99,7 @@ class Goal(Struct, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if self.budget not in (HALF, "least"):
-            planner.parse_bytes(self.budget)
+            parse_bytes(self.budget)
 
 
 class TiledOptions(Struct, forbid_unknown_fields=True):

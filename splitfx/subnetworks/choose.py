@@ -15,12 +15,12 @@ from torch import fx
 
 from splitfx.analysis import facts
 from splitfx.errors import PlanError, UnsupportedError
+from splitfx.ground.amounts import parse_bytes, share
 from splitfx.ground.table import number, seconds, size, table
 from splitfx.ground.turns import alternate
 from splitfx.ir.graph import random_inputs
 from splitfx.ir.modes import in_eval
 from splitfx.subnetworks.entry import entries
-from splitfx.tiling.plan.planner import parse_bytes
 
 if TYPE_CHECKING:
     from splitfx.subnetworks.model import SubNetworksGraph
@@ -144,19 +144,16 @@ def _least(found: Figures, name: str, limit: float) -> str:
 
 def parse_budget(text: str) -> float:
     """``"0.4x"`` as 0.4. Raises `PlanError`."""
-    try:
-        share = float(text.strip().removesuffix("x")) if text.strip().endswith("x") else -1.0
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
+    part = share(text)
+    if part is None or not 0 < part < 1:
         raise PlanError(f"pass 'subnetworks': a budget is a share of the base model such as '0.4x'; got {text!r}")
-    return share
+    return part
 
 
 def closest_below(budget: str, costs: Sequence[float], base: float, names: Sequence[str], of: str) -> int:
     """Which cost is the largest within the budget. Raises `PlanError`, with the closest, where none is."""
-    share = parse_budget(budget)
-    fits = [i for i, cost in enumerate(costs) if cost <= share * base]
+    most = parse_budget(budget) * base
+    fits = [i for i, cost in enumerate(costs) if cost <= most]
     if fits:
         return max(fits, key=lambda i: costs[i])
     closest = min(range(len(costs)), key=lambda i: costs[i])

@@ -16,10 +16,10 @@ from splitfx.compiler.pipeline import run_pass
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError, UnsupportedError, VerificationError
 from splitfx.frontend.trace import trace
+from splitfx.ground.amounts import parse_bytes
 from splitfx.ir.graph import info
 from splitfx.ir.ops import op_name
 from splitfx.passes.tile import Tile, TileStage
-from splitfx.tiling.plan.planner import parse_bytes
 from splitfx.tiling.run.execution import Execution
 from splitfx.tiling.run.executor import Tiled
 from tests import oracle

@@ -12,8 +12,9 @@ from torch import fx, nn
 from splitfx.analysis import facts
 from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
+from splitfx.ground.amounts import parse_bytes
 from splitfx.tiling.plan import planner
-from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front, parse_bytes
+from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front
 from splitfx.tiling.run.install import install
 from splitfx.tiling.stage.extract import stages
 from splitfx.tiling.stage.kernel import Keeping

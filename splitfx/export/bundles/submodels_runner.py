@@ -9,7 +9,6 @@ folder that is no bundle, or is damaged.
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections import Counter, deque
@@ -24,6 +23,7 @@ from splitfx.export.bundles.opened import Opened
 from splitfx.ground.files.folders import FolderKind
 from splitfx.ground.files.typed import Count, Text
 from splitfx.ground.table import number, seconds, size, table
+from splitfx.ground.timing import p90
 from splitfx.text import shown
 
 REMEMBERED = 50  # latest calls of a model that its time is judged by
@@ -145,7 +145,7 @@ class Bundle:
                 f"how long {name} takes for inputs of {[list(t.shape) for t in inputs]} is not known yet: call warm_up "
                 "with such inputs once"
             )
-        return sorted(known)[math.ceil(0.9 * len(known)) - 1]
+        return p90(known)
 
     def medians(self) -> dict[str, float]:
         """Median seconds of the latest calls of every model that has run, whatever their sizes."""

@@ -7,36 +7,16 @@ The best candidate is then improved group by group.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from splitfx.errors import PlanError
-from splitfx.ground import limits
 from splitfx.ground.table import size as words
-from splitfx.text import shown
 from splitfx.tiling.plan.candidates import Candidates, Mode, Point, around, fast, front
 from splitfx.tiling.plan.instructions import Schedule
 
 __all__ = ["Candidates", "Mode", "Planned", "Point", "Schedule", "around", "front", "least", "plan", "within"]
 
 NEAR = 0.01  # of the least peak: "least" may take so much more where it is faster
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """``"64 MiB"`` -> 67108864. Raises `PlanError` for anything that is no positive number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?i?[bB])\s*", text)
-    if found is None or found[2].lower() not in _UNITS:
-        raise PlanError(
-            f"a budget is bytes with their unit, such as '64 MiB', or a share such as '0.5x'; got {shown(text)}"
-        )
-    value = float(found[1]) * _UNITS[found[2].lower()]
-    if value > limits.BUDGET_BYTES:
-        raise PlanError(f"a budget is at most 1024 PiB; got {shown(text)}")
-    value = int(value)
-    if value <= 0:
-        raise PlanError(f"a budget must be more than 0 bytes; got {shown(text)}")
-    return value
 
 
 def enough(count: int) -> str:

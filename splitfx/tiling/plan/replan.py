@@ -16,6 +16,7 @@ from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.analysis.shapes import shapes
+from splitfx.ground.amounts import parse_bytes
 from splitfx.ground.table import size as words
 from splitfx.ir.graph import TensorSpec
 from splitfx.ir.ops import is_size
@@ -60,7 +61,7 @@ def replanned(stage: fx.GraphModule, specs: tuple[TensorSpec, ...], goal: Goal) 
         half = candidates.untiled().peak_bytes // 2
         found = planner.least(candidates, goal.mode) if least else planner.half(candidates, half, goal.mode)
         return found.schedule or Schedule()
-    budget = planner.parse_bytes(goal.budget)
+    budget = parse_bytes(goal.budget)
     at_once = candidates.point(Schedule())
     point = at_once if at_once.peak_bytes <= budget else planner.within(candidates, budget, goal.mode)
     if point.peak_bytes > budget:
