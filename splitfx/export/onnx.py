@@ -2,7 +2,8 @@
 
 Does: exports in eval mode from a private copy, with a dynamic batch dimension where the graph has one,
 readable input and output names, the user's layer paths on the nodes, weights in a second file when they
-pass 2 GB; tiled stages written out piece by piece, for the traced sizes (`tiles`); runs onnx.checker.
+pass 2 GB; tiled stages as loops over strips of rows (`loops`), or piece by piece for the traced sizes (`tiles`); runs
+onnx.checker.
 Refuses: opsets that the exporter does not write, a dynamic batch that the graph does not have, a file
 already there, a file that does not compute what the graph does (`agreement`).
 Promises: the split is not changed; the file holds no stack traces and no paths of this machine; a failed
@@ -44,6 +45,7 @@ OPSETS = range(18, 26)
 DEFAULT_OPSET = 20
 INLINE_LIMIT = 2_000_000_000  # bytes of weights; a protobuf file holds less than 2 GiB
 LAYER = "splitfx.layer"  # metadata key, in the graph during export and on the nodes of the file
+ASKED = "its tiled stage is written as steps for the traced sizes, on request (loops=False)"
 FOLDED = "splitfx.folded"  # metadata key: the batch norm that became part of this layer
 _KEPT = (LAYER, "pkg.torch.onnx.name_scopes")  # of the exporter's notes on a node; others may hold local paths
 
@@ -56,6 +58,7 @@ def export_onnx(
     opset: int | None = None,
     dynamic_batch: bool | None = None,
     example_inputs: Any = None,
+    loops: bool = True,
     external_data: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -70,6 +73,8 @@ def export_onnx(
       the traced inputs.
     - example_inputs: a tensor, a tuple, a dict of keyword inputs or ((...), {...}); only for a module not
       traced yet.
+    - loops: write tiled stages as loops over strips of rows, for any height and batch; False writes the steps of the
+      schedule for the traced sizes, for a runtime that does not run such loops (OpenVINO: docs, *Tiling in ONNX*).
     - external_data: put the weights into a file `<path>.<digest>.data` beside it; done anyway when they pass 2 GB.
     - overwrite: replace an existing file.
     - verify: run the file under onnxruntime on the CPU beside the graph, on random inputs of the traced sizes and,
@@ -87,7 +92,7 @@ def export_onnx(
     _need_packages(verify)
     gm = _traced(split, example_inputs)
     say(f"exporting {target.name}")
-    program, exported, fixed = _program(gm, opset, dynamic_batch)
+    program, exported, fixed = _program(gm, opset, dynamic_batch, loops=loops)
 
     def check(draft: Path) -> None:
         if verify:
@@ -95,7 +100,7 @@ def export_onnx(
             agreement.require_agreement(draft, gm, (exported, program.exported_program), LAYER)
 
     _write(program.model, target, external_data, overwrite, check)
-    if fixed and dynamic_batch is None:
+    if fixed and dynamic_batch is None and fixed != ASKED:
         warnings.warn(f"{target.name} has a fixed batch size: {fixed}.", stacklevel=3)  # past `told`
     return target
 
@@ -109,11 +114,11 @@ def made(gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool 
 
 
 def _program(
-    gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True
+    gm: fx.GraphModule, opset: int, dynamic_batch: bool | None, fuse: bool = True, loops: bool = True
 ) -> tuple[Any, torch.export.ExportedProgram, str]:
     """torch's ONNX program, the exported program behind it, and why the batch is fixed."""
-    why = ""
-    if fuse and tiles.is_tiled(gm):
+    why = "" if loops else ASKED
+    if fuse and loops and tiles.is_tiled(gm):
         found = _in_loops(gm, opset, dynamic_batch)
         if not isinstance(found, str):
             return found
@@ -211,6 +216,7 @@ def _export(
     copy = graphs.copy_graph(gm, share=True).eval()
     tiled = tiles.write_out(copy, LAYER, why)
     fixed = f"its tiled stage is written out for the traced sizes, as no loop holds it: {why}" if tiled else ""
+    fixed = ASKED if tiled and why == ASKED else fixed
     return *freed(copy, gm, asked, LAYER, fixed), tiled
 
 

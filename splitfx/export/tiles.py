@@ -2,7 +2,8 @@
 
 The steps are the instructions of the stage's schedule, coarser where they would be more than `LIMIT`. onnxruntime
 orders nodes anew, and every Slice or Concat copies its piece and breaks the blocked layout in which its convolutions
-are fast: such a file may hold more than the untiled one. `splitfx.export.loops` is the better form.
+are fast: such a file may hold more than the untiled one. `splitfx.export.loops` is the better form, where the
+runtime runs it.
 
 Refuses: a stage with more than `LIMIT` steps under every schedule (`ExportError`).
 Promises: a file computes what the stage computes, and never holds more than `LIMIT` steps of it.

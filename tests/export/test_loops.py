@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,62 @@ def test_one_file_runs_at_every_height_and_batch(model: type[nn.Module], piece: 
         for got, want in zip(found, wanted, strict=True):
             assert got.shape == tuple(want.shape), (batch, height)
             assert oracle.error(torch.as_tensor(got), want) < 1e-5, (batch, height)
+
+
+class Whole(nn.Module):
+    """Convolutions, a pool and their mean: one loop, of which nothing is collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 7, 2, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.max_pool2d(self.a(x).relu(), 3, 2, 1)
+        return self.c(y + self.b(y).relu()).mean((2, 3))
+
+
+def in_openvino(path: Path, x: torch.Tensor, fixed: bool) -> list[torch.Tensor]:
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    if fixed:
+        model.reshape({0: list(x.shape)})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([x.numpy()])
+    return [torch.as_tensor(found[place].copy()) for place in range(len(compiled.outputs))]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["free", "fixed"])
+def test_openvino_runs_a_loop_with_free_and_with_fixed_sizes(fixed: bool, low: None, tmp_path: Path) -> None:
+    """With a fixed height it takes the height of a loop's first state for that of all, unless that hangs on values."""
+    split = tiled(Whole)
+    path = export_onnx(split, tmp_path / "m.onnx")
+    assert not [n.name for n in onnx.load(str(path)).graph.node if "Sequence" in n.op_type]
+    for batch, height in ((2, 64), (1, 26)):
+        x = torch.randn(batch, 3, height, WIDTH)
+        with torch.no_grad():
+            assert oracle.error(in_openvino(path, x, fixed)[0], split(x)) < 1e-5, (batch, height)
+
+
+@pytest.mark.parametrize("model", [Pools, Gates, Outputs, Skips])
+def test_openvino_runs_the_steps(model: type[nn.Module], tmp_path: Path) -> None:
+    """What a loop collects comes out wrong there (2026.4): the steps do not."""
+    split = tiled(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the fixed batch was asked for
+        path = export_onnx(split, tmp_path / "m.onnx", loops=False)
+    session = sessions.open_session(path, sessions.CPU, sessions.session_options(1))
+    assert "steps" in sessions.tiles(session)[0]
+    x = torch.randn(1, 3, 48, WIDTH)
+    with torch.no_grad():
+        wanted = leaves(split(x))
+    for got, want in zip(in_openvino(path, x, fixed=False), wanted, strict=True):
+        assert oracle.error(got, want) < 1e-5
+
+
+def test_steps_have_no_free_batch(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="on request"):
+        export_onnx(tiled(Whole), tmp_path / "m.onnx", loops=False, dynamic_batch=True)
 
 
 @pytest.mark.parametrize("model", [Pools, Residuals, Gates, Skips])

@@ -9,6 +9,7 @@ from typing import Any
 from splitfx.cli.arguments import Parser, with_overwrite, with_split
 from splitfx.cli.output import printed
 from splitfx.cli.progress import Progress
+from splitfx.errors import ExportError
 
 TEXT = "write a saved split as ONNX"
 
@@ -21,6 +22,7 @@ def arguments(one: Parser) -> None:
     where.add_argument("--branches", metavar="FOLDER", help="the stem and every branch of a carved SplitNet as files")
     one.add_argument("--opset", type=int, help="ONNX opset, 18 to 25 (default 20)")
     one.add_argument("--fixed-batch", action="store_true", help="keep the traced batch size")
+    one.add_argument("--no-loops", action="store_true", help="tiled stages as steps for the traced sizes (OpenVINO)")
     one.add_argument("--no-verify", action="store_true", help="do not run the file beside the graph before it is kept")
     with_overwrite(one)
 
@@ -41,6 +43,7 @@ def run(given: Namespace, progress: Progress) -> int:
         target,
         opset=given.opset,
         dynamic_batch=False if given.fixed_batch else None,
+        loops=not given.no_loops,
         overwrite=given.overwrite,
         verify=not given.no_verify,
     )
@@ -64,6 +67,8 @@ def _export_folder(given: Namespace, progress: Progress) -> int:
         from splitfx.export.bundles.branches import export_branches as write
         from splitfx.export.bundles.branches_runner import Branches as read
     kind, target = ("bundle", given.bundle) if given.bundle else ("branches", given.branches)
+    if given.no_loops:
+        raise ExportError(f"--no-loops is for --onnx; a {kind} has no such choice.")
     split = saved(given.split, progress)
     free = False if given.fixed_batch else None
     folder = write(split, target, opset=given.opset, dynamic_batch=free, overwrite=given.overwrite)

@@ -80,8 +80,12 @@ class Loop:
         outer, body, rows = self.outer, self.body, self.pace.rows
         unit = max(self.flow.unit(g) for g in range(self.flow.groups) if g == 0 or self.always(g))
         size = outer.count(self.first)
-        # The states have other heights later on: OpenVINO must not take the first one for granted.
-        self._nothing = outer("Mod", size, outer.number([1]))
+        # The states have other heights later on: OpenVINO must not take the first one for granted, so it is taken from
+        # a value of the map; from its height, it is known once a user has fixed that.
+        rank = len(self.first.shape.dims)  # type: ignore[union-attr]
+        corner = outer("Slice", self.first, outer.number([0] * rank), outer.number([1] * rank))
+        number = outer("Cast", outer("Reshape", corner, outer.number([1])), to=7)
+        self._nothing = outer("Mod", number, outer.number([1]))
         whole = outer("Div", outer("Sub", size, outer.number([unit])), outer.number([rows]))
         trips = outer("Max", outer("Add", whole, outer.number([1])), outer.number([1]))
         self._trips = outer("Squeeze", trips)

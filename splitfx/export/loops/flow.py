@@ -140,7 +140,8 @@ def _placed(found: Rule, read: list[Place]) -> Place:
 def rule(node: Any, read: Sequence[Any]) -> Rule | str:
     """The rule of a node that reads these maps, or why there is none."""
     kind = node.op_type
-    if node.domain or any(v.shape is None or len(v.shape) < 3 for v in (*read, *node.outputs)):
+    maps = read if kind in REDUCTIONS else (*read, *node.outputs)  # a total needs no axes
+    if node.domain or any(v.shape is None or len(v.shape) < 3 for v in maps):
         return f"{kind} has no rule of rows here"
     if kind in WINDOWS:
         return _window(node) if read == [node.inputs[0]] and len(node.outputs) == 1 else f"{kind} of several maps"
