@@ -145,8 +145,8 @@ def _alive(nodes: Sequence[Sketch], stages: Mapping[str, StageDetail]) -> str:
     if (rest := running.live_bytes - sum(count for *_, count in held)) > 0:
         held.append((running.layer, f"{running.op}, while it runs", "", rest))
     alike: dict[tuple[str, str, str], list[int]] = {}
-    for *told, count in held:
-        alike.setdefault(tuple(told), []).append(count)
+    for where, what, shape, count in held:
+        alike.setdefault((where, what, shape), []).append(count)
     rows = sorted(((*told, counts) for told, counts in alike.items() if sum(counts)), key=lambda row: -sum(row[3]))
     body = "".join(
         f"<tr><td>{escape(where)}</td><td>{escape(what)}</td>"
