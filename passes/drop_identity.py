@@ -36,8 +36,8 @@ _LEAVES = ("StochasticDepth", "DropPath")  # torchvision's and timm's; p is name
 class DropIdentity(Pass):
     """Remove operations that are the identity; with ``eval_only`` dropout and stochastic depth of any p too.
 
-    With ``eval_only`` the result no longer drops anything in train mode. Raises `UnsupportedError` for
-    ``eval_only`` on a model in train mode.
+    ``eval_only``: dropout and stochastic depth go whatever their p is, and the result no longer drops anything in train
+    mode. Raises `UnsupportedError` for it on a model in train mode.
     """
 
     name: ClassVar[str] = "drop_identity"

@@ -48,10 +48,13 @@ class Group(Pass):
     (``"strict"``) or stays dense (``"relaxed"``, which lets a few scalars per channel cross between branches).
     ``costly``: a block whose fusion costs more weights than the division saves is left ``"whole"`` or ``"split"`` all
     the same, as its factor says; a note gives both figures. ``order``: channels go to branches as they come
-    (``"given"``) or so that the branches keep the most weight energy (``"energy"``: squared weights). ``lowering``:
-    ``"grouped"`` convs, narrow ``"branches"``, ``"auto"`` (measured per block), or one word per block. ``select`` and
-    ``exclude``: globs of layer names. ``calibration``: example inputs on which fusions are solved by least squares and
-    batch norms behind divided layers take their running statistics (not in the plan).
+    (``"given"``), so that the branches keep the most weight energy (``"energy"``: squared weights), or the most of what
+    the layers give on ``calibration`` (``"solved"``). ``branches``: what "solved" found, the branch of each channel by
+    block, so that a saved plan gives the same graph. ``lowering``: ``"grouped"`` convs, narrow ``"branches"``,
+    ``"auto"`` (measured per block), or one word per block. ``select`` and ``exclude``: globs of layer names.
+    ``calibration``: example inputs on which fusions are solved by least squares and batch norms behind divided layers
+    take their running statistics (not in the plan). ``refine``: steps of gradient after that on the same inputs,
+    stopped by some that are held out.
 
     Stochastic depth on a split value draws per branch. Raises `PlanError` when ``factors`` does not fit the model.
     """

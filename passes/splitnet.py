@@ -45,9 +45,9 @@ class SplitNet(Pass):
     """Carve a classifier into independent groups of channels and classes (paper D).
 
     ``assignment``: the group of every channel by layer, as `splitfx.splitnet` makes it (learned, ``random``,
-    ``semantic``, ``clustering``, ``weights``); it brings its levels along. Without one, ``source`` says how to make it:
-    ``"random"``, ``"weights"`` (most kept weight), ``"activations"`` (most of what classes use, on ``calibration``) or
-    ``"clustering"`` of the classifier's rows, with ``seed``.
+    ``semantic``, ``clustering``, ``weights``); it brings its levels along. ``source``: how one is made where none is
+    given: ``"random"``, by ``"weights"`` (most kept weight), by ``"activations"`` (most of what classes use, on
+    ``calibration``) or by ``"clustering"`` of the classifier's rows. ``seed``: of what is drawn at random on the way.
     ``levels``: groups per layer, by globs of names (``{"layer4.*": 2, "fc": 4}``), or per stage, or ``depth`` and
     ``groups``: the last ``depth`` weighted layers. ``boundary``: the first split layers are ``"grouped"`` on their
     input too, or keep (``"full"``) the grouping of what they read. ``gating``: squeeze-and-excitation is split

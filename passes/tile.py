@@ -92,11 +92,12 @@ class Tile(Pass):
 
     ``budget``: the most bytes of live tensors, inputs counted and parameters not, as a number or as in "64 MiB"; a
     share of what the model takes now, as in "0.5x"; "least" for the least possible; empty: half of what the model
-    takes now, or the least that is possible. ``mode``: "stream" keeps
-    line buffers, "grid" computes halos twice, "auto" lets the planner choose. By hand instead: ``until`` names the last
-    layer that is tiled, ``rows`` the height of a strip (the input rows of a step), ``firing_intervals`` the steps
-    between two firings of each group of layers, ``grid`` rows and columns of tiles, ``recompute`` the bytes of maps
-    that may wait for a reduction; where there are more, some are computed twice instead of being kept (-1: never).
+    takes now, or the least that is possible. ``mode``: "stream" keeps line buffers, "grid" computes halos twice,
+    "auto" lets the planner choose. ``until``: the last layer that is tiled; empty: the planner chooses.
+
+    Instead of a budget, by hand: ``rows``: the height of a strip, the input rows of a step. ``firing_intervals``: the
+    steps between two firings of each group of layers. ``grid``: rows and columns of tiles. ``recompute``: the bytes of
+    maps that may wait for a reduction; where there are more, some are computed twice instead of being kept (-1: never).
 
     ``spill``: maps that wait for a reduction (the statistics of a norm, say) may go elsewhere meanwhile, where the
     budget asks for it: "host" is the memory beside a GPU, "disk" a file in the folder of temporary files (``TMPDIR``)
@@ -110,7 +111,7 @@ class Tile(Pass):
     The budget holds at other sizes than the traced too: there a stage is planned again when it is first called, and a
     warning says what it takes where the budget cannot be met.
 
-    ``stages`` is what the planner decided for the traced sizes, an entry for each stage, so that a saved plan gives the
+    ``stages``: what the planner decided for the traced sizes, an entry for each stage, so that a saved plan gives the
     same graph.
     """
 

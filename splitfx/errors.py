@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from splitfx.text import one_line
 
 _WORD = 100  # characters; what is longer is no misspelt name
+_BEGUN = 3  # characters from which on a name is begun
 
 
 class SplitfxError(Exception):
@@ -55,7 +56,8 @@ class MissingExtraError(SplitfxError, ImportError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the name in `known` closest to `word`, or "" when none is close.
+    """Return " Did you mean 'x'?" for the name in `known` closest to `word`, or the one that begins with it; "" when
+    there is none.
 
     The leading space lets a caller append the result to a finished sentence.
     """
@@ -63,4 +65,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return ""
     by_folded = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    begun = [name for name in by_folded if len(word) >= _BEGUN and name.startswith(word.casefold())]
+    close = close or (begun if len(begun) == 1 else [])
     return f" Did you mean '{by_folded[close[0]]}'?" if close else ""

@@ -15,7 +15,7 @@ from torch import fx
 
 import splitfx
 from splitfx.analysis import Facts
-from splitfx.compiler.pipeline import run_pass, run_plan
+from splitfx.compiler.pipeline import plan_since, run_pass, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PassError, PlanError, TraceError, UnsupportedError, VerificationError
@@ -189,6 +189,11 @@ def test_a_transformed_model_is_transformed_again() -> None:
     twice = splitfx.transform(once, Group(factors=(2, 2), lowering="branches"))
     assert [s.name for s in info(twice).steps] == ["fold_batchnorm", "group"]
     assert [s.name for s in info(once).steps] == ["fold_batchnorm"]
+    assert [s.name for s in info(twice).plan.passes] == ["fold_batchnorm", "group"]  # type: ignore[union-attr]
+    assert info(twice).plan.input_shape == info(once).plan.input_shape  # type: ignore[union-attr]
+    replayed = splitfx.transform(model, info(twice).plan, inputs)  # type: ignore[arg-type]
+    assert text(replayed) == text(twice)
+    assert [s.name for s in plan_since(once, twice).passes] == ["group"]
 
 
 def test_train_mode_is_kept() -> None:

@@ -13,23 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Parser, with_all
+from splitfx.cli.arguments import FAILED, MODEL, OK, STOPPED, WRONG, Paragraphs, Parser, with_all
 from splitfx.cli.commands import COMMANDS
 from splitfx.cli.progress import Progress
 from splitfx.errors import SplitfxError, VerificationError
 from splitfx.text import one_line
 
+_OPTION = re.compile(r"[a-z_]+=")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser, commands = _parser()
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     given.parsers = parser, commands  # for `completion`
     if given.command is None:
         parser.print_help()
@@ -49,6 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _told(given, type(error).__name__, f"{place}{error.strerror or error}", WRONG)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The options of a pass joined to it: ``--pass tile budget=0.5x`` is ``--pass 'tile budget=0.5x'``."""
+    found: list[str] = []
+    of_pass = False
+    for word in words:
+        if of_pass and _OPTION.match(word):
+            found[-1] += f" {word}"
+            continue
+        found.append(word)
+        of_pass = found[-2:-1] == ["--pass"] or word.startswith("--pass=")
+    return found
 
 
 def _told(given: argparse.Namespace, kind: str, message: str, code: int) -> int:
@@ -76,7 +92,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="splitfx",
         description="Take networks apart so that they fit, cost less or run in pieces; every rewrite is checked.",
-        epilog=f"A model is {MODEL}. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 stopped.",
+        epilog="Begin with: splitfx plan torchvision:resnet18 --input 1x3x224x224 --peak 0.5x\n\n"
+        f"A model is {MODEL}. Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 stopped.",
+        formatter_class=Paragraphs,
     )
     parser.add_argument("--version", action="version", version=f"splitfx {splitfx.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

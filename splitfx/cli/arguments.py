@@ -9,11 +9,37 @@ from splitfx.errors import nearest
 from splitfx.text import cut, one_line
 
 OK, FAILED, WRONG, STOPPED = 0, 1, 2, 130  # exit codes, see `splitfx.cli`
-MODEL = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+MODEL = (
+    "a NAME of torchvision or timm (torchvision:NAME, timm:NAME), package.module:callable, file.py:callable "
+    "or the folder of a transformers model"
+)
 DATA = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER"
-INPUT = "sizes of an input, batch first, such as 1x3x224x224 or 1x16:int64; once per input"
+INPUT = "sizes of an input, batch first, such as 1x3x224x224, 1x16:int64 or mask=1x1x64x64; once per input"
 
 # What other programs call it.
+GUESSED_COMMANDS = {
+    "bench": "measure",
+    "benchmark": "measure",
+    "compress": "plan",
+    "convert": "export",
+    "draw": "inspect",
+    "fit": "plan",
+    "info": "profile",
+    "list": "passes",
+    "optimize": "plan",
+    "prune": "plan",
+    "run": "measure",
+    "show": "inspect",
+    "split": "transform",
+    "summary": "profile",
+    "test": "check",
+    "tile": "transform",
+    "train": "finetune",
+    "validate": "check",
+    "verify": "check",
+    "view": "inspect",
+    "visualize": "inspect",
+}
 GUESSED = {
     "--memory": "--peak",
     "--budget": "--peak",
@@ -28,6 +54,18 @@ GUESSED = {
 }
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Names of commands beside what they do, paragraphs kept apart."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        self._indent()  # argparse forgets that commands stand further in, and breaks the line after the longest
+        super().add_argument(action)
+        self._dedent()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(Paragraphs, self)._fill_text(one, width, indent) for one in text.split("\n\n"))
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line, with the nearest known word."""
 
@@ -38,10 +76,14 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = [str(one) for one in action.choices]
             what = "command" if action.dest == "command" else str(action.metavar or action.dest)
-            self.error(f"there is no {what} '{value}'.{nearest(str(value), known)} Known: {', '.join(known)}")
+            meant = GUESSED_COMMANDS.get(str(value)) if what == "command" else None
+            hint = f" Did you mean '{meant}'?" if meant else nearest(str(value), known)
+            self.error(f"there is no {what} '{value}'.{hint} Known: {', '.join(known)}")
 
     def unknown(self, word: str) -> NoReturn:
         known = [text for action in self._actions for text in action.option_strings]
+        if not word.startswith("-") and "--pass" in known:
+            self.error(f"unknown argument '{word}'. A pass and its options are one word: --pass 'tile budget=0.5x'")
         word = word.partition("=")[0]
         meant = GUESSED.get(word)
         hint = f" Did you mean '{meant}'?" if meant is not None and meant.split()[0] in known else nearest(word, known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 from splitfx.compiler import registry
@@ -29,20 +30,28 @@ def parse_pass(text: str) -> Pass:
         raise PlanError(f"--pass {shown(text)} cannot be read: {error}") from None
     if not words:
         raise PlanError("--pass is empty; write a name and options, such as 'group factors=2,2,4'")
+    if "," in words[0]:
+        raise PlanError(f"--pass {shown(text)}: write one --pass for each, in order")
     cls = registry.get(words[0])
     known = cls.schema()["properties"]
-    given: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for word in words[1:]:
         option, equals, value = word.partition("=")
-        if not equals:
+        if equals:
+            texts[option] = value
+        elif texts:  # a value of two words, such as 64 MiB
+            texts[next(reversed(texts))] += f" {word}"
+        else:
             raise PlanError(f"--pass {shown(text)}: '{word}' is no option=value")
-        given[option] = _value(value, known.get(option, {}))
-    return cls.from_dict(given)
+    return cls.from_dict({option: _value(value, known.get(option, {})) for option, value in texts.items()})
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
     """``1x3x224x224`` or ``1x16:int64`` as sizes and the name of a dtype. Raises `UnsupportedError`."""
     sizes, _, dtype = text.partition(":")
+    if "," in sizes and re.search("[x×]", sizes):
+        raise UnsupportedError(f"--input {shown(text)}: give each input by an --input of its own")
+    sizes = sizes.strip().removeprefix("(").removesuffix(")").replace(", ", ",")
     if not re.fullmatch(r"\d+([x×,]\d+)+", sizes.strip()):
         raise UnsupportedError(f"--input {shown(text)}: sizes are written batch first, such as 1x3x224x224")
     try:
@@ -57,6 +66,20 @@ def parse_sizes(text: str) -> tuple[tuple[int, ...], str]:
             f"--input {shown(text)}: there is no type '{dtype}'.{nearest(dtype, DTYPES)} Types: {', '.join(DTYPES)}"
         )
     return found, dtype or "float32"
+
+
+def parse_inputs(texts: Sequence[str]) -> tuple[list[str], list[tuple[tuple[int, ...], str]]]:
+    """Each ``--input`` as `parse_sizes` reads it, and the names of forward's parameters where they are given, as in
+    ``mask=1x1x32x32``; all of them have one or none has. Raises `UnsupportedError`."""
+    named = [text.partition("=") for text in texts]
+    if not any(equals for _, equals, _ in named):
+        return [], [parse_sizes(text) for text in texts]
+    if not all(equals and name.isidentifier() for name, equals, _ in named):
+        raise UnsupportedError("--input: give every input by its name, such as mask=1x1x32x32, or none")
+    names = [name for name, _, _ in named]
+    if len(set(names)) < len(names):
+        raise UnsupportedError(f"--input: {', '.join(names)}: each name once")
+    return names, [parse_sizes(sizes) for _, _, sizes in named]
 
 
 def _value(text: str, schema: dict[str, Any]) -> Any:

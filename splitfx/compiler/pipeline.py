@@ -73,18 +73,31 @@ def run_plan(
 ) -> fx.GraphModule:
     """Run every pass of ``plan`` on a private copy of ``graph``.
 
-    The result records the plan with what passes decided by measuring, so that a replay gives the same graph.
+    The result records the plan with what passes decided by measuring, behind what was done to ``graph`` before, so that
+    a replay on the user's model gives the same graph.
     """
     resolved: list[Pass] = []
     work, origin = graph, info(graph).origin or sketch(graph)
     for number, step in enumerate(plan.passes, 1):
         say(f"pass {number} of {len(plan.passes)}: {step.name}")
-        work, done = _run(work, step, verify)
-        resolved.append(done)
+        work, decided = _run(work, step, verify)
+        resolved.append(decided)
     if work is not graph:
         take_apart(work, graph)
-    info(work).plan, info(work).origin = Plan(resolved, plan.input_shape), origin
+    earlier = info(graph).plan
+    done = Plan((*_passes(earlier), *resolved), plan.input_shape or (earlier.input_shape if earlier else None))
+    info(work).plan, info(work).origin = done, origin
     return work
+
+
+def plan_since(graph: fx.GraphModule, split: fx.GraphModule) -> Plan:
+    """What was done to ``graph`` to make ``split`` of it."""
+    now = info(split).plan
+    return Plan(now.passes[len(_passes(info(graph).plan)) :], now.input_shape)
+
+
+def _passes(plan: Plan | None) -> tuple[Pass, ...]:
+    return plan.passes if plan is not None else ()
 
 
 def run_pass(graph: fx.GraphModule, step: Pass, verify: bool = True) -> tuple[fx.GraphModule, Pass]:

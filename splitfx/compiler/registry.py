@@ -29,6 +29,7 @@ _known: dict[str, type[Pass]] = {}
 def get(name: str) -> type[Pass]:
     """The pass of that plan name. Raises `PlanError` with the nearest name when there is none."""
     known = all()
+    name = next((one for one, cls in known.items() if name == cls.__name__), name)  # as it is spelled in Python
     if name not in known:
         raise PlanError(f"no pass is named '{cut(name)}'.{nearest(name, known)} Known passes: {', '.join(known)}.")
     return known[name]

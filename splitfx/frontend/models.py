@@ -2,7 +2,7 @@
 
 Does: ``torchvision:NAME``, ``timm:NAME``, a NAME alone that only one of them has, ``package.module:callable`` and
 ``file.py:callable`` (a class, a function that makes the model, or the model itself), with random weights or those of a
-file.
+file; a local folder of transformers, with the weights in it.
 Refuses (`UnsupportedError`, one line): unknown names, with the nearest one; files that are empty, truncated
 or hold another model's weights. Never unpickles: weight files are safetensors, or read by torch with
 ``weights_only``.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import json
 import os
 import sys
 import traceback
@@ -24,7 +26,10 @@ from torch import nn
 
 from splitfx.errors import MissingExtraError, UnsupportedError, nearest
 
-FORMS = "torchvision:NAME, timm:NAME, package.module:callable or file.py:callable"
+FORMS = (
+    "a NAME of torchvision or timm (torchvision:NAME, timm:NAME), package.module:callable, file.py:callable "
+    "or the folder of a transformers model"
+)
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _SHOWN = 4
@@ -38,6 +43,10 @@ def load_model(word: str, weights: str | os.PathLike[str] | None = None, seed: i
     `MissingExtraError` when timm is not installed.
     """
     home, colon, name = word.rpartition(":")
+    if is_transformers(word):
+        if weights is not None:
+            raise UnsupportedError(f"{word} has weights of its own: leave out --weights")
+        return _transformers(Path(word)).eval()
     if not (colon and home and name):
         home, name = _home_of(word), word
     torch.manual_seed(seed)
@@ -76,6 +85,25 @@ def _home_of(name: str) -> str:
     return homes[0]
 
 
+def is_transformers(word: str) -> bool:
+    """Whether a word names a folder that transformers wrote: its config.json names the class of the model."""
+    return (Path(word) / "config.json").is_file()
+
+
+def _transformers(folder: Path) -> nn.Module:
+    """The model in a folder, as its config names it; weights from safetensors alone, no code from the folder."""
+    try:
+        import transformers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError(f"{folder} is a model of transformers: pip install transformers") from error
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        cls = getattr(transformers, named)
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:  # of many kinds, for a file that is not there, another version, a broken config
+        raise UnsupportedError(f"{folder} cannot be loaded as a model of transformers: {_told(error)}") from error
+
+
 def _torchvision(name: str) -> nn.Module:
     from torchvision import models
 
@@ -109,6 +137,11 @@ def _own(home: str, name: str) -> nn.Module:
         public = [one for one in vars(module) if not one.startswith("_")]
         raise UnsupportedError(f"{home} has no '{name}'.{nearest(name, public)}")
     if callable(found) and not isinstance(found, nn.Module):
+        if needed := _needed(found):
+            raise UnsupportedError(
+                f"{home}:{name} needs {', '.join(needed)}: name a function that makes the model without arguments, "
+                f"such as one that returns {name}(...)"
+            )
         try:
             found = found()
         except Exception as error:  # the user's code may raise anything
@@ -116,6 +149,16 @@ def _own(home: str, name: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise UnsupportedError(f"{home}:{name} gives a {type(found).__name__}, not a torch.nn.Module")
     return found
+
+
+def _needed(made: Any) -> list[str]:
+    """The arguments that a call cannot do without."""
+    try:
+        parameters = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):  # written in C, or with a signature of its own making
+        return []
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [one.name for one in parameters if one.default is one.empty and one.kind not in many]
 
 
 def _file(path: Path) -> Any:

@@ -19,6 +19,11 @@ from splitfx.ground.turns import Ratio
 from splitfx.planning.goals import Goals
 from splitfx.report.explanation import ratio
 
+_NOTHING = (
+    "no plan was found: nothing that was tried changes this model. transform with one of `splitfx passes` says why, "
+    "layer by layer"
+)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -142,8 +147,10 @@ class Plans(Shown):
             "",
             table(head, rows, left=(0, 1, len(head) - 1)),
         ]
-        lines += [""] + [wrap(f"{one.name}: {one.why}{'; ' * bool(one.learned)}{one.learned}") for one in self.choices]
+        lines += ["", *(wrap(f"{one.name}: {one.why}{'; ' * bool(one.learned)}{one.learned}") for one in self.choices)]
         lines += [wrap(f"{name} cannot be had: {why}") for name, why in self.refused]
+        if first is None:
+            lines.append(wrap("no plan keeps it" if self.choices or self.refused else _NOTHING))
         lines += [] if self.complete else ["the time ran out before every plan was looked at: give more seconds"]
         return "\n".join(lines)
 

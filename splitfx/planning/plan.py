@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from splitfx.analysis.fingerprint import fingerprint
-from splitfx.compiler.pipeline import figures, run_plan
+from splitfx.compiler.pipeline import figures, plan_since, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.errors import PlanError, SplitfxError
 from splitfx.frontend.trace import trace
@@ -119,7 +119,8 @@ class _Search:
             if row.refused:
                 self.refused.append((one.name, row.refused))
             elif split is not None:
-                choice = Choice(one.name, one.why, info(split).plan, figures(split), None, None, one.same, split=split)
+                made = plan_since(self.graph, split)
+                choice = Choice(one.name, one.why, made, figures(split), None, None, one.same, split=split)
                 if plain is None or choice.figures.peak_bytes < plain.figures.peak_bytes:
                     found[one.name] = replace(choice, missed=missed(choice, asked))
         self._time([one for one in found.values() if one.keeps])
@@ -138,7 +139,7 @@ class _Search:
             return self.book.row(one.name, Row(refused=str(why))), None
         if info(split).steps[-1].after == info(split).steps[0].before:
             return self.book.row(one.name, Row()), None
-        return self.book.row(one.name, Row(info(split).plan.to_toml())), split  # type: ignore[union-attr]
+        return self.book.row(one.name, Row(plan_since(self.graph, split).to_toml())), split
 
     def _time(self, kept: list[Choice]) -> None:
         """Time what was not timed before, all in turn with the model."""

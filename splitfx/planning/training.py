@@ -16,13 +16,12 @@ import torch
 from torch import fx
 from torch.utils.data import Subset
 
-from splitfx.compiler.pipeline import run_plan
+from splitfx.compiler.pipeline import plan_since, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Promise
 from splitfx.errors import SplitfxError
 from splitfx.ground.progress import say
 from splitfx.ground.table import number
-from splitfx.ir.graph import info
 from splitfx.planning.choices import Choice
 from splitfx.planning.goals import Goals
 from splitfx.planning.study import Learned, Notebook
@@ -58,9 +57,8 @@ def with_accuracy(
         split, came = _learned(graph, one, base - asked.drop, data, end, book)
         done = came.accuracy >= base - asked.drop
         missed = () if done else (f"reaches {came.accuracy:.2f} %",)
-        plan = info(split).plan
         learned[one.name] = replace(
-            one, plan=plan, accuracy=came.accuracy, learned=came.how, missed=missed, split=split
+            one, plan=plan_since(graph, split), accuracy=came.accuracy, learned=came.how, missed=missed, split=split
         )
     return replace(now, accuracy=base), [learned.get(one.name, one) for one in found]
 
@@ -80,10 +78,7 @@ def _learned(
         book.keep(digest, *known)
     split, learned = known
     if rest:
-        before: Any = info(split).plan
         split = run_plan(split, Plan(rest))
-        after: Any = info(split).plan
-        info(split).plan = Plan((*before.passes, *after.passes), one.plan.input_shape)
     return split, learned
 
 

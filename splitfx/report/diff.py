@@ -66,12 +66,17 @@ class Difference(Shown):
             cells = [(one.layer, _words(one.relative)) for one in differing[:SHOWN]]
             lines += ["", table(("layer", "output differs by"), cells)]
             lines += [f"and {len(differing) - SHOWN} more layers"] if len(differing) > SHOWN else []
+        elif self.layers:
+            every = "all " * (len(self.layers) > 1) + _many(len(self.layers))
+            lines.append(f"the outputs of {every} that both have are the same but for rounding")
         else:
-            lines.append(f"the outputs of all {len(self.layers)} layers that both have are the same but for rounding")
+            lines.append(
+                "no layer stands in both, so there are no outputs to compare; splitfx compare sets the models'"
+            )
         for which, names in (("first", self.only_first), ("second", self.only_second)):
             if names:
                 more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-                lines += ["", wrap(f"{len(names)} layers are in the {which} only: {', '.join(names[:6])}{more}")]
+                lines += ["", wrap(f"{_many(len(names))} in the {which} only: {', '.join(names[:6])}{more}")]
         return "\n".join(lines)
 
 
@@ -124,6 +129,10 @@ def _compared(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> LayerDiffe
         return LayerDifference(name, shape, None)
     far, largest = apart(theirs, ours)
     return LayerDifference(name, shape, far / (largest or 1.0))
+
+
+def _many(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
 
 
 def _words(relative: float | None) -> str:

@@ -82,6 +82,8 @@ def comparison_text(comparison: Comparison) -> str:
             *_peaks(before.peak_node, after.peak_node),
             wrap(
                 f"the outputs differ by at most {comparison.max_abs:.2e}, {comparison.max_rel:.2e} of the largest value"
+                if comparison.max_abs
+                else "the outputs are equal, bit by bit"
             ),
         ]
     )

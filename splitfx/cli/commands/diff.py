@@ -17,13 +17,11 @@ def arguments(one: Parser) -> None:
 
 
 def run(given: Namespace, progress: Progress) -> int:
-    from splitfx.cli.loading import inputs_of, is_folder, model_of, saved
+    from splitfx.cli.loading import inputs_of, model_of
     from splitfx.report.diff import diff
 
     second = Namespace(**{**vars(given), "model": given.second})
-    before, after = (
-        saved(one.model, progress) if is_folder(one.model) else model_of(one, progress) for one in (given, second)
-    )
+    before, after = model_of(given, progress), model_of(second, progress)
     progress("comparing")
-    found = diff(before, after, inputs_of(given))
+    found = diff(before, after, inputs_of(given, before))
     return printed(given, found.to_json(), str(found))

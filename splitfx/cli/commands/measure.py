@@ -20,15 +20,13 @@ def arguments(one: Parser) -> None:
 
 
 def run(given: Namespace, progress: Progress) -> int:
-    from splitfx.cli.loading import inputs_of, is_folder, model_of, needed_inputs, saved
+    from splitfx.cli.loading import check_inputs, inputs_of, model_of
     from splitfx.ir.graph import random_inputs
     from splitfx.report.measuring import measure as measured
 
-    if is_folder(given.model):
-        model: Any = saved(given.model, progress)
-        inputs = inputs_of(given) or random_inputs(model, given.seed)  # type: ignore[arg-type]
-    else:
-        model, inputs = model_of(given, progress), needed_inputs(given)
+    check_inputs(given)
+    model: Any = model_of(given, progress)
+    inputs = inputs_of(given, model) or random_inputs(model, given.seed)
     progress(f"measuring {given.runs} runs")
     found = measured(model, inputs, given.device, given.runs)
     return printed(given, json.dumps(found.to_dict(), indent=2), str(found))

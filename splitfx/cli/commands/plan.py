@@ -19,7 +19,7 @@ def arguments(one: Parser) -> None:
     one.add_argument("--peak", metavar="SIZE", help="the most bytes, such as 64MiB, 0.5x or least")
     one.add_argument("--latency", metavar="TIME", help="the most time of a call, such as 20ms or 0.8x")
     one.add_argument("--macs", metavar="COUNT", help="the most multiply-accumulates, such as 1.5G or 0.5x")
-    one.add_argument("--accuracy-drop", type=float, metavar="POINTS", help="that may be lost; needs --data")
+    one.add_argument("--accuracy-drop", type=float, metavar="POINTS", help="of accuracy that may be lost; needs --data")
     one.add_argument("--data", metavar="WORD", help=f"to train on and to measure accuracy: {DATA}")
     one.add_argument("--recipe", default="finetune", metavar="NAME", help="settings of the training by name")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as epochs=3")

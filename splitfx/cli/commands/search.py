@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from splitfx.train.search.space import SearchSpace
     from splitfx.train.search.trend import SearchResult
 
-TEXT = "find the largest factor of each block that keeps the accuracy (paper A)"
+TEXT = "find into how many branches each block can be divided while the accuracy holds"
 SPLIT = "split"  # the result, in the folder of a run
 
 
@@ -41,9 +41,8 @@ def arguments(one: Parser) -> None:
 
 
 def run(given: Namespace, progress: Progress) -> int:
-    from splitfx.cli.loading import model_of, needed_inputs
+    from splitfx.cli.loading import graph_of
     from splitfx.compiler.inline import parse_pass
-    from splitfx.frontend.trace import trace
     from splitfx.train.recipe import Recipe
     from splitfx.train.search.preview import preview_search
     from splitfx.train.search.space import SearchSpace
@@ -53,8 +52,7 @@ def run(given: Namespace, progress: Progress) -> int:
     options.pop("factors")
     if given.method not in ("greedy", "pareto"):
         raise PlanError(f"method is 'greedy' or 'pareto', not {given.method!r}")
-    inputs = needed_inputs(given)
-    space = SearchSpace(trace(model_of(given, progress), inputs), factors=given.factors, options=options)
+    space = SearchSpace(graph_of(given, progress), factors=given.factors, options=options)
     if given.dry_run:
         found = preview_search(space)
         return printed(given, found.to_json(), str(found))

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from splitfx.export.loops.body import Loop, Pace
 from splitfx.export.loops.flow import Flow, followed
 from splitfx.export.loops.sizes import free_sizes
+from splitfx.ground.table import size
 
 WORTH = 0.75  # of what the stage holds untiled: less saved is no reason for loops
 PIECE = 2 << 20  # bytes of the largest map of a group in one strip, at most, if its strides allow
@@ -40,7 +41,7 @@ def write_loops(model: ir.Model, layers: Iterable[str], key: str, rows: int) -> 
     if not phases:
         return "", stage.why()
     if stage.held(phases) > WORTH * stage.untiled():
-        return "", f"loops would hold {stage.held(phases) >> 20} MiB of {stage.untiled() >> 20} MiB: {stage.why()}"
+        return "", f"loops would hold {size(stage.held(phases))} of {size(stage.untiled())}: {stage.why()}"
     paces = [stage.pace(flow) for flow, _ in phases]
     looped = {n for flow, _ in phases for n in flow.rules}
     taken = {str(v.name): 1 for v in graph.initializers.values() if any(u.node not in looped for u in v.uses())}

@@ -65,14 +65,14 @@ def inspect_text(split: fx.GraphModule) -> str:
     name = escape(known.model_class)
     parts = [
         f"<h1>{name}</h1>",
-        f'<p class="soft">{_about(counted, known.front_end, len(steps))}</p>',
+        f'<p class="soft">{_about(counted, known.front_end, steps)}</p>',
         _tiles(steps[0].before if steps else None, figures(split), counted, stages),
         *_graph(split),
+        *models_html(split),
         "<h2>Memory over time</h2>",
         memory_html(sketch(split), stages, known.origin),
         *_done(steps, known.plan),
         *_stages(stages),
-        *models_html(split),
         *splitnet_html(split),
         "<h2>Layers</h2>",
         _layers(counted),
@@ -92,8 +92,7 @@ def inspect_text(split: fx.GraphModule) -> str:
 
 def _scenes(split: fx.GraphModule) -> tuple[Item | None, Item]:
     """The trees of the graph before the passes, where there were any, and of the graph as it is."""
-    inner = {path: one.sketches for path, one in stage_details(split).items()}
-    after = scene(entry_words(split, sketch(split)), inner)
+    after = scene(entry_words(split, sketch(split)), stage_details(split))
     origin: Sequence[Sketch] = info(split).origin
     before = scene(origin) if origin else None
     if before is not None:
@@ -143,7 +142,7 @@ def _key(kinds: set[str], compared: bool) -> str:
     known = (
         ("i-b", "branch or grouped conv", {"branch", "grouped"}),
         ("i-f", "fusion", {"fusion"}),
-        ("i-t", "runs strip by strip", {"tiled"}),
+        ("i-t", "runs strip by strip: how many rows at once, and how much of them is kept", {"tiled"}),
         ("i-g", "input, or where a sub-model enters", {"entry"}),
         ("i-l", "as it was", {"layer", "module"}),
     )
@@ -166,19 +165,20 @@ def _by_layer(steps: Sequence[Step]) -> Mapping[str, list[str]]:
 # ---------------------------------------------------------------- figures
 
 
-def _about(counted: Profile, front_end: str, passes: int) -> str:
-    split = f"split by {passes} pass{'es' * (passes > 1)}" if passes else "no pass has run"
-    return escape(f"on {', '.join(counted.inputs)} · traced with {front_end} · {split}")
+def _about(counted: Profile, front_end: str, steps: Sequence[Step]) -> str:
+    passes = f"pass{'es' * (len(steps) > 1)}: {', '.join(step.name for step in steps)}" if steps else "no pass has run"
+    return escape(f"on {', '.join(counted.inputs)} · traced with {front_end} · {passes}")
 
 
 def _tiles(before: Figures | None, now: Figures, counted: Profile, stages: Mapping[str, StageDetail]) -> str:
     inside = sum(one.op != "input" for stage in stages.values() for one in stage.sketches)
-    where = f"in the graph, {inside} more inside {', '.join(stages)}" if stages else "in the graph"
+    count = len(counted.rows) - len(stages) + inside
+    where = f"{inside} of them inside {', '.join(stages)}" if stages else "in the graph"
     made = [
         _tile("parameters", number(now.params), number, before and before.params, now.params),
         _tile("MACs", number(now.macs), number, before and before.macs, now.macs),
         _tile("peak memory", size(now.peak_bytes), size, before and before.peak_bytes, now.peak_bytes),
-        f'<div class="tile"><small>operations</small><b>{len(counted.rows)}</b><small>{escape(where)}</small></div>',
+        f'<div class="tile"><small>operations</small><b>{count}</b><small>{escape(where)}</small></div>',
     ]
     return f'<div class="tiles">{"".join(made)}</div>'
 

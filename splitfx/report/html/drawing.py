@@ -9,7 +9,7 @@ from splitfx.ground.table import shorten
 from splitfx.report.html.scene import Item, levels
 from splitfx.report.html.style import COLOURS, GRAPH
 
-WIDE, HIGH, GAP, ROW, PAD, HEAD = 184, 42, 14, 26, 12, 42
+WIDE, NARROW, HIGH, MORE, GAP, ROW, PAD, HEAD = 184, 112, 42, 14, 14, 26, 12, 42
 
 
 @dataclass(eq=False)
@@ -38,14 +38,14 @@ def scene_svg(root: Item) -> str:
 
 
 def _measured(item: Item) -> _Card:
-    card = _Card(item)
+    card = _Card(item, height=HIGH + MORE * bool(item.strip))
     if not (item.items and item.open):
         return card
     card.rows, card.edges, card.fed, _ = levels(item)
     card.inner = [_measured(one) for one in item.items]
     for one, row in zip(card.inner, card.rows, strict=True):
         if not one.inner:
-            one.width = max(94, min(WIDE, 640 / card.rows.count(row)))
+            one.width = max(NARROW, min(WIDE, 640 / card.rows.count(row)))
     y, width, middle = float(HEAD if item.name else 4), 0.0, dict[int, float]()
     for row in range(max(card.rows) + 1):
         line = [place for place, one in enumerate(card.rows) if one == row]
@@ -58,7 +58,7 @@ def _measured(item: Item) -> _Card:
             x += one.width + GAP
         y += max(card.inner[p].height for p in line) + ROW
         width = max(width, total)
-    lanes = min(6, sum(card.rows[b] - card.rows[a] > 1 for a, b in card.edges))
+    lanes = min(6, sum(card.rows[b] - card.rows[a] > 1 for a, b in card.edges) + len(_below(card)))
     card.width, card.height = max(width + 2 * PAD + 18 * lanes, WIDE), y - ROW + PAD
     for one in card.inner:
         one.x += card.width / 2
@@ -71,9 +71,25 @@ def _wanted(card: _Card, place: int, middle: dict[int, float]) -> float:
     return round(sum(near) / len(near), 1) if near else 0.0
 
 
+def _below(card: _Card) -> list[int]:
+    """What reads from outside the box, though not in its first row."""
+    return [place for place in card.fed if card.rows[place] > 0] if card.item.name else []
+
+
 def _edges(card: _Card, x: float, y: float) -> list[str]:
     lines: list[str] = []
     used: dict[float, int] = {}
+
+    def around(x1: float, y1: float, x2: float, y2: float, above: int, below: int, turn: int) -> str:
+        between = [one for one, row in zip(card.inner, card.rows, strict=True) if above < row < below]
+        far = max(one.x + one.width for one in between)
+        used[far] = used.get(far, 0) + 1
+        at, off = x + far + 9 * min(used[far], 6), min(20.0, (y2 - y1) / 2)
+        return (
+            f'<path class="edge skip" d="M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + turn:.0f} {at:.0f} {y1:.0f} {at:.0f} '
+            f'{y1 + turn:.0f}L{at:.0f} {y2 - off:.0f}C{at:.0f} {y2:.0f} {x2:.0f} {y2 - off:.0f} {x2:.0f} {y2:.0f}"/>'
+        )
+
     for a, b in card.edges:
         first, last = card.inner[a], card.inner[b]
         x1, y1 = x + first.x + first.width / 2, y + first.y + first.height
@@ -84,14 +100,11 @@ def _edges(card: _Card, x: float, y: float) -> list[str]:
                 f'<path class="edge" d="M{x1:.0f} {y1:.0f}C{x1:.0f} {half:.0f} {x2:.0f} {half:.0f} {x2:.0f} {y2:.0f}"/>'
             )
             continue
-        between = [one for one, row in zip(card.inner, card.rows, strict=True) if card.rows[a] < row < card.rows[b]]
-        far = max(one.x + one.width for one in between)
-        used[far] = used.get(far, 0) + 1
-        at, off = x + far + 9 * min(used[far], 6), min(20.0, (y2 - y1) / 2)
-        lines.append(
-            f'<path class="edge skip" d="M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + off:.0f} {at:.0f} {y1:.0f} {at:.0f} '
-            f'{y1 + off:.0f}L{at:.0f} {y2 - off:.0f}C{at:.0f} {y2:.0f} {x2:.0f} {y2 - off:.0f} {x2:.0f} {y2:.0f}"/>'
-        )
+        lines.append(around(x1, y1, x2, y2, card.rows[a], card.rows[b], 20))
+    for place in _below(card):
+        one = card.inner[place]
+        ends = x + card.width / 2, y + 32, x + one.x + one.width / 2, y + one.y
+        lines.append(around(*ends, -1, card.rows[place], 9))
     for place in card.fed if card.item.name else ():
         if card.rows[place] == 0:
             at = x + card.inner[place].x + card.inner[place].width / 2
@@ -121,9 +134,11 @@ def _drawn(card: _Card, left: float, top: float) -> list[str]:
         f'<text class="name" x="{middle:.1f}" y="{y + 17:.1f}">{escape(_fitted(name, int(card.width / 7.4)))}</text>',
         f'<text x="{middle:.1f}" y="{y + 32:.1f}">{escape(shorten(label, int(card.width / 6.4), middle=False))}</text>',
     ]
+    if item.strip:
+        lines.append(f'<text x="{middle:.1f}" y="{y + 46:.1f}">{escape(item.strip)}</text>')
     for cell in range(1, item.cells if item.cells <= 32 else 1):
         at = x + card.width * cell / item.cells
-        lines.append(f'<path class="cell" d="M{at:.1f} {y:.1f}v6M{at:.1f} {y + HIGH - 6:.1f}v6"/>')
+        lines.append(f'<path class="cell" d="M{at:.1f} {y:.1f}v6M{at:.1f} {y + card.height - 6:.1f}v6"/>')
     return [*lines, "</g>"]
 
 

@@ -44,7 +44,10 @@ def _bars(nodes: Sequence[Sketch], stages: Mapping[str, StageDetail]) -> list[_B
         if one.layer in stages and (live := stages[one.layer].live):
             outside = one.live_bytes - stages[one.layer].peak_bytes  # what the stage's callers hold
             step = width / len(live)
-            bars += [_Bar(start + i * step, step, max(0, outside) + each, told) for i, each in enumerate(live)]
+            bars += [
+                _Bar(start + i * step, step, max(0, outside) + each, f"{runs}, inside {one.layer}")
+                for i, (each, runs) in enumerate(live)
+            ]
         else:
             bars.append(_Bar(start, width, one.live_bytes, told))
         at += weight
@@ -72,7 +75,7 @@ def _chart(lines: Mapping[str, Sequence[_Bar]]) -> str:
     drawn += [_hover(bar, height(0)) for bar in lines["after"]]
     foot = height(0)
     drawn.append(
-        f'<text x="{LEFT + WIDTH / 2}" y="{foot + 22}">operations in the order they run; parameters apart</text>'
+        f'<text x="{LEFT + WIDTH / 2}" y="{foot + 22}">operations in the order they run; without the parameters</text>'
     )
     key = "".join(
         f'<rect class="{name}" x="{LEFT + 150 * i}" y="2" width="12" height="10" rx="2"/>'
@@ -121,33 +124,44 @@ def _ticks(most: int) -> list[int]:
 
 
 def _alive(nodes: Sequence[Sketch], stages: Mapping[str, StageDetail]) -> str:
-    """What is alive where memory peaks, the largest first."""
+    """What is alive where memory peaks, the largest first; values of one layer that are alike are one line."""
     if not nodes:
         return ""
     top = max(range(len(nodes)), key=lambda i: nodes[i].live_bytes)
+    running, stage = nodes[top], stages.get(nodes[top].layer)
     readers: dict[int, int] = {}
     for place, one in enumerate(nodes):
         for read in one.reads:
             readers[read] = place
     held = [
-        (one.bytes, one)
-        for place, one in enumerate(nodes)
-        if place <= top and (readers.get(place, len(nodes)) >= top or one.op == "input" or place == top)
+        (*_told(one), one.bytes)
+        for place, one in enumerate(nodes[: top + 1])
+        if readers.get(place, len(nodes)) >= top or one.op == "input" or place == top
+        if stage is None or place < top
     ]
-    rows = [(where, what, shape, count) for count, one in held for where, what, shape in [_told(one)]]
-    if (stage := stages.get(nodes[top].layer)) is not None:
-        inside = [s for s in stage.strips if s.held]
-        rows += [(s.layer, f"{s.op}, rows kept inside {stage.path}", "", s.held) for s in inside]
-    rows = sorted((row for row in rows if row[3]), key=lambda row: -row[3])
-    body = "".join(
-        f"<tr><td>{escape(where)}</td><td>{escape(what)}</td><td>{shape}</td><td>{size(count)}</td></tr>"
-        for where, what, shape, count in rows[:SHOWN]
+    held += (
+        [(where, f"{what}, inside {stage.path}", "", count) for where, what, count in stage.at_peak] if stage else []
     )
-    more = f"<p class=soft>and {len(rows) - SHOWN} smaller ones</p>" if len(rows) > SHOWN else ""
+    if (rest := running.live_bytes - sum(count for *_, count in held)) > 0:
+        held.append((running.layer, f"{running.op}, while it runs", "", rest))
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for where, what, shape, count in held:
+        alike.setdefault((where, what, shape), []).append(count)
+    rows = sorted(((*told, counts) for told, counts in alike.items() if sum(counts)), key=lambda row: -sum(row[3]))
+    body = "".join(
+        f"<tr><td>{escape(where)}</td><td>{escape(what)}</td>"
+        f"<td>{shape}{f' ({len(counts)} of them)' if len(counts) > 1 else ''}</td><td>{size(sum(counts))}</td></tr>"
+        for where, what, shape, counts in rows[:SHOWN]
+    )
+    smaller = sum(sum(counts) for *_, counts in rows[SHOWN:])
+    more = f"<p class=soft>and {len(rows) - SHOWN} smaller ones, {size(smaller)}</p>" if smaller else ""
+    if rest < 0:
+        more += f"<p class=soft>some share their storage: all of them together take {size(running.live_bytes)}</p>"
+    where = f"{max(stage.live)[1]}, inside {stage.path}," if stage and stage.live else running.layer
     return (
-        f"<h3>alive at the peak, while {escape(nodes[top].layer)} runs</h3>"
+        f"<h3>alive at the peak, while {escape(where)} runs</h3>"
         '<div class="wide alive"><table><thead><tr><th>value of</th><th>operation</th><th>shape</th>'
-        f"<th>bytes, at most</th></tr></thead><tbody>{body}</tbody></table></div>{more}"
+        f"<th>bytes</th></tr></thead><tbody>{body}</tbody></table></div>{more}"
     )
 
 

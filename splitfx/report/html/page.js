@@ -2,11 +2,11 @@
 // gets into the page as text only.
 'use strict';
 (function () {
-  const NS = 'http://www.w3.org/2000/svg', W = 184, H = 42, GAP = 14, ROW = 26, PAD = 12, HEAD = 42;
+  const NS = 'http://www.w3.org/2000/svg', W = 184, H = 42, MORE = 14, GAP = 14, ROW = 26, PAD = 12, HEAD = 42, NARROW = 112;
   const data = JSON.parse(document.getElementById('scenes').textContent);
   const svg = document.getElementById('graph'), side = document.getElementById('side');
   const view = { x: 0, y: 0, k: 1 }, size = { w: 0, h: 0 };
-  let which = data.before ? 'both' : 'after', focus = null, hits = [], hit = -1;
+  let which = data.before ? 'both' : 'after', focus = null, hits = [], hit = -1, entire = false, width = 0;
 
   // ---------------------------------------------------------------- layout
 
@@ -17,10 +17,10 @@
   }
 
   function measure(item, narrow) {
-    if (!opened(item)) { item.w = narrow; item.h = H; return; }
+    if (!opened(item)) { item.w = narrow; item.h = H + (item.s ? MORE : 0); return; }
     const rows = [];
     item.c.forEach((one, i) => (rows[item.r[i]] = rows[item.r[i]] || []).push(i));
-    rows.forEach(line => line && line.forEach(i => measure(item.c[i], Math.max(94, Math.min(W, 640 / line.length)))));
+    rows.forEach(line => line && line.forEach(i => measure(item.c[i], Math.max(NARROW, Math.min(W, 640 / line.length)))));
     const home = new Map();
     let width = 0, y = item.n ? HEAD : 0;
     rows.forEach(line => {
@@ -39,17 +39,18 @@
       });
       width = Math.max(width, total); y += tall + ROW;
     });
-    item.skips = 0;
-    item.e.forEach(e => { if (item.r[e[1]] - item.r[e[0]] > 1) item.skips += 1; });
-    const lane = Math.min(item.skips, 6) * 9;
+    const skips = item.e.filter(e => item.r[e[1]] - item.r[e[0]] > 1).length + below(item).length;
+    const lane = Math.min(skips, 6) * 9;
     item.w = Math.max(width + 2 * PAD + 2 * lane, W); item.h = y - ROW + PAD;
     item.c.forEach(one => { one.x += item.w / 2; });
   }
 
-  function clear(item, e) { // how far right a long edge has to go to pass the boxes between
+  function below(item) { return item.n ? item.i.filter(i => item.r[i] > 0) : []; } // what reads from outside further down
+
+  function clear(item, first, last) { // how far right a long edge has to go to pass the boxes between two rows
     let right = 0;
     item.c.forEach((one, i) => {
-      if (item.r[i] > item.r[e[0]] && item.r[i] < item.r[e[1]]) right = Math.max(right, one.x + one.w);
+      if (item.r[i] > first && item.r[i] < last) right = Math.max(right, one.x + one.w);
     });
     return right;
   }
@@ -81,14 +82,20 @@
       const m = (y1 + y2) / 2;
       make('path', { class: 'edge', d: `M${x1} ${y1}C${x1} ${m} ${x2} ${m} ${x2} ${y2}` }, parent);
     };
-    item.e.forEach(e => {
-      const a = item.c[e[0]], b = item.c[e[1]];
-      const x1 = at.x + a.x + a.w / 2, y1 = at.y + a.y + a.h, x2 = at.x + b.x + b.w / 2, y2 = at.y + b.y;
-      if (item.r[e[1]] - item.r[e[0]] <= 1) return down(x1, y1, x2, y2);
-      const right = clear(item, e), n = skips[right] = (skips[right] || 0) + 1;
+    const around = (x1, y1, x2, y2, first, last, turn) => {
+      const right = clear(item, first, last), n = skips[right] = (skips[right] || 0) + 1;
       const x = at.x + right + 9 * Math.min(n, 6), off = Math.min(20, (y2 - y1) / 2);
-      make('path', { class: 'edge skip', d: `M${x1} ${y1}C${x1} ${y1 + off} ${x} ${y1} ${x} ${y1 + off}` +
+      make('path', { class: 'edge skip', d: `M${x1} ${y1}C${x1} ${y1 + turn} ${x} ${y1} ${x} ${y1 + turn}` +
         `L${x} ${y2 - off}C${x} ${y2} ${x2} ${y2 - off} ${x2} ${y2}` }, parent);
+    };
+    item.e.forEach(e => {
+      const a = item.c[e[0]], b = item.c[e[1]], first = item.r[e[0]], last = item.r[e[1]];
+      const x1 = at.x + a.x + a.w / 2, y1 = at.y + a.y + a.h, x2 = at.x + b.x + b.w / 2, y2 = at.y + b.y;
+      return last - first > 1 ? around(x1, y1, x2, y2, first, last, 20) : down(x1, y1, x2, y2);
+    });
+    below(item).forEach(i => {
+      const one = item.c[i];
+      around(at.x + item.w / 2, at.y + 32, at.x + one.x + one.w / 2, at.y + one.y, -1, item.r[i], 9);
     });
     if (!item.n) return;
     item.i.filter(i => item.r[i] === 0).forEach(i => {
@@ -115,12 +122,13 @@
       make('text', { class: 'name', x: x + item.w / 2, y: y + 17 }, g, sign + fitted(name, Math.floor(item.w / 7.4) - sign.length));
       const groups = item.g ? `, ${item.g} groups` : '', room = Math.floor(item.w / 6.4);
       make('text', { x: x + item.w / 2, y: y + 32 }, g, cut(item.l, room - groups.length) + groups);
+      if (item.s) make('text', { x: x + item.w / 2, y: y + 46 }, g, cut(item.s, room));
       for (let i = 1; i < Math.min(item.g || 1, 33); i += 1) {
         const at = x + item.w * i / item.g;
         make('path', { class: 'cell', d: `M${at} ${y}v6M${at} ${y + item.h - 6}v6` }, g);
       }
     }
-    make('title', {}, g, `${item.p || item.n}: ${item.l}`);
+    make('title', {}, g, `${item.p || item.n}: ${item.l}${item.s ? `, ${item.s}` : ''}`);
   }
 
   function draw() {
@@ -138,6 +146,7 @@
       x += root.w + 60; size.h = Math.max(size.h, root.h + 20);
     });
     size.w = x - 60;
+    svg.style.maxHeight = `${Math.max(320, size.h * scale() + 40)}px`;
     place();
     search(false);
   }
@@ -146,9 +155,12 @@
     svg.querySelector('g').setAttribute('transform', `translate(${view.x} ${view.y}) scale(${view.k})`);
   }
 
-  function fit(whole) {
-    const box = svg.getBoundingClientRect(), k = (box.width - 24) / size.w;
-    view.k = Math.min(1.15, whole ? Math.min(k, (box.height - 30) / size.h) : Math.max(k, 0.35));
+  function scale() { return Math.min(1.15, Math.max((svg.getBoundingClientRect().width - 24) / size.w, 0.35)); }
+
+  function fit(whole) { // to the width, as long as it can be read, or the whole of it
+    const box = svg.getBoundingClientRect();
+    entire = whole; width = box.width;
+    view.k = whole ? Math.min(1.15, (box.width - 24) / size.w, (box.height - 30) / size.h) : scale();
     view.x = (box.width - size.w * view.k) / 2; view.y = 18;
     if (view.x < 0) view.x = 12;
     place();
@@ -176,11 +188,11 @@
     head.textContent = (item.p || item.n) + (item.b === undefined ? '' : `, branch ${item.b + 1}`);
     side.appendChild(head);
     const about = document.createElement('p');
-    about.textContent = item.l + (item.m ? (item.scene === 'before' ? ' · changed later' : ' · changed') : '');
+    about.textContent = item.l + (item.s ? ` · ${item.s}` : '') + (item.m ? (item.scene === 'before' ? ' · changed later' : ' · changed') : '');
     side.appendChild(about);
     (item.t || []).forEach(text => { const p = document.createElement('p'); p.className = 'told'; p.textContent = text;
       side.appendChild(p); });
-    const lines = item.d || [];
+    const lines = (item.d || []).slice();
     walk({ c: item.c }, one => { (one.d || []).forEach(line => lines.length < 400 && item.c && lines.push(line)); });
     const table = document.createElement('table');
     const top = table.createTHead().insertRow();
@@ -188,7 +200,7 @@
     const body = table.createTBody();
     lines.slice(0, 400).forEach(line => { const row = body.insertRow(); line.forEach(text => cell(row, 'td', text)); });
     const wide = document.createElement('div');
-    wide.className = 'wide'; wide.appendChild(table); side.appendChild(wide);
+    wide.className = 'wide layers short'; wide.appendChild(table); side.appendChild(wide);
     side.hidden = false;
   }
 
@@ -323,7 +335,7 @@
     document.querySelectorAll('[data-which]').forEach(b => b.setAttribute('aria-pressed', b === one));
     draw(); fit(false);
   }));
-  addEventListener('resize', () => fit(false));
+  addEventListener('resize', () => { if (svg.getBoundingClientRect().width !== width) fit(entire); });
   addEventListener('beforeprint', () => fit(true));
 
   // ---------------------------------------------------------------- tables

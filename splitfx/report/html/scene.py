@@ -7,6 +7,7 @@ closed. Since a box holds neighbours in the order of execution only, no level ha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from splitfx.compiler.sketch import Sketch
 from splitfx.ground.table import dims, number, size
 from splitfx.report.html.boxes import Box, boxes, main
+from splitfx.report.html.stages import StageDetail, Strip
 
 OPEN = 26  # boxes that are shown at first
 ALIKE = 3  # neighbours from so many on are drawn as one box
@@ -21,7 +23,8 @@ ALIKE = 3  # neighbours from so many on are drawn as one box
 
 @dataclass(eq=False)
 class Item:
-    """A box of the scene: a leaf with its ``box``, or one with ``items`` inside."""
+    """A box of the scene: a leaf with its ``box``, or one with ``items`` inside. ``strip``: how a layer inside a tiled
+    stage is run."""
 
     name: str
     path: str
@@ -32,6 +35,7 @@ class Item:
     inside: list[Box] = field(default_factory=list)
     changed: bool = False
     open: bool = False
+    strip: str = ""
 
     @property
     def branch(self) -> int | None:
@@ -48,15 +52,19 @@ class Item:
         return [one for box in self.inside for one in box.nodes]
 
 
-def scene(nodes: Sequence[Sketch], stages: Mapping[str, Sequence[Sketch]] | None = None) -> Item:
-    """The tree of ``nodes``. ``stages``: by the path of a tiled stage the operations inside it."""
+def scene(nodes: Sequence[Sketch], stages: Mapping[str, StageDetail] | None = None) -> Item:
+    """The tree of ``nodes``. ``stages``: by the path of a tiled stage what runs inside it."""
     found = boxes(nodes)
     root = Item("", "", "root", "", _items(found, 0, ""), None, found)
     for item in _all(root):
         if item.kind == "tiled" and stages and item.box is not None and item.box.path in stages:
-            inner = [box for box in boxes(stages[item.box.path]) if box.kind != "input"]
+            stage = stages[item.box.path]
+            inner = [box for box in boxes(stage.sketches) if box.kind != "input"]
             item.items, item.inside = _items(inner, 0, ""), [*item.inside, *inner]
-            item.label = f"{len(inner)} layers, strip by strip"
+            item.label = f"{len(inner)} layers · {stage.how}"
+            strips = {one.name: one for one in stage.strips}
+            for leaf in _all(item):
+                leaf.strip = _strip([strips[one.name] for one in leaf.sketches if one.name in strips], leaf.box)
     return root
 
 
@@ -75,6 +83,15 @@ def open_first(root: Item, changes: bool = False) -> None:
         for one in some:
             one.open = True
         waiting += _siblings([inner for one in some for inner in one.items])
+
+
+def _strip(strips: Sequence[Strip], box: Box | None) -> str:
+    """How the layers of a box are run, in a few words."""
+    rows = max((one.rows for one in strips), default=0)
+    if box is None or not rows:
+        return ""
+    held = sum(one.held for one in strips)
+    return f"{rows} row{'s' * (rows > 1)}" + (f" · ≤ {size(held)} kept" if held else " at once")
 
 
 def _siblings(items: Sequence[Item]) -> list[list[Item]]:
@@ -105,6 +122,7 @@ def plain(item: Item, notes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         made["m"] = 1
     if item.open:
         made["o"] = 1
+    made |= {"s": item.strip} if item.strip else {}
     made |= {"b": item.branch} if item.branch is not None else {}
     if item.box is not None:
         made |= {"g": item.cells} if item.cells > 1 else {}
@@ -140,8 +158,10 @@ def _items(found: Sequence[Box], depth: int, above: str) -> list[Item]:
 def _item(part: str | None, run: Sequence[Box], depth: int, above: str) -> Item:
     if len(run) == 1:
         box = run[0]
-        name = ".".join(box.path.split(".")[depth:]) or main(box.nodes).op  # what the module does itself
-        return Item(name, box.path, box.kind, box.label, [], box, [box])
+        first = main(box.nodes)
+        name = ".".join(box.path.split(".")[depth:]) or first.op  # what the module does itself
+        said = {one.op for one in box.nodes} == {re.sub(r"_\d+$", "", name)}  # its name is all that it does
+        return Item(name, box.path, box.kind, dims(first.shape) if said else box.label, [], box, [box])
     path = f"{above}.{part}" if above else str(part)
     inner = _items(run, depth + 1, path)
     if len(inner) == 1 and inner[0].items:  # a module with nothing but one other in it

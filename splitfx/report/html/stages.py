@@ -3,7 +3,7 @@ of the whole stage over time. All of it is read off the instructions that run.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from splitfx.compiler.sketch import Sketch, sketched
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.ops import op_name
 from splitfx.tiling.plan.instructions import Finish, Free, Open, Patch, Reduce, Run
+from splitfx.tiling.plan.registers import Registers
 from splitfx.tiling.plan.schedule import Scheduler
 from splitfx.tiling.run.executor import Tiled
 
@@ -24,8 +25,9 @@ POINTS = 600  # of a timeline that are kept
 @dataclass(frozen=True)
 class Strip:
     """One layer of a stage. ``rows`` of ``of`` are made at once, at most, in ``runs`` runs; ``held`` bytes of its rows
-    are kept at once, at most."""
+    are kept at once, at most. ``name``: of its node, as in the stage's sketches."""
 
+    name: str
     layer: str
     op: str
     rows: int
@@ -36,14 +38,23 @@ class Strip:
 
 @dataclass(frozen=True)
 class StageDetail:
-    """A tiled stage at its traced size. ``live``: bytes inside it over its instructions, thinned, peaks kept."""
+    """A tiled stage at its traced size. ``live``: bytes inside it over its instructions, and the layer that runs then,
+    thinned, peaks kept. ``at_peak``: (layer, what of it, bytes) of what the stage holds where they are the most."""
 
     path: str
-    how: str
+    rows: int
+    tiles: tuple[int, int]
     peak_bytes: int
     sketches: tuple[Sketch, ...]
     strips: tuple[Strip, ...]
-    live: tuple[int, ...]
+    live: tuple[tuple[int, str], ...]
+    at_peak: tuple[tuple[str, str, int], ...]
+
+    @property
+    def how(self) -> str:
+        """How it is run, in a few words: a step takes rows of the input, or a whole tile."""
+        tiles = f"{self.tiles[0]} × {self.tiles[1]} tiles" if self.tiles != (1, 1) else ""
+        return ", ".join(one for one in (f"{self.rows} rows a step" if self.rows else "", tiles) if one) or "whole"
 
 
 def stage_details(graph: fx.GraphModule) -> dict[str, StageDetail]:
@@ -65,19 +76,16 @@ def _detail(path: str, module: Tiled, given: tuple[Any, ...]) -> StageDetail:
     scheduler = Scheduler(stage, schedule)
     watch = _Watch()
     for one in scheduler.instructions():
-        watch.see(one, scheduler.registers.bytes_of, scheduler.registers.live)
+        watch.see(one, scheduler.registers)
     strips = [
-        Strip(layer(k.node), op_name(k.node), watch.rows[k], k.rows, watch.runs[k], watch.most.get(k, 0))
+        Strip(k.node.name, layer(k.node), op_name(k.node), watch.rows[k], k.rows, watch.runs[k], watch.most.get(k, 0))
         for k in stage.kernels
         if k in watch.runs
     ]
     counted = cost(module.stage, stage.values)
-    how = f"{schedule.rows} rows of the input at a time" if schedule.rows else "whole tiles"
-    if schedule.tiles != (1, 1):
-        how += f", in {schedule.tiles[0]} × {schedule.tiles[1]} tiles"
-    return StageDetail(
-        path, how, program.peak, sketched(module.stage, stage.values, counted, {}), tuple(strips), _thin(watch.live)
-    )
+    inner = sketched(module.stage, stage.values, counted, {})
+    live, held = _thin(watch.live), tuple(watch.at_peak())
+    return StageDetail(path, schedule.rows, schedule.tiles, program.peak, inner, tuple(strips), live, held)
 
 
 class _Watch:
@@ -89,15 +97,31 @@ class _Watch:
         self.most: dict[Any, int] = {}
         self.now: dict[Any, int] = {}
         self.owner: dict[int, tuple[Any, int]] = {}
-        self.live: list[int] = []
+        self.live: list[tuple[int, str]] = []
+        self.peak: tuple[int, Any, dict[Any, int], int] = (0, None, {}, 0)  # bytes, kernel, what each holds, its own
 
-    def see(self, one: Any, bytes_of: Any, live: int) -> None:
-        self.live.append(live)
+    def see(self, one: Any, registers: Registers) -> None:
+        most = registers.mark()
         if isinstance(one, Free):
             for register in one.registers:
                 self._drop(register)
             return
         kernel = one.kernel
+        self.live.append((most, layer(kernel.node)))
+        self._hold(one, kernel, registers.bytes_of)
+        if most > self.peak[0]:
+            self.peak = most, kernel, dict(self.now), most - registers.live
+
+    def at_peak(self) -> Iterator[tuple[str, str, int]]:
+        """What is held where it is the most: rows of layers, and what the one that runs needs meanwhile."""
+        _, running, held, extra = self.peak
+        for kernel, count in held.items():
+            if count:
+                yield layer(kernel.node), op_name(kernel.node), count
+        if extra > 0:
+            yield layer(running.node), f"{op_name(running.node)}, while it runs", extra
+
+    def _hold(self, one: Any, kernel: Any, bytes_of: Callable[[int], int | None]) -> None:
         if getattr(one, "over", -1) >= 0:
             self._drop(one.over)
         register = one.memory if isinstance(one, Open) else getattr(one, "dst", None)
@@ -116,7 +140,7 @@ class _Watch:
             self.now[kernel] -= held
 
 
-def _thin(values: list[int]) -> tuple[int, ...]:
+def _thin(values: list[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
     """At most `POINTS` of a timeline: the highest of every part, so that peaks stay."""
     step = -(-len(values) // POINTS)
     return tuple(max(values[i : i + step]) for i in range(0, len(values), step)) if values else ()

@@ -45,7 +45,7 @@ table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:
 th,td{padding:4px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:nth-child(-n+2),td:nth-child(-n+2),.notes td,.notes th{text-align:left}
 .notes td{white-space:normal;vertical-align:top;overflow-wrap:anywhere}.notes td:first-child{width:28%}
-.figures{max-width:620px}.figures td:nth-child(2),.figures th:nth-child(2){text-align:right}
+.kind{margin:12px 0 2px}.figures{max-width:620px}.figures td:nth-child(2),.figures th:nth-child(2){text-align:right}
 tbody tr:last-child td{border-bottom:0}thead th{color:var(--soft);font-weight:600}
 .layers thead{position:sticky;top:0;background:var(--card)}
 .layers{max-height:640px;overflow:auto}.short{max-height:430px}
