@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,12 +44,23 @@ class NameFirst(Pass):
         first = next(n for n in graph.graph.nodes if n.op == "call_module")
         return Outcome((Note(str(first.target), "is the first", "info"),))
 '''
-ENTRY_POINTS = """
-[splitfx.passes]
-name_first = throwaway:NameFirst
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
 
-[splitfx.ops]
-halve = throwaway:operators
+[project]
+name = "throwaway"
+version = "1.0"
+
+[project.entry-points."splitfx.passes"]
+name_first = "throwaway:NameFirst"
+
+[project.entry-points."splitfx.ops"]
+halve = "throwaway:operators"
+
+[tool.setuptools]
+py-modules = ["throwaway"]
 """
 USE = """
 import torch, splitfx, throwaway
@@ -66,15 +79,34 @@ print("halve.default" in {str(n.target).partition(".")[2] for n in stage.graph.n
 """
 
 
-def test_a_throw_away_package(tmp_path: Path) -> None:
-    """What an installer leaves: the module, and its metadata beside it."""
-    (tmp_path / "throwaway.py").write_text(PACKAGE)
-    metadata = tmp_path / "throwaway-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: throwaway\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip installed the package, from its sources and without a network."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    (source / "throwaway.py").write_text(PACKAGE)
+    (source / "pyproject.toml").write_text(PROJECT)
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def used(*folders: Path) -> subprocess.CompletedProcess[str]:
+    """`USE` in a fresh interpreter that finds modules in these folders too."""
     root = Path(__file__).resolve().parent.parent
-    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(tmp_path)!r}]\n{USE}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    code = f"import sys; sys.path[:0] = {[str(root), *map(str, folders)]!r}\n{USE}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folders[0])
+
+
+def test_a_throw_away_package(installed: Path) -> None:
+    done = used(installed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["is the first", "True"]
+
+
+def test_sabotage_without_the_metadata_nobody_knows_the_pass(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "throwaway.py").write_text((installed / "throwaway.py").read_text())
+    done = used(tmp_path)
+    assert done.returncode != 0
+    assert "name_first" in done.stderr

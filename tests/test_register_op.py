@@ -131,6 +131,13 @@ class TestRegistered:
             target = getattr(torch.ops.splitfx_tests, operator).default
             assert rows[target].ops == per_output * outputs[target].numel()
 
+    def test_memory_holds_what_they_return(self, model: nn.Module) -> None:
+        plain = splitfx.trace(model, image())
+        tiled = splitfx.transform(model, Tile(rows=5), image())
+        for graph in (plain, tiled):
+            assert facts(graph).memory.peak_bytes == splitfx.measure(graph, image(), runs=1).peak_bytes
+        assert facts(tiled).memory.peak_bytes < facts(plain).memory.peak_bytes
+
     def test_group_takes_their_channels_apart(self, model: nn.Module) -> None:
         split = splitfx.transform(model, Group(factors=(2, 2), lowering="branches"), image())
         bends = [n for n in split.graph.nodes if n.target == torch.ops.splitfx_tests.bend.default]
@@ -161,9 +168,10 @@ class TestRegistered:
             splitfx.transform(model, Tile(rows=5), image())
 
     def test_it_is_exported_and_runs(self, model: nn.Module, tmp_path: Path) -> None:
-        for name, step in (("group", Group(factors=(2, 2))), ("tile", Tile(rows=8))):
+        levels = {"one": 2, "two": 2, "fc": 2}
+        for step in (Group(factors=(2, 2)), Tile(rows=8), SplitNet(source="random", levels=levels)):
             split = splitfx.transform(model, step, image())
-            path = splitfx.export_onnx(split, tmp_path / f"{name}.onnx")
+            path = splitfx.export_onnx(split, tmp_path / f"{step.name}.onnx")
             assert splitfx.check_onnx(split, path).ok
 
     def test_a_folder_with_it_is_loaded(self, model: nn.Module, tmp_path: Path) -> None:
