@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -162,3 +163,21 @@ def batch_symbols(exported: torch.export.ExportedProgram) -> dict[str, str]:
     if len(free) == 1:
         return dict.fromkeys(free, "batch")
     return {symbol: f"batch_{name}" for symbol, name in free.items()}
+
+
+def name_batch(model: Any, names: dict[str, str]) -> None:
+    """Give the free dimensions their names; torch calls them s77 or whatever symbol it took."""
+    import onnx_ir as ir
+
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, symbol, names) for size in value.shape])
+
+
+def _renamed(size: Any, symbol: re.Pattern[str], names: dict[str, str]) -> Any:
+    known = getattr(size, "value", size)  # a number, or the expression of a free size
+    return symbol.sub(lambda m: names[m[1]], known) if isinstance(known, str) else known

@@ -32,7 +32,7 @@ from splitfx.compiler.pipeline import figures
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement, rewrites, sessions, tiles
 from splitfx.export.data_files import data_name, written_with_data
-from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, other_sizes, unsteady
+from splitfx.export.following import FAR, Call, batch_symbols, follow, freed, mark, name_batch, other_sizes, unsteady
 from splitfx.ground.exclusive import exclusive
 from splitfx.ground.files import check_target
 from splitfx.ground.progress import Say, say, told
@@ -295,7 +295,7 @@ def _finish(program: Any, exported: torch.export.ExportedProgram, fixed: str) ->
     """Names that a reader of the file knows, and nothing of this machine."""
     model = program.model
     _clean_nodes(model, _layers(program.exported_program))
-    _name_batch(model, {} if fixed else batch_symbols(exported))
+    name_batch(model, {} if fixed else batch_symbols(exported))
 
 
 def _record(model: Any, gm: fx.GraphModule, fixed: str, tiled: list[str]) -> None:
@@ -351,24 +351,6 @@ def _unique(name: str, used: set[str]) -> str:
         candidate = f"{name}_{number}"
     used.add(candidate)
     return candidate
-
-
-def _name_batch(model: Any, names: dict[str, str]) -> None:
-    """Give the free dimensions their names; torch calls them s77 or whatever symbol it took."""
-    import onnx_ir as ir
-
-    if not names:
-        return
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(size, symbol, names) for size in value.shape])
-
-
-def _renamed(size: Any, symbol: re.Pattern[str], names: dict[str, str]) -> Any:
-    known = getattr(size, "value", size)  # a number, or the expression of a free size
-    return symbol.sub(lambda m: names[m[1]], known) if isinstance(known, str) else known
 
 
 def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check: Callable[[Path], None]) -> None:
