@@ -20,6 +20,7 @@ from splitfx.ir.graph import info
 from splitfx.passes import Tile, TileStage
 from splitfx.tiling.plan.instructions import Schedule
 from splitfx.tiling.run import spill
+from splitfx.tiling.run.executor import Tiled
 from splitfx.tiling.stage.kernel import Keeping
 from tests import oracle
 from tests.tiling.trial import STRICT, assert_equal, error, peaks, tile, traced
@@ -98,6 +99,15 @@ def test_in_every_layout_at_the_bytes_that_were_predicted(name: str) -> None:
         assert any(k.spilled for k in trial.tiled.program(given).stage.kernels), "nothing waits"
         predicted, measured = peaks(trial.tiled, given)
         assert abs(predicted - measured) <= 0.02 * measured + 600, f"{schedule}: {predicted}, {measured} held"
+
+
+def test_nothing_is_spilled_that_was_not_asked_for() -> None:
+    """Half the peak is out of reach here, and what a disk would give is only told in errors."""
+    split = splitfx.transform(Block().eval(), Tile(), torch.randn(1, 2, 64, 16))
+    assert Tile().spill == ""
+    assert [m.schedule.keeping.to for m in split.modules() if isinstance(m, Tiled)] == [""]
+    with pytest.raises(PlanError, match="with spill='disk'"):
+        splitfx.transform(Block().eval(), Tile(budget="32 KiB"), torch.randn(1, 2, 64, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -94,9 +94,10 @@ class Candidates:
         self._known: dict[Schedule, _Count] = {}
 
     def spilling(self, to: Spill) -> Candidates:
-        """The same stage where maps that wait may be spilled; what has been counted stays."""
+        """The same stage where maps that wait may be spilled. It knows what has been counted; what it counts itself is
+        no choice for those who may not spill."""
         other = copy(self)
-        other.spill = to
+        other.spill, other._known = to, dict(self._known)
         return other
 
     def counted(self) -> list[Point]:

@@ -114,10 +114,11 @@ def within(candidates: Candidates, budget: int, mode: Mode = "auto") -> Point:
 
 def half(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
     """Within a budget, or the least where that is not possible."""
-    try:
-        return plan(candidates, budget, mode)
-    except PlanError:
-        return least(candidates, mode)
+    before = candidates.untiled()
+    if before.peak_bytes <= budget:
+        return Planned(before, before)
+    best = within(candidates, budget, mode)
+    return _planned(candidates, best, before) if best.peak_bytes <= budget else least(candidates, mode)
 
 
 def _smallest(candidates: Candidates, mode: Mode, enough: int = 0, near: float = 0.0) -> Point:
