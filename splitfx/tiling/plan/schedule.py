@@ -17,6 +17,7 @@ The same list drives the executor, the ONNX export and the prediction of the pea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from splitfx.tiling.plan.buffers import Buffer
 from splitfx.tiling.plan.emission import Emitter, complete
@@ -25,6 +26,16 @@ from splitfx.tiling.plan.meter import CostMeter, Spent
 from splitfx.tiling.plan.steady import Steady
 from splitfx.tiling.stage.kernel import Kernel
 from splitfx.tiling.stage.roles import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Kernels that fire together, every ``pause`` steps."""
+
+    pause: int
+    kernels: list[Kernel]
+    inside: set[Kernel]
+    ends: set[Kernel]  # those for whose rows something beyond them waits
 
 
 class Scheduler(Emitter):
@@ -98,17 +109,17 @@ class Scheduler(Emitter):
         sources = {k for kernel in inside for k, _, _ in kernel.reads if k not in inside}
         sources |= {k for k in inside if not k.reads}  # made of whole values, at the pace of the others
         steps, intervals = self._steps(sources), self.schedule.firing_intervals
-        order = [(intervals[g] if g < len(intervals) else 1, kernels) for (g, _), kernels in sorted(parts.items())]
+        order = [_part(intervals[g] if g < len(intervals) else 1, members) for (g, _), members in sorted(parts.items())]
         ends = [k for k in inside if _ends(k, inside)]
-        step, longest = 0, max(pause for pause, _ in order)
-        steady = Steady(self, inside, sources, steps, [pause for pause, _ in order]) if self.counting else None
+        step, longest = 0, max(part.pause for part in order)
+        steady = Steady(self, inside, sources, steps, [part.pause for part in order]) if self.counting else None
         while step < steps or any(self.buffers[k].done < self._stop(k) for k in ends):
             step += 1
             assert step < 4 * (steps + longest) + 8 * self.stage.clock, "every few steps compute rows of some kernel"
-            due = [(pause, kernels) for pause, kernels in order if steps == 1 or step % pause == 0]
+            due = [part for part in order if steps == 1 or step % part.pause == 0]
             released = {k: self._released(k, step, steps) for k in sources} if due else {}
-            for pause, kernels in due:
-                yield from self._fire_group(kernels, released, pause if steps > 1 else 0)
+            for part in due:
+                yield from self._fire_group(part, released, part.pause if steps > 1 else 0)
             step += steady.skipped(step) if steady is not None else 0
 
     def _most(self, kernel: Kernel, pause: int) -> int:
@@ -135,41 +146,43 @@ class Scheduler(Emitter):
 
     # ------------------------------------------------------------ one firing of a group
 
-    def _fire_group(self, kernels: list[Kernel], released: dict[Kernel, int], pause: int) -> Iterator[Instruction]:
-        ready = self._ready(kernels, released, pause)
-        target = self._targets(kernels, ready)
-        for kernel in kernels:
+    def _fire_group(self, part: _Part, released: dict[Kernel, int], pause: int) -> Iterator[Instruction]:
+        ready = self._ready(part, released, pause)
+        if all(ready[kernel] <= self.buffers[kernel].done for kernel in part.ends):
+            return
+        target = self._targets(part, ready)
+        for kernel in part.kernels:
             if target[kernel] > self.buffers[kernel].done:
                 yield from self._fire(kernel, target[kernel])
 
-    def _ready(self, kernels: list[Kernel], released: dict[Kernel, int], pause: int) -> dict[Kernel, int]:
+    def _ready(self, part: _Part, released: dict[Kernel, int], pause: int) -> dict[Kernel, int]:
         """Forward: how far each could go."""
-        inside = set(kernels)
+        buffers, wanted = self.buffers, self.wanted[0]
         ready: dict[Kernel, int] = {}
-        for kernel in kernels:
-            limit = released.get(kernel, self._stop(kernel))
-            if _ends(kernel, inside):
+        for kernel in part.kernels:
+            limit = released[kernel] if kernel in released else wanted[kernel][1]
+            if kernel in part.ends:
                 limit = min(limit, self._most(kernel, pause))
             for operand, edge, _ in kernel.reads:
                 there = ready.get(operand)
                 if there is None:
                     grows = operand not in released or (bool(operand.takes) and operand.kind is Kind.ROWS)
-                    there = self.buffers[operand].done if grows else released[operand]
+                    there = buffers[operand].done if grows else released[operand]
                 limit = min(limit, edge.reach(operand.rows if there >= self._stop(operand) else there))
-            ready[kernel] = max(limit, self.buffers[kernel].done)
+            ready[kernel] = max(limit, buffers[kernel].done)
         return ready
 
-    def _targets(self, kernels: list[Kernel], ready: dict[Kernel, int]) -> dict[Kernel, int]:
+    def _targets(self, part: _Part, ready: dict[Kernel, int]) -> dict[Kernel, int]:
         """Backward: how far each has to go."""
-        inside = set(kernels)
-        target = {k: self.buffers[k].done for k in kernels}
-        for kernel in reversed(kernels):
-            if _ends(kernel, inside):
+        buffers = self.buffers
+        target = {k: buffers[k].done for k in part.kernels}
+        for kernel in reversed(part.kernels):
+            if kernel in part.ends:
                 target[kernel] = max(target[kernel], ready[kernel])
-            if target[kernel] > self.buffers[kernel].done:
+            if target[kernel] > buffers[kernel].done:
                 for operand, edge, _ in kernel.reads:
-                    if operand in inside:
-                        _, last, _, _ = edge.need(self.buffers[kernel].done, target[kernel])
+                    if operand in part.inside:
+                        _, last, _, _ = edge.need(buffers[kernel].done, target[kernel])
                         target[operand] = max(target[operand], last)
         return target
 
@@ -186,6 +199,11 @@ class Scheduler(Emitter):
             if kernel.kind is not Kind.ROWS:
                 yield from self._finish(kernel)
             yield from self._taken(kernel)
+
+
+def _part(pause: int, kernels: list[Kernel]) -> _Part:
+    inside = set(kernels)
+    return _Part(pause, kernels, inside, {k for k in kernels if _ends(k, inside)})
 
 
 def _ends(kernel: Kernel, inside: set[Kernel]) -> bool:
