@@ -106,9 +106,10 @@ class Regions:
             self._behind[node] = here or max((self._behind[n] for n in node.all_input_nodes), default=0)
 
     def gate(self, node: fx.Node) -> bool:
-        """A sequence that is small beside the maps it was reduced from, such as the channels of a gate (ECA)."""
-        behind = max((self._behind[n] for n in node.all_input_nodes), default=0)
-        return len(self.sizes(node)) == 3 and GATE * prod(self.sizes(node)) < behind
+        """A sequence or a map of one place that is small beside the maps it was reduced from, such as the channels of a
+        gate (ECA)."""
+        behind, sizes = max((self._behind[n] for n in node.all_input_nodes), default=0), self.sizes(node)
+        return (len(sizes) == 3 or prod(sizes[2:]) == 1) and GATE * prod(sizes) < behind
 
     def _lie(self, node: fx.Node, dims: Dims | None) -> None:
         self.dims[node] = tuple(dims) if dims is not None else None

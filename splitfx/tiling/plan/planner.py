@@ -42,7 +42,7 @@ class Planned:
     def words(self) -> str:
         s = self.schedule
         if s is None:
-            return f"left as it is: its peak is {words(self.before.peak_bytes)}"
+            return f"left as it is: its peak is {words(self.before.peak_bytes)}, reached at {self.before.layer}"
         how = f"strips of {s.rows} rows" if s.rows else "whole tiles"
         grid = f", {s.tiles[0]} x {s.tiles[1]} tiles" if s.tiles != (1, 1) else ""
         peak = f"predicted peak {words(self.point.peak_bytes)} of {words(self.before.peak_bytes)}"
