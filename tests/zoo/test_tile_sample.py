@@ -35,7 +35,10 @@ def test_a_failure_is_one_line() -> None:
 
 
 def test_table_round_trips() -> None:
-    rows = [Row("torchvision:a", "32x32", "ok", "4.00", "2.00", "2.00", "1e-16", "3 of 4", "1", "0.1"), Row("b")]
+    rows = [
+        Row("torchvision:a", "32x32", "ok", "4.00", "2.00", "0.50", "2.00", "1e-16", "3 of 4", "1", "0.1", "0.2"),
+        Row("b"),
+    ]
     assert list(parse(render(rows)).values()) == rows
 
 

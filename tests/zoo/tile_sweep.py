@@ -1,13 +1,14 @@
-"""Every torchvision classifier and segmenter, tiled by its own plan and compared with the untiled model.
+"""Every model of the zoo, tiled by its own plan and compared with the untiled model.
 
 ``python -m tests.zoo.tile_sweep [--only PATTERN] [--jobs 2] [--missing]``
 
-A model is traced in float32 at 227x253, batch 1 (or the smallest square that it runs at, where its size is fixed), and
+A model is traced in float32 at 227x253, batch 1 (or at 224, 256 or the smallest square that it runs at), and
 `Tile()` plans for half its peak, or the least. Both graphs are then run in float64 and compared, relative to the
-largest value of each output; the tiled one runs in float32 as well, all live tensors counted. One process per model.
+largest value of each output; the tiled one runs in float32 as well, all live tensors counted. Planning is timed in
+seconds of one core, at that size and, where the model runs at any size, for 1024x1024. One process per model.
 
 Words: ``ok``; ``not tiled: why``; ``skipped: why``; ``differs: how much``; ``over its prediction``; ``failed: why``.
-Writes tests/zoo/tile_status.md, with ``--only`` just the rows that match.
+Writes tests/zoo/tile_status.md, the smallest share of the peak first; with ``--only`` just the rows that match.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.zoo.models import create, smallest_input
@@ -32,6 +35,7 @@ from tests.zoo.models import names as zoo
 
 STATUS = Path(__file__).with_name("tile_status.md")
 SIZE = (1, 3, 227, 253)
+LARGE_SIZE = (1, 3, 1024, 1024)
 LARGE = 300_000_000  # parameters
 STRICT = 1e-12
 CLOSE = 0.02  # of the predicted peak
@@ -46,15 +50,17 @@ class Row:
     word: str = "-"
     before: str = "-"  # MiB in float32, inputs counted, parameters not
     after: str = "-"
+    share: str = "-"  # after / before
     measured: str = "-"
     error: str = "-"
     nodes: str = "-"  # tiled of all
     phases: str = "-"
-    planning: str = "-"  # seconds
+    planning: str = "-"  # seconds of one core
+    at_1024: str = "-"  # the same for a square image of 1024
 
 
 def names() -> list[str]:
-    return [n for n in zoo() if n.startswith("torchvision:")]
+    return zoo()
 
 
 def examine(name: str) -> Row:
@@ -81,13 +87,16 @@ def _examined(row: Row) -> str:
     graph = trace(model, x)
     row.before = _mib(facts(graph).memory.peak_bytes)
     split, notes = _tiled(row, graph)
+    if x.shape == SIZE:
+        row.at_1024 = _planning_time(trace(model, torch.zeros(LARGE_SIZE)))
     if split is None:
         return "not tiled: " + next((n for n in notes if "not tiled" not in n), notes[-1] if notes else "")
     predicted = facts(split).memory.peak_bytes
     row.after = _mib(predicted)
+    row.share = f"{predicted / facts(graph).memory.peak_bytes:.2f}"
     measured = _measured(split, x)
     row.measured = _mib(measured)
-    with torch.no_grad():
+    with torch.no_grad(), _WideCasts():
         wide = x.double()
         off = _error(split.double().eval()(wide), model.double()(wide))
     row.error = f"{off:.0e}"
@@ -99,11 +108,13 @@ def _examined(row: Row) -> str:
 def _size(model: nn.Module) -> tuple[int, ...]:
     from splitfx.frontend.behaviour import observe
 
-    try:
-        observe(model, (torch.zeros(SIZE),), {})
-    except Exception:  # a model of one size: which one it is, it has to be asked
-        return (1, *smallest_input(model)[1:])
-    return SIZE
+    for size in (SIZE, (1, 3, 224, 224), (1, 3, 256, 256)):
+        try:
+            observe(model, (torch.zeros(size),), {})
+            return size
+        except Exception:  # a model of one size, or of multiples of one: which it is, it has to be asked
+            continue
+    return (1, *smallest_input(model)[1:])
 
 
 def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list[str]]:
@@ -115,9 +126,9 @@ def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list
     from splitfx.passes.tile import Tile
 
     work = copy_graph(graph)
-    started = time.perf_counter()
+    started = time.process_time()
     outcome = Tile().run(work, facts(work))
-    row.planning = f"{time.perf_counter() - started:.1f}"
+    row.planning = f"{time.process_time() - started:.1f}"
     notes = [note.what for note in outcome.notes]
     tiles = [n for n in work.graph.nodes if op_name(n) == "tiled"]
     if not tiles:
@@ -130,6 +141,23 @@ def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list
     programs = [s.program(tuple(shapes[o] for o in n.all_input_nodes)) for s, n in zip(stages, tiles, strict=True)]
     row.phases = "+".join(str(p.stage.phases) for p in programs)
     return work, notes
+
+
+def _planning_time(graph: fx.GraphModule) -> str:
+    from splitfx.analysis import facts
+    from splitfx.passes.tile import Tile
+
+    started = time.process_time()
+    Tile().run(graph, facts(graph))
+    return f"{time.process_time() - started:.1f}"
+
+
+class _WideCasts(TorchDispatchMode):
+    """What a model computes in float32 whatever it is given, as a norm may, is computed in float64 here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide: Any = lambda v: torch.float64 if v is torch.float32 else v  # noqa: E731
+        return func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, kwargs or {}))
 
 
 @torch.no_grad()
@@ -156,15 +184,19 @@ def _mib(size: int) -> str:
 
 def render(rows: list[Row]) -> str:
     good = [r for r in rows if r.word == "ok"]
-    saved = sorted(float(r.after) / float(r.before) for r in good)
-    middle = f"; peak after / before: median {saved[len(saved) // 2]:.2f}, best {saved[0]:.2f}" if saved else ""
+    rows = sorted(rows, key=lambda r: (r.word != "ok", float(r.share) if r.word == "ok" else 0, r.model))
+    shares = sorted(float(r.share) for r in good)
+    middle = f" Peak after / before: median {shares[len(shares) // 2]:.2f}, best {shares[0]:.2f}." if shares else ""
+    times = sorted(float(r.at_1024) for r in rows if r.at_1024 != "-")
+    if times:
+        middle += f" Planning at 1024x1024: median {times[len(times) // 2]:.1f} s, longest {times[-1]:.1f} s."
     lines = [
         "# Tiled models",
         "",
         "Written by `python -m tests.zoo.tile_sweep`; its docstring says what the words mean. MiB are live tensors in",
         "float32, the input counted and parameters not; the error is that of float64, relative to the largest output.",
         "",
-        f"{len(good)} of {len(rows)} tiled and equal{middle}.",
+        f"{len(good)} of {len(rows)} tiled and equal.{middle}",
         "",
         "| " + " | ".join(f.name for f in fields(Row)) + " |",
         "|" + " --- |" * len(fields(Row)),
