@@ -297,6 +297,23 @@ def test_the_channels_of_a_gate_are_no_sequence(monkeypatch: pytest.MonkeyPatch,
     assert "expand_as" in by_rows  # else the gate is spread over the whole map at once
 
 
+class UnreadColumns(nn.Module):
+    """Tokens, and behind them a stride that leaves columns out: rows and columns in one axis come all together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.LayerNorm(6), nn.Conv2d(6, 5, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        tokens = self.norm(y.flatten(2).transpose(1, 2))
+        return self.last(tokens.transpose(1, 2).reshape(y.shape))
+
+
+def test_columns_of_tokens_that_nobody_reads() -> None:
+    check(UnreadColumns(), torch.randn(2, 3, 19, 23), grids=False)
+
+
 class Heads(nn.Module):
     """A sequence [N, heads, places, channels], of which channels are padded and places are."""
 

@@ -89,8 +89,8 @@ class Scheduler(Emitter):
                 widen(found, kernel, max(size * part // parts, start), size * (part + 1) // parts)
             if kernel.home >= 0 and kernel.exit < 0:
                 widen(found, kernel, 0, size)
-            if axis == 1 and kernel in found and kernel.node in self.stage.regions.across:
-                widen(found, kernel, 0, size)  # its rows are computed in full
+            if axis == 1 and kernel in found and (kernel.node in self.stage.regions.across or _whole_rows(kernel)):
+                widen(found, kernel, 0, size)
             if kernel in found and kernel.kind in (Kind.ROWS, Kind.REDUCE):
                 low, high = found[kernel]
                 for operand, *edges in kernel.reads:
@@ -199,6 +199,11 @@ class Scheduler(Emitter):
             if kernel.kind is not Kind.ROWS:
                 yield from self._finish(kernel)
             yield from self._taken(kernel)
+
+
+def _whole_rows(kernel: Kernel) -> bool:
+    """Rows and columns lie in one axis, of its own or of what it reads: columns that nobody needs come with the rest."""
+    return kernel.joined or any(operand.joined for operand, _, _ in kernel.reads)
 
 
 def _part(pause: int, kernels: list[Kernel]) -> _Part:
