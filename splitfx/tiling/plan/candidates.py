@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -91,6 +91,7 @@ class Candidates:
         self.outside = outside + around(graph, facts, nodes)
         self.spill: Spill = spill
         self._stages: dict[Keeping, Stage] = {}
+        self._structures: dict[Any, Keeping] = {}
         self._known: dict[Schedule, _Count] = {}
 
     def spilling(self, to: Spill) -> Candidates:
@@ -136,13 +137,14 @@ class Candidates:
 
     # ------------------------------------------------------------ families of schedules
 
-    def keepings(self, budget: float = float("inf")) -> list[list[Keeping]]:
+    def keepings(self, budget: float = float("inf")) -> Iterator[list[Keeping]]:
         """What may become of maps that wait for a reduction, by how many bytes may wait: any; then as many as leave
         room within a ``budget``, and from what waits behind some phase down to none; the others are computed again, or
-        spilled."""
+        spilled. Those between which no map lies make the same stage, which comes once."""
         sums = sorted(set(self.stage().waiting_bytes), reverse=True)
+        yield [KEEP_ALL]
         if not sums[0]:
-            return [[KEEP_ALL]]
+            return
         lower = [float(size) for size in (*sums[1:], 0) if size < sums[0]]
         places = {round(i * (len(lower) - 1) / (LEVELS - 2)) for i in range(LEVELS - 1)}
         levels = {lower[place] for place in places}
@@ -150,7 +152,17 @@ class Candidates:
             room = max(0, budget - self.outside)
             levels |= {size for share in ROOM if (size := float(int(share * room))) < sums[0]}
         spilled = lambda size: [Keeping(spill=size, to=self.spill)] if self.spill else []  # noqa: E731
-        return [[KEEP_ALL], *([Keeping(recompute=size), *spilled(size)] for size in sorted(levels, reverse=True))]
+        seen = {KEEP_ALL}
+        for size in sorted(levels, reverse=True):
+            ways = dict.fromkeys(self._first(keeping) for keeping in (Keeping(recompute=size), *spilled(size)))
+            if fresh := [keeping for keeping in ways if keeping not in seen]:
+                yield fresh
+            seen |= set(ways)
+
+    def _first(self, keeping: Keeping) -> Keeping:
+        """The first that was found to make the same stage: what has been counted of it holds."""
+        self._structures.setdefault(_structure(self.stage()), KEEP_ALL)
+        return self._structures.setdefault(_structure(self.stage(keeping)), keeping)
 
     def strips(self, keeping: Keeping, targets: Sequence[int]) -> Schedule:
         return strips(self.stage(keeping), keeping, targets)
@@ -160,10 +172,10 @@ class Candidates:
 
         A peak is about a constant and a number of bytes for every row of a strip, so half the rows gain half of what
         the last halving gained: where all that is still to gain does not bring a phase within the ``budget``, or is
-        less than a hundredth, lower strips are not looked at.
+        less than a hundredth, or was twice in a row, lower strips are not looked at.
         """
         stage = self.stage(keeping)
-        phases, last, least = stage.phases, None, [1 << 62] * stage.phases
+        phases, last, least, flat = stage.phases, None, [1 << 62] * stage.phases, 0
         for target in TARGETS:
             schedule = self.strips(keeping, [target] * phases)
             if schedule == last:
@@ -172,11 +184,12 @@ class Candidates:
             yield target, count
             gains = [max(0, known - peak) for (peak, _), known in zip(count.phases, least, strict=True)]
             least = [min(peak, known) for (peak, _), known in zip(count.phases, least, strict=True)]
-            if target > SMALL or schedule.rows * max(schedule.firing_intervals, default=1) * FEW > stage.clock:
-                continue
             tall = _tall(count)
+            flat = flat + 1 if gains[tall] < 0.01 * least[tall] else 0
+            if schedule.rows * max(schedule.firing_intervals, default=1) * FEW > stage.clock:
+                continue
             hopeless = any(peak - gain > budget for peak, gain in zip(least, gains, strict=True))
-            if hopeless or gains[tall] < 0.01 * least[tall]:
+            if flat >= 2 or (target <= SMALL and (hopeless or flat)):
                 return
 
     def grids(self, keeping: Keeping = KEEP_ALL) -> Iterator[Schedule]:
@@ -318,6 +331,11 @@ class Candidates:
             for changed in (intervals[group] * 2, intervals[group] // 2):
                 if 1 <= changed <= 512:
                     yield replace(schedule, firing_intervals=(*intervals[:group], changed, *intervals[group + 1 :]))
+
+
+def _structure(stage: Stage) -> tuple[Any, ...]:
+    """All in which the stages of one graph differ by what they keep."""
+    return tuple((k.name, k.role, k.again, k.phase, k.group, k.part, k.home, k.spilled) for k in stage.kernels)
 
 
 def _tall(count: _Count) -> int:

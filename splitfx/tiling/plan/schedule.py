@@ -202,7 +202,7 @@ class Scheduler(Emitter):
 
 
 def _whole_rows(kernel: Kernel) -> bool:
-    """Rows and columns lie in one axis, of its own or of what it reads: columns that nobody needs come with the rest."""
+    """Rows and columns lie in one axis, of its own or of what it reads: columns that nobody needs come too."""
     return kernel.joined or any(operand.joined for operand, _, _ in kernel.reads)
 
 
