@@ -19,7 +19,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,8 @@ def _examined(row: Row) -> str:
     model = create(row.model).eval()
     if sum(p.numel() for p in model.parameters()) > LARGE:
         return "skipped: more than 300 M parameters"
-    x = torch.randn(_size(model), generator=torch.Generator().manual_seed(1))
+    x, graph = _traced(model)
     row.size = "x".join(map(str, x.shape[2:]))
-    graph = trace(model, x)
     row.before = _mib(facts(graph).memory.peak_bytes)
     split, notes = _tiled(row, graph)
     if x.shape == SIZE:
@@ -96,7 +97,7 @@ def _examined(row: Row) -> str:
     row.share = f"{predicted / facts(graph).memory.peak_bytes:.2f}"
     measured = _measured(split, x)
     row.measured = _mib(measured)
-    with torch.no_grad(), _WideCasts():
+    with torch.no_grad(), _WideCasts(), _wide_numbers():
         wide = x.double()
         off = _error(split.double().eval()(wide), model.double()(wide))
     row.error = f"{off:.0e}"
@@ -105,16 +106,20 @@ def _examined(row: Row) -> str:
     return "ok" if abs(measured - predicted) <= CLOSE * measured else "over its prediction"
 
 
-def _size(model: nn.Module) -> tuple[int, ...]:
-    from splitfx.frontend.behaviour import observe
+def _traced(model: nn.Module) -> tuple[torch.Tensor, fx.GraphModule]:
+    """The image and the graph, at the first size that the model takes."""
+    from splitfx.errors import TraceError
+    from splitfx.frontend.trace import trace
 
-    for size in (SIZE, (1, 3, 224, 224), (1, 3, 256, 256)):
+    sizes = [SIZE, (1, 3, 224, 224), (1, 3, 256, 256)]
+    for size in (*sizes, None):  # a model of one size, or of multiples of one: which it is, it has to be asked
+        x = torch.randn(size or (1, *smallest_input(model)[1:]), generator=torch.Generator().manual_seed(1))
         try:
-            observe(model, (torch.zeros(size),), {})
-            return size
-        except Exception:  # a model of one size, or of multiples of one: which it is, it has to be asked
-            continue
-    return (1, *smallest_input(model)[1:])
+            return x, trace(model, x)
+        except TraceError:
+            if size is None:
+                raise
+    raise AssertionError("the last size returns or raises")
 
 
 def _tiled(row: Row, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, list[str]]:
@@ -150,6 +155,16 @@ def _planning_time(graph: fx.GraphModule) -> str:
     started = time.process_time()
     Tile().run(graph, facts(graph))
     return f"{time.process_time() - started:.1f}"
+
+
+@contextmanager
+def _wide_numbers() -> Iterator[None]:
+    """What a model makes of numbers is made in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class _WideCasts(TorchDispatchMode):
