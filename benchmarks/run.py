@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import benchmarks
-from benchmarks.results_format import kept_beside, record, write
+from benchmarks.results_format import kept_beside, record, stored, write
 from splitfx.errors import nearest
 from splitfx.ground.table import table
 
@@ -49,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only:
             choose(known[name], options.only)
         started = time.perf_counter()
+        if hasattr(known[name], "jobs"):
+            rows = resumed(known[name], options.quick)
+            print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
+            continue
         rows = known[name].run(options.quick)
         print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
         if not options.quick:
@@ -98,7 +102,25 @@ def restart_with_fixed_threads(threads: int) -> None:
     os.execve(sys.executable, again, {**os.environ, **wanted})
 
 
+def resumed(module: ModuleType, quick: bool) -> list[dict[str, Any]]:
+    """The rows of a benchmark whose ``jobs`` are many and long: each row is stored when it is finished, and those that
+    are stored, with the settings of now, are not made again. A quick run stores nothing and begins anew."""
+    name, size, jobs = module.NAME, module.settings(quick), module.jobs(quick)
+    before = [] if quick else stored(name)
+    rows = {row["job"]: row for row in before if row.get("settings") == size}
+    for job in [one for one in jobs if one not in rows]:
+        began = time.process_time()
+        row = {"job": job, "settings": size, **jobs[job]()}
+        rows[job] = row | {"cpu_seconds": round(time.process_time() - began, 1)}
+        print(f"  {job} is done ({rows[job]['cpu_seconds']:.0f} s)", flush=True)
+        if not quick:
+            write(record(name, list(rows.values())))
+    return list(rows.values())
+
+
 def render(module: ModuleType, rows: list[dict[str, Any]]) -> str:
+    if hasattr(module, "report"):
+        return module.report(rows)
     cells = [[form(row.get(key)) for key, _, form in module.COLUMNS] for row in rows]
     return table([heading for _, heading, _ in module.COLUMNS], cells, left=getattr(module, "LEFT", (0,)))
 
