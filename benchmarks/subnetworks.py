@@ -62,10 +62,9 @@ def settings(quick: bool) -> dict[str, Any]:
     return {**sizes, "widths": list(WIDTHS), "cuts": list(CUTS)}
 
 
-def jobs(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+def jobs(size: dict[str, Any]) -> dict[str, Callable[[Any], dict[str, Any]]]:
     """What is measured, by name: each gives one row."""
-    size = settings(quick)
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    found: dict[str, Callable[[Any], dict[str, Any]]] = {}
     for seed in range(size["seeds"]):
         for make, names in ((_alone, ("alone",)), (_together, tuple(TOGETHER)), (_started, tuple(STARTS))):
             for name in names:
@@ -93,7 +92,7 @@ def divided(model: nn.Module, kept: str, seed: int, images: torch.Tensor | None 
     return splitfx.transform(model.eval(), step, torch.zeros(1, 1, 28, 28))
 
 
-def _alone(name: str, seed: int, size: dict[str, Any]) -> dict[str, Any]:
+def _alone(name: str, seed: int, size: dict[str, Any], done: Any) -> dict[str, Any]:
     """Each model's layers in a network of its own."""
     split, found = divided(fashion.network(seed, WIDTHS), "private", seed), {}
     for model, graph in zip(MODELS, (split.base(True), *(split.detach(i, True) for i in (0, 1))), strict=True):
@@ -102,14 +101,14 @@ def _alone(name: str, seed: int, size: dict[str, Any]) -> dict[str, Any]:
     return _row(name, seed, split, found)
 
 
-def _together(name: str, seed: int, size: dict[str, Any]) -> dict[str, Any]:
+def _together(name: str, seed: int, size: dict[str, Any], done: Any) -> dict[str, Any]:
     kept, loss = TOGETHER[name]
     split = divided(fashion.network(seed, WIDTHS), kept, seed)
     _trained(split, seed, size, size["epochs"], loss)
     return _row(name, seed, split, _accuracies(split, size))
 
 
-def _started(name: str, seed: int, size: dict[str, Any]) -> dict[str, Any]:
+def _started(name: str, seed: int, size: dict[str, Any], done: Any) -> dict[str, Any]:
     """Sub-models of a trained network: as they are, and after one epoch of all together."""
     model = _base(seed, size)
     split = divided(model, "private", seed, fashion.calibration(CALIBRATION) if STARTS[name] else None)
