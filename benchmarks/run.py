@@ -130,7 +130,7 @@ def resumed(module: ModuleType, quick: bool, changes: Mapping[str, int] = {}) ->
         rows[job] = json.loads(json.dumps(made))  # as it will be read
         print(f"  {job} is done ({rows[job]['cpu_seconds']:.0f} s)", flush=True)
         if not quick:
-            write(record(name, list(rows.values())))
+            write(record(name, list(rows.values())) | {"command": f"python -m benchmarks.run {name}"})
     return list(rows.values())
 
 

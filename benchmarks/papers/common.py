@@ -30,10 +30,10 @@ Job = Callable[[Rows], Row]
 @functools.cache
 def data(images: int, val: int) -> Data:
     """The first images of both sets."""
-    whole = load_data(fashion.word(), SHAPE)
-    train: Any = whole.train
+    whole: Any = load_data(fashion.word(), SHAPE)
+    train = whole.train
     first = Images(train.images[:images], train.targets[:images], whole.classes, train.change)
-    return Data(whole.word, first, Subset(whole.val, range(min(val, len(whole.val)))), whole.classes)  # type: ignore[arg-type]
+    return Data(whole.word, first, Subset(whole.val, range(min(val, len(whole.val)))), whole.classes)
 
 
 @functools.cache
@@ -49,12 +49,18 @@ def example() -> torch.Tensor:
 
 def fit(model: nn.Module, size: Row, epochs: int, lr: float = 0.05, images: int = 0, **options: Any) -> None:
     """SGD with a cosine, as `finetune` has it; weight decay 5e-4."""
-    sets = data(images or size["images"], size["val"])
-    settings = {"weight_decay": 5e-4, "warmup_epochs": int(epochs > 1), "keep": "last", **options.pop("recipe", {})}
-    recipe = Recipe(epochs=epochs, batch_size=size["batch"], lr=lr, nesterov=True, **settings)
-    splitfx.finetune(
-        model, sets.train, Subset(sets.val, range(min(16, len(sets.val)))), recipe, progress=False, **options
+    sets: Any = data(images or size["images"], size["val"])
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=size["batch"],
+        lr=lr,
+        nesterov=True,
+        weight_decay=5e-4,
+        warmup_epochs=int(epochs > 1),
+        keep="last",
     )
+    few = Subset(sets.val, range(min(16, len(sets.val))))  # nothing is chosen by it
+    splitfx.finetune(model, sets.train, few, recipe, progress=False, **options)
 
 
 def accuracy(model: nn.Module, size: Row) -> float:
