@@ -150,18 +150,3 @@ def _accuracy(graph: nn.Module, size: dict[str, Any]) -> float:
 
 def _row(name: str, seed: int, split: Any, found: dict[str, float]) -> dict[str, Any]:
     return {"setting": name, "seed": seed, "accuracy": found, "macs": {m.name: m.macs for m in split.figures()}}
-
-
-def draw(path: str = "docs/subnetworks.svg") -> None:
-    """The README's picture from the kept results."""
-    from benchmarks.run import load
-    from splitfx.report.plots.picture import chart
-
-    rows = load(NAME)["rows"]
-    with chart(path, True, "multiply-accumulates of one image [million]") as axes:
-        for setting in ("alone", *TOGETHER):
-            mine = [row for row in rows if row["setting"] == setting]
-            x = [mine[0]["macs"][m] / 1e6 for m in MODELS]
-            values = [[row["accuracy"][m] for row in mine] for m in MODELS]
-            means, spreads = [statistics.mean(v) for v in values], [statistics.pstdev(v) for v in values]
-            axes.errorbar(x, means, yerr=spreads, marker="o", capsize=3, label=setting)
