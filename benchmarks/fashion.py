@@ -27,11 +27,11 @@ def word() -> str:
     return f"fashion-mnist:{folder}" if folder else "fashion-mnist"
 
 
-def data() -> Data:
-    """The first `TRAINED` images to train on; the 10,000 of the test set to validate."""
+def data(images: int = TRAINED) -> Data:
+    """The first so many images to train on; the 10,000 of the test set to validate."""
     whole = load_data(word())
     train: Any = whole.train
-    first = Images(train.images[:TRAINED], train.targets[:TRAINED], whole.classes, train.change)
+    first = Images(train.images[:images], train.targets[:images], whole.classes, train.change)
     return Data(whole.word, first, whole.val, whole.classes)
 
 
@@ -42,11 +42,11 @@ def calibration(count: int = CALIBRATION, seed: int = 0) -> torch.Tensor:
     return (train.images[rest].float() / 255 - FASHION_MEAN[0]) / FASHION_STD[0]
 
 
-def network(seed: int) -> nn.Module:
+def network(seed: int, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     channels = 1
-    for width in WIDTHS:
+    for width in widths:
         for _ in range(2):
             layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width

@@ -99,25 +99,40 @@ class Residual(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + around)
 
 
-class ResNet18x2(nn.Module):
-    """ResNet-18 of twice the width: stem 128, stages 128-256-512-1024."""
+class ResNet18(nn.Module):
+    """ResNet-18 of any width; twice the usual one in the SplitNet paper. ``small``: a stem for 32x32 images, whose pool
+    is one of the five places where the map shrinks."""
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(self, width: int = 128, classes: int = 1000, small: bool = False) -> None:
         super().__init__()
-        widths = (128, 128, 256, 512, 1024)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 128, 7, 2, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        )
+        widths = (width, width, 2 * width, 4 * width, 8 * width)
+        first = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        pool = nn.MaxPool2d(2) if small else nn.MaxPool2d(3, 2, 1)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), pool)
         stages = [
             nn.Sequential(Residual(ins, outs, 2 if outs > ins else 1), Residual(outs, outs, 1))
             for ins, outs in pairwise(widths)
         ]
         self.conv2, self.conv3, self.conv4, self.conv5 = stages
-        self.fc = nn.Linear(1024, classes, bias=False)
+        self.fc = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv5(self.conv4(self.conv3(self.conv2(self.stem(x)))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def vgg16(part: int = 1) -> nn.Module:
+    """VGG-16 for 3x32x32 as in Fuengfusin and Tamukoh: 13 convs with batch norm, one linear layer; ``part``: what
+    its widths are divided by."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width:
+            layers += [nn.Conv2d(channels, width // part, 3, padding=1), nn.BatchNorm2d(width // part), nn.ReLU()]
+            channels = width // part
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
 class UNet3d(nn.Module):

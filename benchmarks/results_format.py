@@ -34,11 +34,16 @@ def record(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def kept_beside(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of some models, dated, and the stored rows of the others, in the order in which they were."""
-    stored: list[dict[str, Any]] = json.loads(path_of(name).read_text())["rows"] if path_of(name).exists() else []
+    before = stored(name)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     fresh = {row["model"]: [one | {"date": today} for one in rows if one["model"] == row["model"]] for row in rows}
-    names = dict.fromkeys([row["model"] for row in stored] + list(fresh))
-    return [row for model in names for row in fresh.get(model) or [o for o in stored if o["model"] == model]]
+    names = dict.fromkeys([row["model"] for row in before] + list(fresh))
+    return [row for model in names for row in fresh.get(model) or [o for o in before if o["model"] == model]]
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    """The kept rows of a benchmark; none where it has not been run."""
+    return json.loads(path_of(name).read_text())["rows"] if path_of(name).exists() else []
 
 
 def write(result: dict[str, Any], path: Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The one runner: ``python -m benchmarks.run [name ...] [--only MODEL ...] [--quick] [--threads N] [--list]``.
+"""The one runner: ``python -m benchmarks.run [name ...] [--only MODEL ...] [--quick] [--set NAME=N ...] [--list]``.
 
 Prints each benchmark's table and writes ``benchmarks/results/<name>.json``; ``--quick`` takes fewer runs
 and models and writes nothing, ``--only`` runs some models and leaves the rows of the others as they are.
@@ -15,11 +15,12 @@ import os
 import pkgutil
 import sys
 import time
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import benchmarks
-from benchmarks.results_format import kept_beside, record, write
+from benchmarks.results_format import kept_beside, record, stored, write
 from splitfx.errors import nearest
 from splitfx.ground.table import table
 
@@ -44,11 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
         has = ", ".join(models_of(known[options.names[0]])) or "no models that can be chosen"
         print(f"{options.names[0]} does not know {', '.join(sorted(unknown))}; it has: {has}", file=sys.stderr)
         return 2
+    try:
+        changes = {key: changed(known, options.names, key, value) for key, value in options.set}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     restart_with_fixed_threads(options.threads)
     for name in options.names or known:
         if options.only:
             choose(known[name], options.only)
         started = time.perf_counter()
+        if hasattr(known[name], "jobs"):
+            rows = resumed(known[name], options.quick, changes)
+            print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
+            continue
         rows = known[name].run(options.quick)
         print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
         if not options.quick:
@@ -61,9 +71,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="which ones; all when left out")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of one benchmark; other rows stay")
     parser.add_argument("--quick", action="store_true", help="fewer runs and models; results are not written")
+    parser.add_argument(
+        "--set", nargs="+", default=[], type=pair, metavar="NAME=N", help="settings of one benchmark, as images=60000"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every engine (default 1)")
     parser.add_argument("--list", action="store_true", help="show what there is")
     return parser.parse_args(arguments)
+
+
+def pair(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"write {word}=N")
+    return name, value
 
 
 def models_of(module: ModuleType) -> list[str]:
@@ -98,7 +118,36 @@ def restart_with_fixed_threads(threads: int) -> None:
     os.execve(sys.executable, again, {**os.environ, **wanted})
 
 
+def resumed(module: ModuleType, quick: bool, changes: Mapping[str, int] = {}) -> list[dict[str, Any]]:
+    """The rows of a benchmark whose ``jobs`` are many and long: each row is stored when it is finished, and those that
+    are stored, with the settings of now, are not made again. A quick run stores nothing and begins anew."""
+    name, size = module.NAME, module.settings(quick) | changes
+    jobs = module.jobs(size)
+    rows = {} if quick else {row["job"]: row for row in stored(name) if row.get("settings") == size}
+    for job in [one for one in jobs if one not in rows]:
+        began = time.process_time()
+        made = {"job": job, "settings": size, **jobs[job](rows), "cpu_seconds": round(time.process_time() - began, 1)}
+        rows[job] = json.loads(json.dumps(made))  # as it will be read
+        print(f"  {job} is done ({rows[job]['cpu_seconds']:.0f} s)", flush=True)
+        if not quick:
+            write(record(name, list(rows.values())) | {"command": f"python -m benchmarks.run {name}"})
+    return list(rows.values())
+
+
+def changed(known: Mapping[str, ModuleType], names: list[str], key: str, value: str) -> int:
+    """A setting as ``--set`` gives it. Raises `ValueError`, in words, where no benchmark that is run has it."""
+    found = known[names[0]].settings(False) if len(names) == 1 and hasattr(known[names[0]], "settings") else {}
+    numbers = [one for one, held in found.items() if isinstance(held, int)]
+    if key not in numbers:
+        raise ValueError(f"--set: there is no setting '{key}' here; settings: {', '.join(numbers) or 'none'}")
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"--set {key}={value}: give a number, 1 or more")
+    return int(value)
+
+
 def render(module: ModuleType, rows: list[dict[str, Any]]) -> str:
+    if hasattr(module, "report"):
+        return module.report(rows)
     cells = [[form(row.get(key)) for key, _, form in module.COLUMNS] for row in rows]
     return table([heading for _, heading, _ in module.COLUMNS], cells, left=getattr(module, "LEFT", (0,)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 import splitfx
-from benchmarks.networks import AlexNet, ResNet18x2, WideResNet
+from benchmarks.networks import AlexNet, ResNet18, WideResNet
 from splitfx.analysis import facts
 from splitfx.analysis.shapes import shape
 from splitfx.passes import SplitNet
@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, Rows]] = 
         },
     ),
     "ResNet-18x2": (
-        ResNet18x2,
+        ResNet18,
         (1, 3, 224, 224),
         "grouped",
         {

@@ -16,6 +16,7 @@ from torch import nn
 
 import splitfx
 from benchmarks import fusion_training
+from benchmarks.networks import vgg16
 from splitfx.ground.table import number, seconds, size
 from splitfx.passes import SubNetworks
 
@@ -61,19 +62,6 @@ def rows_of(name: str, runs: int) -> list[dict[str, Any]]:
         }
         for m in figures
     ]
-
-
-def vgg16() -> nn.Module:
-    """The paper's: 13 convs with batch norm and one linear layer, for 3×32×32."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        if width:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        else:
-            layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
 def resnet18() -> nn.Module:

@@ -17,7 +17,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
 exclude_patterns = ["README.md"]
-html_extra_path = ["page.png", "vgg16.svg", "splitnet.svg", "subnetworks.svg"]  # pictures in plain HTML
+html_extra_path = ["page.png", "vgg16.svg", "splitnet.svg"]  # pictures in plain HTML
 
 
 def setup(app: Any) -> None:

@@ -32,7 +32,7 @@ def main(out: Path = Path("demo-out/subnetworks"), epochs: int = 5) -> dict[str,
     """The accuracy of every model, in percent."""
     out.mkdir(parents=True, exist_ok=True)
     digits = splitfx.load_data("digits", SHAPE)
-    plan = splitfx.Plan([SubNetworks(cuts=(2, 4), statistics="private")], input_shape=(1, *SHAPE))
+    plan = splitfx.Plan([SubNetworks(cuts=(2, 4))], input_shape=(1, *SHAPE))
     split: Any = splitfx.transform(network().eval(), plan)  # a SubNetworksGraph
     print(splitfx.explain(split))
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx, nn
 
 from splitfx.analysis import Facts
 from splitfx.analysis.cost import cost
 from splitfx.analysis.shapes import shapes
-from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
+from splitfx.compiler.protocol import Note, Outcome, Pass, Promise, not_in_plan
 from splitfx.errors import PlanError
 from splitfx.ir.editing import free_path, insert_after
 from splitfx.ir.graph import Staged, TensorSpec, copy_graph, dress, layer, module_of
@@ -33,6 +33,7 @@ from splitfx.subnetworks.entry import Entry, entries
 from splitfx.subnetworks.model import detached
 from splitfx.subnetworks.oracle import require_models
 from splitfx.subnetworks.sites import Site, Sites
+from splitfx.subnetworks.start import solve_step_downs, take_statistics
 
 _FORM = {"closed": "fits every size", "static": "fits the traced size only", "embedding": "the model's embedding anew"}
 DEFAULT = "0.5x"  # where neither cuts nor budgets are given: one sub-model of at most half the work
@@ -45,10 +46,12 @@ class SubNetworks(Pass):
     ``cuts``: where they enter: a number of convs that are dropped (the paper's 2 and 7), or the first layer that is
     kept (``"layer3"``). ``budgets`` instead: shares of the base model such as ``("0.9x", "0.4x")``; each picks the cut
     closest below. ``of``: what they are shares of: ``"macs"``, ``"latency"`` (measured here, at the traced size) or
-    ``"peak"``. With neither, one sub-model of at most half the MACs. ``statistics``: batch norms of a sub-model use
-    the base model's running statistics (``"shared"``, the paper's) or have their own (``"private"``; a note says where
-    they cannot). ``seed``: of the new weights. Raises `PlanError` with the layers that work where a cut or a budget
-    does not.
+    ``"peak"``. With neither, one sub-model of at most half the MACs. ``statistics``: batch norms of a sub-model have
+    running statistics of their own (``"private"``; a note says where they cannot) or use and move those of the base
+    model (``"shared"``, the paper's way, which costs all models accuracy). ``seed``: of the new weights.
+    ``calibration``: example inputs on which step-downs are solved by least squares for what the base model has at the
+    cut, and statistics of their own are taken (not in the plan). Raises `PlanError` with the layers that work where a
+    cut or a budget does not.
     """
 
     name: ClassVar[str] = "subnetworks"
@@ -58,8 +61,9 @@ class SubNetworks(Pass):
     cuts: tuple[int | str, ...] = ()
     budgets: tuple[str, ...] = ()
     of: Literal["macs", "latency", "peak"] = "macs"
-    statistics: Literal["shared", "private"] = "shared"
+    statistics: Literal["private", "shared"] = "private"
     seed: int = 0
+    calibration: Any = not_in_plan()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,12 +103,21 @@ class SubNetworks(Pass):
             share = cost_of(facts, site.cut, entry) / base if base else 1.0
             what = f"sub{entry.number} enters here with {share:.2f}x of the MACs: {words(entry, site.cut)}"
             notes.append(Note(site.enters, f"{what} ({_FORM[entry.form]})"))
+        solved = self.calibration is not None
+        if solved:
+            twins = {n.name: n for n in before.graph.nodes}
+            at = [(twins[site.cut.name], entry) for site, entry in zip(chosen, made, strict=True)]
+            notes += solve_step_downs(before, at, self.calibration)
         for site, entry in zip(chosen, made, strict=True):
             insert_after(graph, site.cut, free_path(graph, f"sub{entry.number}"), entry)
         dress(graph)
-        resolved = replace(self, cuts=tuple(s.enters for s in chosen), budgets=(), of="macs")
+        if solved:
+            graph.recompile()
+            for entry in made:
+                take_statistics(graph, entry.number, self.calibration)
+        resolved = replace(self, cuts=tuple(s.enters for s in chosen), budgets=(), of="macs", calibration=None)
         by_name = self.cuts and all(isinstance(c, int) or c == s.enters for c, s in zip(self.cuts, chosen, strict=True))
-        return Outcome(tuple(notes), before, None if by_name else resolved)
+        return Outcome(tuple(notes), before, None if by_name and not solved else resolved)
 
     # ------------------------------------------------------------ which cuts
 

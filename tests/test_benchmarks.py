@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from benchmarks import compile_time, results_format, run
+from benchmarks import compile_time, papers, results_format, run
+from benchmarks.papers import common
+from tests.train.test_data import fashion
 
 
 def test_every_benchmark_is_found_and_can_be_printed() -> None:
@@ -69,6 +74,79 @@ def test_the_committed_results_have_the_format() -> None:
         kept = json.loads(path.read_text())
         assert kept["format"] == results_format.FORMAT, path.name
         assert kept["rows"], path.name
+
+
+def resumable(calls: list[str], broken: str = "") -> ModuleType:
+    """A benchmark of three jobs, the last of which needs the first; one of them fails."""
+
+    def make(name: str, rows: dict[str, dict[str, int]]) -> dict[str, int]:
+        calls.append(name)
+        if name == broken:
+            raise KeyboardInterrupt
+        return {"n": rows["a"]["n"] + 1 if name == "c" else 1}
+
+    module: Any = ModuleType("some")
+    module.NAME = "some"
+    module.settings = lambda quick: {"images": 4}
+    module.jobs = lambda size: {name: partial(make, name) for name in "abc"}
+    module.report = lambda rows: " ".join(f"{row['job']}={row['n']}" for row in rows)
+    return module
+
+
+def test_a_benchmark_of_many_jobs_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_format, "RESULTS", tmp_path)
+    calls: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run.resumed(resumable(calls, broken="b"), quick=False)
+    assert [row["job"] for row in results_format.stored("some")] == ["a"]
+    rows = run.resumed(resumable(calls), quick=False)
+    assert calls == ["a", "b", "b", "c"]
+    assert rows == results_format.stored("some")
+    assert run.render(resumable(calls), rows) == "a=1 b=1 c=2"
+    run.resumed(resumable(calls), quick=True)
+    assert calls[4:] == ["a", "b", "c"]  # nothing is taken over, and nothing stored
+    run.resumed(resumable(calls), quick=False, changes={"images": 5})
+    assert calls[7:] == ["a", "b", "c"]
+    assert {row["settings"]["images"] for row in results_format.stored("some")} == {5}
+
+
+def test_settings_are_set_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["papers", "--set", "image=5"]) == 2
+    assert "there is no setting 'image' here; settings: images, " in capsys.readouterr().err
+    assert run.main(["papers", "--set", "images=0"]) == 2
+    assert "--set images=0: give a number, 1 or more" in capsys.readouterr().err
+    assert run.main(["tile", "--set", "images=5"]) == 2
+    assert "settings: none" in capsys.readouterr().err
+
+
+TINY = ("A2 original", "A2 proposed I", "B1 baseline", "C4 whole", "C4 conv2.1", "D1 FC split, semantic")
+
+
+@pytest.mark.parametrize("jobs", [TINY, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_papers_tables_run_resume_and_print(
+    jobs: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On images of noise, so without the data set."""
+    fashion(tmp_path, 120)
+    monkeypatch.setenv("SPLITFX_FASHION_MNIST", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(results_format, "RESULTS", tmp_path / "results")
+    tiny = papers.settings(True)
+    monkeypatch.setattr(papers, "settings", lambda quick: tiny)
+    known = papers.jobs(tiny)
+    chosen = jobs or tuple(known)
+    monkeypatch.setattr(papers, "jobs", lambda size: {name: known[name] for name in chosen})
+    for cached in (common.data, common.calibration):
+        cached.cache_clear()
+    rows = run.resumed(papers, quick=False)
+    assert [row["job"] for row in rows] == list(chosen)
+    monkeypatch.setattr(papers, "jobs", lambda size: dict.fromkeys(chosen))  # nothing is made again
+    assert run.resumed(papers, quick=False) == rows
+    text = run.render(papers, rows)
+    assert max(map(len, text.splitlines())) <= 100
+    (proposed,) = [line for line in text.splitlines() if line.startswith("proposed I ")]
+    assert proposed.split()[3:] == ["91.51", "508.6", "k", "508", "k"]
+    assert "What cannot be compared" in text
 
 
 @pytest.mark.slow

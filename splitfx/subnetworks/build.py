@@ -57,7 +57,7 @@ def _convolution(facts: Facts, sites: Sites, site: Site, generator: torch.Genera
     base, chain = epilogue(site.cut)
     if channel_dim != 1:
         chain = []  # what lies between works on another layout
-    held = getattr(module_of(base), "bias", None) is not None if op(base).convolves else not chain
+    held = getattr(module_of(base), "bias", None) is not None or not any(op(n).normalizes for n in chain)
     conv = _CONVS[rank](
         int(image.shape[1]),
         int(value.shape[channel_dim]),

@@ -80,8 +80,8 @@ class _Follower:
         if row.reduces == "moments":
             return before
         dims = (
-            row.follows(self.placed(node, operand, before))
-            if row.follows is not None and isinstance(operand, fx.Node)
+            row.follows(self.placed(node, first, before))
+            if row.follows is not None and isinstance(first, fx.Node)
             else None
         )
         if dims is not None:

@@ -69,19 +69,19 @@ def test_modes_are_each_model_s_own() -> None:
 
 
 def test_statistics_of_their_own() -> None:
-    split = divided(cuts=(1, 3), statistics="private").train()
+    split = divided(cuts=(1, 3)).train()
     before = {k: v.clone() for k, v in split.state_dict().items() if "running_mean" in k}
     split.detach(1)(X + 1)
     moved = {k for k, v in split.state_dict().items() if k in before and not torch.equal(v, before[k])}
     assert moved == {"sub1.step_down.norm.running_mean", "sub1.norms.norm0.running_mean"}
-    both = divided(cuts=(1, 3)).train()
+    both = divided(cuts=(1, 3), statistics="shared").train()
     both.detach(1)(X + 1)
     assert not torch.equal(both.get_buffer("11.running_mean"), small().get_buffer("11.running_mean"))
     assert split.get_parameter("sub1.norms.norm0.weight") is split.get_parameter("11.weight")
 
 
 def test_shared_statistics_are_one() -> None:
-    split = divided()
+    split = divided(cuts=(1, 3), statistics="shared")
     assert split.detach(1).get_buffer("11.running_mean") is split.get_buffer("11.running_mean")
 
 

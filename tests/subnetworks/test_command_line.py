@@ -25,11 +25,11 @@ def test_sub_models_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
-    words = ["transform", "net.py:Net", "--pass", "subnetworks cuts=1,2 statistics=private", "--input", "1x1x12x12"]
+    words = ["transform", "net.py:Net", "--pass", "subnetworks cuts=1,2 statistics=shared", "--input", "1x1x12x12"]
     assert cli.main([*words, "--out", "split", "--quiet"]) == 0
     assert "sub1 enters here with" in capsys.readouterr().out
     plan = Plan.load("split/plan.toml")
-    assert plan.to_toml().splitlines()[-2:] == ["cuts = [1, 2]", 'statistics = "private"']
+    assert plan.to_toml().splitlines()[-2:] == ["cuts = [1, 2]", 'statistics = "shared"']
     for command in (["explain", "split"], ["measure", "split", "--runs", "1"], ["inspect", "split", "--svg", "a.svg"]):
         assert cli.main([*command, "--quiet"]) == 0
     assert "entry" in Path("a.svg").read_text()
