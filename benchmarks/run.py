@@ -51,8 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         started = time.perf_counter()
         rows = known[name].run(options.quick)
         print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
-        if not options.quick:
-            print(f"written: {write(record(name, kept_beside(name, rows) if options.only else rows))}", flush=True)
+        if options.quick:
+            continue
+        if options.only:
+            rows = kept_beside(name, rows)
+        if hasattr(known[name], "summary"):
+            print(f"\n{known[name].summary(rows)}\n", flush=True)
+        print(f"written: {write(record(name, rows))}", flush=True)
     return 0
 
 
