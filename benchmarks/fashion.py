@@ -4,7 +4,9 @@ temporary files, and images without labels to calibrate on."""
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import nn
 
 import splitfx
 from splitfx import Recipe
+from splitfx.ground.table import table
 from splitfx.train.data import FASHION, FASHION_MEAN, FASHION_STD, Data, Images, load_data
 
 FETCHED = "build/usr/share/datasets/fashion-mnist"
 WIDTHS = (32, 64, 128)
+SEEDS = tuple((f"seed {seed}", seed) for seed in range(5))  # of the network's training and of the images drawn
 TRAINED, CALIBRATION = 40_000, 1_024  # images that networks are trained on, and those behind them that calibrate
 
 
@@ -70,3 +74,18 @@ def trained(sets: Data, seed: int, epochs: int = 4) -> nn.Module:
 
 def points(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
+
+
+def by_factors(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Over the seeds: accuracies, and how many points they are below the unsplit network of their seed."""
+    lines = []
+    for factors in dict.fromkeys(tuple(row["factors"]) for row in rows):
+        own = [row for row in rows if tuple(row["factors"]) == factors]
+        cells = [spread([row[c] for row in own]) for c in ("unsplit", *columns)]
+        below = [spread([row["unsplit"] - row[c] for row in own]) for c in columns]
+        lines += [[", ".join(map(str, factors)), f"{len(own)} seeds", *cells], ["", "below", None, *below]]
+    return table(["factors", "", "unsplit", *columns], lines, left=(0, 1))
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f}"

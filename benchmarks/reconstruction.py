@@ -18,7 +18,9 @@ from splitfx.train.finetune import evaluate
 NAME = "reconstruction"
 FACTORS = ((2, 2, 2), (4, 4, 4), (8, 8, 8))
 DRAWN, STEPS = 256, 150  # inputs without data, and steps of gradient that they are drawn by
+CASES = fashion.SEEDS
 COLUMNS = (
+    ("model", "network", str),
     ("factors", "factors", lambda v: ", ".join(map(str, v))),
     ("macs", "MACs", lambda v: f"{v:.2f}"),
     ("plain", "plain", lambda v: fashion.points(v)),
@@ -31,15 +33,23 @@ COLUMNS = (
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
+    return [row for name, seed in CASES[: 1 if quick else None] for row in one(name, seed, quick)]
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    return fashion.by_factors(rows, ("plain", "given", "solved", "drawn"))
+
+
+def one(name: str, seed: int, quick: bool) -> list[dict[str, Any]]:
     sets = fashion.data()
-    model = fashion.trained(sets, seed=0, epochs=1 if quick else 4)
+    model = fashion.trained(sets, seed, epochs=1 if quick else 4)
     unsplit = evaluate(model, sets.val).accuracy
-    images = fashion.calibration()
+    images = fashion.calibration(seed=seed)
     drawn = splitfx.draw_inputs(model, (64 if quick else DRAWN, 1, 28, 28), steps=10 if quick else STEPS)
     rows = []
     for factors in FACTORS[: 1 if quick else None]:
-        row: dict[str, Any] = {"factors": list(factors), "unsplit": unsplit, "calibration": len(images)}
-        for name, step in (
+        row: dict[str, Any] = {"model": name, "factors": list(factors), "unsplit": unsplit, "calibration": len(images)}
+        for column, step in (
             ("plain", Group(factors)),
             ("given", Group(factors, calibration=images)),
             ("drawn", Group(factors, order="solved", calibration=drawn)),
@@ -48,7 +58,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
             started = time.perf_counter()
             split = splitfx.transform(model, step, images[:2])
             row["seconds"] = time.perf_counter() - started  # of the last: what the ordered one takes in all
-            row[name] = evaluate(split, sets.val).accuracy
+            row[column] = evaluate(split, sets.val).accuracy
             figures = splitfx.explain(split).steps[0]
             row["macs"] = figures.after.macs / figures.before.macs
         print(f"  {row}", flush=True)

@@ -31,39 +31,43 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}" for name, module in known.items()))
         return 0
-    for name in options.names:
-        if name not in known:
-            print(
-                f"there is no benchmark '{name}'.{nearest(name, known)} Known: {', '.join(known)}",
-                file=sys.stderr,
-            )
-            return 2
-    if options.only and len(options.names) != 1:
-        print("--only names models of one benchmark: give that one's name", file=sys.stderr)
-        return 2
-    if options.only and (unknown := set(options.only) - set(models_of(known[options.names[0]]))):
-        has = ", ".join(models_of(known[options.names[0]])) or "no models that can be chosen"
-        print(f"{options.names[0]} does not know {', '.join(sorted(unknown))}; it has: {has}", file=sys.stderr)
-        return 2
     try:
-        changes = {key: changed(known, options.names, key, value) for key, value in options.set}
+        changes = checked(options, known)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     restart_with_fixed_threads(options.threads)
     for name in options.names or known:
-        if options.only:
-            choose(known[name], options.only)
-        started = time.perf_counter()
-        if hasattr(known[name], "jobs"):
-            rows = resumed(known[name], options.quick, changes)
-            print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
-            continue
-        rows = known[name].run(options.quick)
-        print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(known[name], rows)}", flush=True)
-        if not options.quick:
-            print(f"written: {write(record(name, kept_beside(name, rows) if options.only else rows))}", flush=True)
+        run_one(name, known[name], options, changes)
     return 0
+
+
+def checked(options: argparse.Namespace, known: dict[str, ModuleType]) -> dict[str, Any]:
+    """The settings that are changed. Raises `ValueError` for names and settings that there are not."""
+    for name in options.names:
+        if name not in known:
+            raise ValueError(f"there is no benchmark '{name}'.{nearest(name, known)} Known: {', '.join(known)}")
+    if options.only and len(options.names) != 1:
+        raise ValueError("--only names models of one benchmark: give that one's name")
+    if options.only and (unknown := set(options.only) - set(models_of(known[options.names[0]]))):
+        has = ", ".join(models_of(known[options.names[0]])) or "no models that can be chosen"
+        raise ValueError(f"{options.names[0]} does not know {', '.join(sorted(unknown))}; it has: {has}")
+    return {key: changed(known, options.names, key, value) for key, value in options.set}
+
+
+def run_one(name: str, module: ModuleType, options: argparse.Namespace, changes: dict[str, Any]) -> None:
+    if options.only:
+        choose(module, options.only)
+    started, in_jobs = time.perf_counter(), hasattr(module, "jobs")
+    rows = resumed(module, options.quick, changes) if in_jobs else module.run(options.quick)
+    print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n\n{render(module, rows)}", flush=True)
+    if in_jobs or options.quick:
+        return
+    if options.only:
+        rows = kept_beside(name, rows)
+    if hasattr(module, "summary"):
+        print(f"\n{module.summary(rows)}\n", flush=True)
+    print(f"written: {write(record(name, rows))}", flush=True)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

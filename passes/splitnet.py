@@ -31,6 +31,7 @@ from splitfx.ir.graph import copy_graph, layer, module_of
 from splitfx.ir.ops import op_name
 from splitfx.splitnet.activations import contributions
 from splitfx.splitnet.assignment import OPTIONS, Assignment, checked, class_names, group_lines, kept
+from splitfx.splitnet.best import best
 from splitfx.splitnet.padding import Padding
 from splitfx.splitnet.sources import clustered_labels, random_labels
 from splitfx.splitnet.structure import WHOLE, Structure
@@ -47,7 +48,8 @@ class SplitNet(Pass):
     ``assignment``: the group of every channel by layer, as `splitfx.splitnet` makes it (learned, ``random``,
     ``semantic``, ``clustering``, ``weights``); it brings its levels along. ``source``: how one is made where none is
     given: ``"random"``, by ``"weights"`` (most kept weight), by ``"activations"`` (most of what classes use, on
-    ``calibration``) or by ``"clustering"`` of the classifier's rows. ``seed``: of what is drawn at random on the way.
+    ``calibration``), by ``"clustering"`` of the classifier's rows, or ``"best"``: the one of these that does best on a
+    quarter of the calibration once it is solved on the rest. ``seed``: of what is drawn at random on the way.
     ``levels``: groups per layer, by globs of names (``{"layer4.*": 2, "fc": 4}``), or per stage, or ``depth`` and
     ``groups``: the last ``depth`` weighted layers. ``boundary``: the first split layers are ``"grouped"`` on their
     input too, or keep (``"full"``) the grouping of what they read. ``gating``: squeeze-and-excitation is split
@@ -69,7 +71,7 @@ class SplitNet(Pass):
     groups: int = 0
     boundary: Literal["grouped", "full"] = "grouped"
     gating: Literal["strict", "relaxed"] = "strict"
-    source: Literal["random", "weights", "clustering", "activations"] | None = None
+    source: Literal["random", "weights", "clustering", "activations", "best"] | None = None
     seed: int = 0
     classes: tuple[str, ...] = ()
     lowering: Literal["auto", "grouped", "padded", "branches"] = "auto"
@@ -82,7 +84,8 @@ class SplitNet(Pass):
         super().__post_init__()
         if self.assignment is None and self.source is None:
             raise PlanError(
-                "pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering, activations"
+                "pass 'splitnet': give an assignment, or a source to make one: random, weights, clustering, "
+                "activations, best"
             )
         if not self.levels and not self.depth:
             raise PlanError(
@@ -108,7 +111,7 @@ class SplitNet(Pass):
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         found = self.structure(facts)
         names = class_names(found, self.classes)
-        labels = checked(found, self.assignment) if self.assignment is not None else self.made(found)
+        labels, chosen = (checked(found, self.assignment), []) if self.assignment is not None else self.made(found)
         divisions = found.divisions(labels)
         apart = _called_apart(divisions)
         if apart:
@@ -120,7 +123,7 @@ class SplitNet(Pass):
             solved = [Note("model", "refine has nothing to go by: give calibration", "declined")]
         padding = Padding(found, labels)
         lowering, why = self.lower(found, divisions, padding)
-        notes = [*found.notes, *_told(found, labels, divisions, names), *solved, Note("model", why, "info")]
+        notes = [*found.notes, *chosen, *_told(found, labels, divisions, names), *solved, Note("model", why, "info")]
         reference = masked(graph, divisions)
         if lowering == "padded":
             notes += padding.told()
@@ -134,16 +137,18 @@ class SplitNet(Pass):
     def structure(self, known: Facts) -> Structure:
         return Structure(known, self.levels, self.depth, self.groups, self.boundary, self.gating)
 
-    def made(self, found: Structure) -> dict[str, np.ndarray]:
+    def made(self, found: Structure) -> tuple[dict[str, np.ndarray], list[Note]]:
+        if self.source in ("activations", "best") and self.calibration is None:
+            raise PlanError(f"pass 'splitnet': source={self.source!r} needs calibration: example inputs")
+        if self.source == "best":
+            return best(found, self.seed, self.calibration)
         if self.source == "random":
-            return random_labels(found, self.seed)
+            return random_labels(found, self.seed), []
         if self.source == "clustering":
-            return clustered_labels(found, self.seed)
+            return clustered_labels(found, self.seed), []
         if self.source == "activations":
-            if self.calibration is None:
-                raise PlanError("pass 'splitnet': source='activations' needs calibration: example inputs")
-            return heaviest(found, self.seed, contributions(found, self.calibration))
-        return heaviest(found, self.seed, energies(found, self.calibration))
+            return heaviest(found, self.seed, contributions(found, self.calibration)), []
+        return heaviest(found, self.seed, energies(found, self.calibration)), []
 
     def lower(self, found: Structure, divisions: dict[fx.Node, Division], padding: Padding) -> tuple[Lowering, str]:
         """Grouped convs, padded where groups are unequal, or narrow branches, for the whole model; linear layers are

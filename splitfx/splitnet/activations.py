@@ -52,7 +52,7 @@ def contributions(found: Structure, inputs: Any, labels: Any = None) -> Energies
     means: dict[fx.Node, torch.Tensor] = {}
     for node in sorted({*operands.values(), found.output}, key=walk.place.__getitem__):
         walk.until(node)
-        means[node] = torch.cat([_pooled(value) for value in walk.of(node)])
+        means[node] = torch.cat([pooled(value) for value in walk.of(node)])
     logits = means[found.output]
     own = torch.softmax(logits, 1) if labels is None else _one_hot(labels, *logits.shape)
     own = own.to(logits)
@@ -66,7 +66,7 @@ def contributions(found: Structure, inputs: Any, labels: Any = None) -> Energies
     return result
 
 
-def _pooled(value: torch.Tensor) -> torch.Tensor:
+def pooled(value: torch.Tensor) -> torch.Tensor:
     """The mean of a map, or of tokens [N, T, C], per channel: [N, C]."""
     value = value.double()
     return value.mean(1) if value.dim() == 3 else value.flatten(2).mean(2) if value.dim() > 2 else value

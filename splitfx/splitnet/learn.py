@@ -21,6 +21,7 @@ from torch import fx, nn
 from splitfx.carving.narrow import BatchNorm, transposed
 from splitfx.errors import PassError, PlanError
 from splitfx.ir.graph import module_of, weighted
+from splitfx.splitnet.activations import contributions
 from splitfx.splitnet.assignment import Assignment, class_names, structure
 from splitfx.splitnet.balance import balanced
 from splitfx.splitnet.levels import Levels
@@ -28,7 +29,8 @@ from splitfx.splitnet.structure import Split, Structure, Vector
 from splitfx.splitnet.weights import energies, heaviest
 
 SPREAD = 0.01  # standard deviation of the logits at the start
-LEAN = 1.0  # what the logits of a group that the weights suggest are raised by
+LEAN = 1.0  # what the logits of a group that the start suggests are raised by
+HINT = 0.02  # the same where groups stay undecided for a while
 TINY = 1e-12  # under square roots: their slope at zero is infinite
 
 
@@ -69,7 +71,9 @@ def attach(
     weight: float = 1.0,
     disjoint: float = 1.0,
     balance: float = 10.0,
-    start: Literal["noise", "weights"] = "noise",
+    start: Literal["noise", "weights", "activations"] = "noise",
+    calibration: Any = None,
+    anneal: int = 0,
     seed: int = 0,
     classes: Sequence[str] = (),
     freeze_norms: bool = True,
@@ -78,8 +82,10 @@ def attach(
     """Soft groups for a graph from `splitfx.trace`, which is trained as it is and computes what it did.
 
     ``weight``, ``disjoint``, ``balance``: the factors γ of the three penalties. ``start``: ``"noise"``, as in the
-    paper, for weights that are trained along from scratch; ``"weights"`` leans towards the groups that keep the most
-    weight, for a model that is trained already (from noise its groups are decided before they can follow it).
+    paper; for a model that is trained already, ``"weights"`` leans towards the groups that keep the most weight,
+    ``"activations"`` towards those that keep the most of what classes use of ``calibration``, example inputs.
+    ``anneal``: calls (training steps) over which the disjoint penalty comes in, so that groups stay undecided while
+    items that belong together find each other; a start is a hint then.
     ``freeze_norms``: scales of batch norms are not trained while groups are learned (they would undo the weight
     penalty); `Groups.release` gives them back.
     ``options``: ``depth``, ``groups``, ``boundary``, ``gating``. Raises `PlanError` and `UnsupportedError`.
@@ -89,10 +95,16 @@ def attach(
     for factor in (weight, disjoint, balance):
         if not 0 <= factor < float("inf"):
             raise PlanError(f"a penalty's factor is 0 or more, not {factor}")
-    if start not in ("noise", "weights"):
-        raise PlanError(f"start is 'noise' or 'weights', not {start!r}")
-    lean = heaviest(found, seed, energies(found)) if start == "weights" else None
-    groups = Groups(found, (weight, disjoint, balance), seed, lean, {"levels": levels, "classes": names, **options})
+    if start not in ("noise", "weights", "activations"):
+        raise PlanError(f"start is 'noise', 'weights' or 'activations', not {start!r}")
+    if (start == "activations") != (calibration is not None):
+        raise PlanError("start='activations' needs calibration, example inputs; the other starts take none")
+    if type(anneal) is not int or anneal < 0:
+        raise PlanError(f"anneal is a number of steps, 0 or more; got {anneal!r}")
+    counted = {"weights": lambda: energies(found), "activations": lambda: contributions(found, calibration)}
+    lean = heaviest(found, seed, counted[start]()) if start in counted else None
+    kept = {"levels": levels, "classes": names, **options}
+    groups = Groups(found, (weight, disjoint, balance), seed, lean, kept, anneal)
     if freeze_norms:
         groups.freeze(graph)
     return groups
@@ -115,15 +127,16 @@ class Groups(nn.Module):
         seed: int,
         lean: dict[str, np.ndarray] | None,
         options: dict[str, Any],
+        anneal: int = 0,
     ) -> None:
         super().__init__()
         self.vectors = list(found.vectors.values())
-        self.options, self.factors = options, factors
+        self.options, self.factors, self.anneal = options, factors, anneal
         generator = torch.Generator().manual_seed(seed)
         made = [torch.randn(v.level, v.size, generator=generator) * SPREAD for v in self.vectors]
         if lean is not None:
             for v, logits in zip(self.vectors, made, strict=True):
-                logits[torch.as_tensor(lean[v.name]), torch.arange(v.size)] += LEAN
+                logits[torch.as_tensor(lean[v.name]), torch.arange(v.size)] += HINT if anneal else LEAN
         self.alpha = nn.ParameterList([nn.Parameter(m / v.size**0.5) for v, m in zip(self.vectors, made, strict=True)])
         self.layers = [_Layer(found, split) for split in found.splits if split.edge.groups == 1]
         self.frozen: list[nn.Parameter] = []
@@ -141,8 +154,10 @@ class Groups(nn.Module):
                 torch.stack([balance_penalty(p) for p in soft.values()]).mean(),
             ]
         )
+        weight, disjoint, balance = self.factors
+        come = min(1.0, len(self.history) / self.anneal) if self.anneal else 1.0
         self.history.append(parts.detach())
-        return {name: f * part for name, f, part in zip(PENALTIES, self.factors, parts, strict=True)}
+        return dict(zip(PENALTIES, (weight * parts[0], come * disjoint * parts[1], balance * parts[2]), strict=True))
 
     def penalty(self) -> torch.Tensor:
         """The sum of the penalties with their factors: add it to your loss."""

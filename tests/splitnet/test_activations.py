@@ -83,3 +83,46 @@ def test_activations_need_inputs() -> None:
     images, _ = seen()
     with pytest.raises(PlanError, match="source='activations' needs calibration"):
         splitfx.transform(Two().eval(), SplitNet(depth=2, groups=2, source="activations"), images[:2])
+
+
+def test_the_source_that_does_best_is_chosen_and_all_are_told() -> None:
+    """The even channels and classes go together: what finds that gives the model's classes, random groups do not."""
+    images, labels = seen()
+    step = SplitNet(depth=2, groups=2, source="best", calibration=images)
+    split = splitfx.transform(Two().eval(), step, images[:2])
+    told = next(line for line in str(splitfx.explain(split)).splitlines() if "did best" in line)
+    whole = " ".join(str(splitfx.explain(split)).split())
+    assert "source random did best" not in told
+    for name in ("random", "weights", "clustering", "activations"):
+        assert f"{name} " in whole.partition("once solved:")[2]
+    assert bool((split(images).argmax(1) == labels).all())
+    assert "4 classes: 0, 2, 4, 6" in whole
+
+
+def test_how_sources_are_compared() -> None:
+    """Each is solved on three quarters and compared on the last; the graph stays as it is."""
+    from splitfx.splitnet.assignment import structure
+    from splitfx.splitnet.best import fidelity, parted
+
+    images, _ = seen()
+    graph = splitfx.trace(Two().eval(), images[:2])
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    found = structure(graph, {"conv": 2, "fc": 2})
+    solving, held = parted(found, images)
+    assert torch.equal(torch.cat([solving, held]), images)
+    assert len(held) == 16
+    right = {name: np.arange(v.size) % 2 for name, v in found.vectors.items()}
+    wrong = {**right, "fc": np.repeat([0, 1], 4)}
+    good, bad = fidelity(found, right, solving, held), fidelity(found, wrong, solving, held)
+    assert good.agreement == 1.0
+    assert good.error < 1e-3
+    assert bad.error > 10 * good.error
+    assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
+
+
+def test_what_best_refuses() -> None:
+    images, _ = seen()
+    with pytest.raises(PlanError, match="source='best' needs calibration"):
+        splitfx.transform(Two().eval(), SplitNet(depth=2, groups=2, source="best"), images[:2])
+    with pytest.raises(PlanError, match="holds a quarter of the calibration out: give 8 inputs or more"):
+        splitfx.transform(Two().eval(), SplitNet(depth=2, groups=2, source="best", calibration=images[:7]), images[:2])

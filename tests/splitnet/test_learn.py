@@ -117,10 +117,50 @@ def test_a_group_left_empty_is_told() -> None:
         groups.assignment(unconverged=True)
 
 
-@pytest.mark.parametrize("options", [{"weight": -1.0}, {"balance": float("nan")}, {"start": "magic"}])
-def test_options_of_attach(options: Any) -> None:
-    with pytest.raises(PlanError):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "a penalty's factor is 0 or more, not -1.0"),
+        ({"balance": float("nan")}, "a penalty's factor is 0 or more, not nan"),
+        ({"start": "magic"}, "start is 'noise', 'weights' or 'activations', not 'magic'"),
+        ({"start": "activations"}, "start='activations' needs calibration"),
+        ({"start": "weights", "calibration": torch.zeros(4, 3, 12, 12)}, "the other starts take none"),
+        ({"anneal": -1}, "anneal is a number of steps, 0 or more; got -1"),
+        ({"anneal": 0.5}, "anneal is a number of steps, 0 or more; got 0.5"),
+    ],
+)
+def test_options_of_attach(options: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         attach(network(), LEVELS, **options)
+
+
+def test_the_disjoint_penalty_comes_in_over_so_many_calls() -> None:
+    groups, whole = (attach(network(), LEVELS, anneal=steps) for steps in (4, 0))
+    full = {name: value.item() for name, value in whole().items()}
+    got = [{name: value.item() for name, value in groups().items()} for _ in range(6)]
+    assert [one["disjoint"] / full["disjoint"] for one in got] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    for name in ("weight", "balance"):
+        assert [one[name] for one in got] == pytest.approx([full[name]] * 6)
+    assert groups.curves()["disjoint"] == pytest.approx([full["disjoint"]] * 6)  # without factors
+
+
+def test_a_start_is_a_hint_where_groups_stay_undecided() -> None:
+    levels = {"5": 2, "8": 2}
+    leaning, hinted = (
+        min(attach(network(), levels, start="weights", anneal=steps).convergence().surest.values()) for steps in (0, 9)
+    )
+    assert leaning > 0.7
+    assert hinted < 0.52
+
+
+def test_a_start_from_what_classes_use() -> None:
+    """The lean is that of `splitnet.activations`."""
+    torch.manual_seed(0)
+    graph, images = network(), torch.randn(32, 3, 12, 12)
+    blocks(graph, 3.0)
+    groups = attach(graph, LEVELS, start="activations", calibration=images)
+    wanted = splitnet.activations(graph, LEVELS, calibration=images)
+    assert dict(groups.assignment(unconverged=True)) == dict(wanted)
 
 
 def blocks(graph: fx.GraphModule, ratio: float) -> Any:

@@ -194,6 +194,85 @@ def test_workers_that_share_a_folder_find_the_same(tmp_path: Path) -> None:
     assert {line.block: line.accuracy for line in found.lines}[3] == {1: 93.38, 2: 93.06, 4: 92.78}
 
 
+SEEN = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+class Solved:
+    """A tuner's functions: what a solved split scores, and what it scores once it is trained."""
+
+    def __init__(self, solved: dict[tuple[int, ...], float], trained: dict[tuple[int, ...], float]) -> None:
+        self.solved, self.trained, self.tuned = solved, trained, dict[tuple[int, ...], float]()
+
+    def tune(self, split: fx.GraphModule) -> None:
+        self.tuned[factors_of(split)] = split(SEEN).sum().item()
+
+    def evaluate(self, split: fx.GraphModule) -> float:
+        factors = factors_of(split)[:2]  # of five that the unsplit model is said to have
+        return self.trained[factors] if factors in self.tuned else self.solved[factors]
+
+    def search(self, folder: Path, **options: Any) -> Any:
+        return search_factors(
+            SearchSpace(two_blocks(), X, factors=(2, 4)), FunctionTuner(self.evaluate, self.tune), verify=False,
+            **{"calibration": SEEN, "near": 2.0, "study": SearchStudy(folder, resume=True), **options},
+        )  # fmt: skip
+
+
+def two_blocks() -> nn.Module:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(8 * 64, 6)).eval()
+
+
+def test_a_split_is_solved_first_and_trained_only_near_the_tolerance(tmp_path: Path) -> None:
+    scores = Solved(
+        {(1, 1): 90.0, (2, 1): 89.6, (4, 1): 80.0, (1, 2): 0.0, (2, 2): 88.5, (2, 4): 88.0},
+        {(2, 1): 90.5, (2, 2): 89.7, (2, 4): 89.0},
+    )
+    found = scores.search(tmp_path / "s")
+    assert [line.accuracy for line in found.lines] == [{1: 90.0, 2: 89.6, 4: 80.0}, {1: 89.6, 2: 89.7, 4: 89.0}]
+    assert [line.untrained for line in found.lines] == [(2, 4), ()]
+    assert found.selected == (2, 2)
+    assert set(scores.tuned) == {(2, 2), (2, 4)}  # 89.6 is enough, 80.0 is hopeless
+    assert "~89.60*" in found.trend()
+    assert "~ solved on the calibration, not trained" in str(found)
+    # What was trained is the split that was solved on the calibration, of the original model.
+    plain, solved = (
+        splitfx.transform(two_blocks(), Group(factors=(2, 2), lowering="branches", calibration=one), X)
+        for one in (None, SEEN)
+    )
+    assert scores.tuned[2, 2] == pytest.approx(float(solved(SEEN).sum()), rel=1e-4)
+    assert scores.tuned[2, 2] != pytest.approx(float(plain(SEEN).sum()), rel=1e-2)
+    again = Solved(scores.solved, {})
+    assert again.search(tmp_path / "s").lines == found.lines
+    assert not again.tuned
+
+
+def test_another_tolerance_is_answered_from_the_same_trials(tmp_path: Path) -> None:
+    """A solved trial decides nothing for good: what is selected follows from the scores and the tolerance."""
+    solved = {(1, 1): 90.0, (2, 1): 89.6, (4, 1): 80.0, (2, 2): 70.0, (1, 2): 70.0}
+    Solved(solved, {}).search(tmp_path / "s")
+    strict = Solved(solved, {(2, 1): 89.8})
+    found = strict.search(tmp_path / "s", tolerance=0.3)
+    assert set(strict.tuned) == {(2, 1)}
+    assert found.selected == (2, 1)
+    assert found.accuracy == 89.8
+    assert [line.untrained for line in found.lines] == [(4,), (2,)]
+
+
+def test_what_a_search_with_calibration_refuses(tmp_path: Path) -> None:
+    scores = Solved({(1, 1): 90.0, (2, 1): 0.0, (1, 2): 0.0}, {})
+    scores.search(tmp_path / "s")
+    with pytest.raises(TrainingError, match="made for something else: calibration is"):
+        scores.search(tmp_path / "s", calibration=SEEN + 1)
+    with pytest.raises(TrainingError, match="made for something else: calibration is"):
+        scores.search(tmp_path / "s", calibration=None)
+    with pytest.raises(PlanError, match="near is in points of accuracy, 0 or more; got -1"):
+        scores.search(tmp_path / "t", near=-1.0)
+    with pytest.raises(PlanError, match="calibration"):
+        scores.search(tmp_path / "u", calibration=torch.randn(8, 3, 32, 32))
+
+
 def test_search_with_training(tmp_path: Path) -> None:
     """On generated data: what is selected keeps the tolerance, and the split that is given has that accuracy."""
     made = planted((1, 32, 32), samples=360)

@@ -27,12 +27,13 @@ class Figures:
 @dataclass(frozen=True)
 class Line:
     """One block of the search: the accuracy of each factor that was tried, 1 being what the block before it selected;
-    ``selected`` is None while the block is not decided."""
+    ``selected`` is None while the block is not decided; ``untrained``: factors whose split was solved alone."""
 
     block: int
     name: str
     accuracy: dict[int, float]
     selected: int | None
+    untrained: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class SearchResult(Shown):
         return tuple(line.selected or 1 for line in self.lines)
 
     def trend(self) -> str:
-        """Accuracy in percent, blocks as rows and factors as columns; what was selected is marked."""
+        """Accuracy in percent, blocks as rows and factors as columns; what was selected, and what was not trained, is
+        marked."""
         rows = []
         for line in self.lines:
             cells = [
-                f"{line.accuracy[f]:.2f}{'*' if line.selected == f else ' '}" if f in line.accuracy else None
+                f"{'~' if f in line.untrained else ''}{line.accuracy[f]:.2f}{'*' if line.selected == f else ' '}"
+                if f in line.accuracy
+                else None
                 for f in (1, *self.factors)
             ]
             rows.append([f"block {line.block}", line.name, *cells])
@@ -95,8 +99,10 @@ class SearchResult(Shown):
         rule = (
             f"at most {self.tolerance:g} points below the {'original' if self.reference == 'original' else 'block'}'s"
         )
+        untrained = any(line.untrained for line in self.lines)
+        solved = "\n~ solved on the calibration, not trained" if untrained else ""
         state = "" if self.finished else "\nstopped at a limit: give resume=True to go on"
-        return f"{self.trend()}\n* selected: {rule} accuracy\n\n{table(head, rows)}{state}"
+        return f"{self.trend()}\n* selected: {rule} accuracy{solved}\n\n{table(head, rows)}{state}"
 
     def plot(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Accuracy over the factor, one line per block. Raises `MissingExtraError` without matplotlib."""
