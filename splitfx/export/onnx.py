@@ -215,9 +215,9 @@ def _export(
     """
     copy = graphs.copy_graph(gm, share=True).eval()
     tiled = tiles.write_out(copy, LAYER, why)
-    fixed = f"its tiled stage is written out for the traced sizes, as no loop holds it: {why}" if tiled else ""
-    fixed = ASKED if tiled and why == ASKED else fixed
-    return *freed(copy, gm, asked, LAYER, fixed), tiled
+    unasked = f"its tiled stage is written out for the traced sizes, as no loop holds it: {why}"
+    fixed = why if why == ASKED else unasked
+    return *freed(copy, gm, asked, LAYER, fixed if tiled else ""), tiled
 
 
 def _convert(exported: torch.export.ExportedProgram, opset: int, outputs: list[str], fuse: bool = True) -> Any:

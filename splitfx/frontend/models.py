@@ -99,6 +99,8 @@ def _transformers(folder: Path) -> nn.Module:
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         cls = getattr(transformers, named)
+        if not issubclass(cls, transformers.PreTrainedModel):  # a word from elsewhere may name anything in there
+            raise TypeError(f"{named} is no model")
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
     except Exception as error:  # of many kinds, for a file that is not there, another version, a broken config
         raise UnsupportedError(f"{folder} cannot be loaded as a model of transformers: {_told(error)}") from error

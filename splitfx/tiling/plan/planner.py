@@ -74,17 +74,15 @@ def plan(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
 
     Raises `PlanError` with the smallest feasible budget and the layer that binds where none fits.
     """
-    before = candidates.untiled()
-    if before.peak_bytes <= budget:
-        return Planned(before, before)
-    best = within(candidates, budget, mode)
+    found = _nearest(candidates, budget, mode)
+    best = found.point
     if best.peak_bytes > budget:
         raise PlanError(
             f"pass 'tile': a budget of {words(budget)} cannot be met: the least is {enough(best.peak_bytes)}, "
             f"reached at {best.layer}{_with_a_disk(candidates, best, mode)}. Ask for budget='least', a smaller input, "
             "or a narrower number type"
         )
-    return _planned(candidates, best, before)
+    return found
 
 
 def _with_a_disk(candidates: Candidates, best: Point, mode: Mode) -> str:
@@ -114,11 +112,16 @@ def within(candidates: Candidates, budget: int, mode: Mode = "auto") -> Point:
 
 def half(candidates: Candidates, budget: int, mode: Mode = "auto") -> Planned:
     """Within a budget, or the least where that is not possible."""
+    found = _nearest(candidates, budget, mode)
+    return found if found.point.peak_bytes <= budget else least(candidates, mode)
+
+
+def _nearest(candidates: Candidates, budget: int, mode: Mode) -> Planned:
+    """As it is where that is within a budget, else tiled: within it, or above it where no way is."""
     before = candidates.untiled()
     if before.peak_bytes <= budget:
         return Planned(before, before)
-    best = within(candidates, budget, mode)
-    return _planned(candidates, best, before) if best.peak_bytes <= budget else least(candidates, mode)
+    return _planned(candidates, within(candidates, budget, mode), before)
 
 
 def _smallest(candidates: Candidates, mode: Mode, enough: int = 0, near: float = 0.0) -> Point:

@@ -90,7 +90,7 @@ class Scheduler(Emitter):
             if kernel.home >= 0 and kernel.exit < 0:
                 widen(found, kernel, 0, size)
             if axis == 1 and kernel in found and (kernel.node in self.stage.regions.across or _whole_rows(kernel)):
-                widen(found, kernel, 0, size)
+                widen(found, kernel, 0, size)  # its rows are computed in full
             if kernel in found and kernel.kind in (Kind.ROWS, Kind.REDUCE):
                 low, high = found[kernel]
                 for operand, *edges in kernel.reads:
