@@ -1,7 +1,7 @@
 """The four papers' tables on real images, 32x32 Fashion-MNIST, beside what the papers print: one seed, resumable.
 
-Networks have a quarter of the papers' width, and are trained on 4,000 images for 3 epochs; splits start from solved
-layers or trained weights and get one epoch (two, where nothing is learned before) on 2,000 of them. What follows from
+Networks have a quarter of the papers' width, and are trained on 10,000 images for 3 epochs; splits start from solved
+layers or trained weights and get one epoch (two, where nothing is learned before) on 5,000 of them. What follows from
 layer shapes alone (kernels, operations, parameters) is counted on networks of the papers' width. Each row is stored as
 it is finished, and a second call goes on: ``--set images=60000 epochs=30 part=1`` is a run of its own.
 """
@@ -17,7 +17,7 @@ NAME = "papers"
 CASES = {"A": grouped, "B": submodels, "C": pieces, "D": classes}
 NOT_COMPARABLE = """What cannot be compared: the papers use CIFAR-10 (A, B), ImageNet (C) and CIFAR-100 (D), networks
 of full width and up to 300 epochs; here it is what a processor does in an hour or two, one seed,
-and 2,000 test images, whose standard error is 0.7 points. A: ResNet-18 has a 3x3 stem with a pool;
+and 4,000 test images, whose standard error is 0.5 points. A: ResNet-18 has a 3x3 stem with a pool;
 the tolerance is 0.5 points, as there. B: norms have statistics of their own in each model, where
 the paper shares them. C: the paper prints a figure without numbers, for 224x224 and more; peaks
 here are predicted for one 32x32 image. D: ten classes instead of a hundred, an own taxonomy,
@@ -30,7 +30,7 @@ def settings(quick: bool) -> dict[str, Any]:
     if quick:
         sizes = {"images": 96, "batch": 8, "epochs": 1, "tuned": 1, "tuned_images": 32, "val": 32, "part": 8}
         return sizes | {"calibration": 16}
-    sizes = {"images": 4000, "batch": 64, "epochs": 3, "tuned": 1, "tuned_images": 2000, "val": 2000, "part": 4}
+    sizes = {"images": 10000, "batch": 64, "epochs": 3, "tuned": 1, "tuned_images": 5000, "val": 4000, "part": 4}
     return sizes | {"calibration": 256}
 
 

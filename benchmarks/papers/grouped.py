@@ -65,7 +65,7 @@ def _tuned(model: nn.Module, options: dict[str, Any], size: Row) -> float:
     """Solved on images without labels, then trained with the unsplit network as teacher."""
     step = Group(**options, costly="split", lowering="branches", calibration=common.calibration(size["calibration"]))
     split = splitfx.transform(model, step, common.example(), verify=False)
-    common.fit(split, size, size["tuned"], lr=0.02, images=size["tuned_images"], teacher=model)
+    common.fit(split, size, size["tuned"], lr=0.01, images=size["tuned_images"], teacher=model)
     return common.accuracy(split, size)
 
 
