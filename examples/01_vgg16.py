@@ -1,4 +1,4 @@
-"""Split torchvision's VGG-16 by the plan of paper A (8, 2, 2, 4, 4), save it, export it, check it, compare.
+"""Split torchvision's VGG-16 by MalekHosseini et al.'s plan (8, 2, 2, 4, 4), save it, export it, check it, compare.
 
 Run by `make demo`. The weights are random: what is shown is what the compiler does, not an accuracy. A real
 use starts from trained weights and fine-tunes the split (see 02_train.py).

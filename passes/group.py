@@ -39,7 +39,7 @@ from splitfx.ir.graph import copy_graph, layer, set_path
 
 @dataclass(frozen=True)
 class Group(Pass):
-    """Split each block of convolutions into branches with a fusion conv behind it (paper A).
+    """Split each block of convolutions into branches with a fusion conv behind it (MalekHosseini et al.).
 
     ``factors``: branches per block, in order, 1 leaves a block as it is; a number alone is for every block. A list of
     one factor with ``fusion="none"`` makes the whole network one block (the naive split). ``fusion``: ``"widen"`` (1x1

@@ -43,7 +43,7 @@ SHOWN = 12  # groups, and classes of a group, named in the notes
 
 @dataclass(frozen=True)
 class SplitNet(Pass):
-    """Carve a classifier into independent groups of channels and classes (paper D).
+    """Carve a classifier into independent groups of channels and classes (Kim et al.).
 
     ``assignment``: the group of every channel by layer, as `splitfx.splitnet` makes it (learned, ``random``,
     ``semantic``, ``clustering``, ``weights``); it brings its levels along. ``source``: how one is made where none is

@@ -41,7 +41,7 @@ DEFAULT = "0.5x"  # where neither cuts nor budgets are given: one sub-model of a
 
 @dataclass(frozen=True)
 class SubNetworks(Pass):
-    """Add sub-models that share the base model's weights and enter through a step-down convolution (paper B).
+    """Add sub-models that share the base model's weights and enter through a step-down conv (Fuengfusin and Tamukoh).
 
     ``cuts``: where they enter: a number of convs that are dropped (the paper's 2 and 7), or the first layer that is
     kept (``"layer3"``). ``budgets`` instead: shares of the base model such as ``("0.9x", "0.4x")``; each picks the cut

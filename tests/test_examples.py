@@ -87,12 +87,13 @@ def test_factors_are_searched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = example("05_search_factors")
-    monkeypatch.setattr(one, "SHAPE", (1, 8, 8))
-    monkeypatch.setattr(one, "network", small)
-    result = one.main(tmp_path / "search", epochs=1, tuned=1)
+    monkeypatch.setattr(one, "network", lambda side, make=one.network: make(side, (4, 4, 8)))
+    result = one.main(tmp_path / "search", epochs=1, tuned=1, data="digits")
     assert result.finished
     assert result.accuracy >= result.original - 0.5
-    assert "* selected" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "digits: training the unsplit network on 926 images" in out
+    assert "* selected" in out
 
 
 def test_sub_models_share_one_set_of_weights(

@@ -1,4 +1,4 @@
-"""Blocks: the layers between two points where a network's feature map shrinks (paper A: its pooling nodes).
+"""Blocks: the layers between two points where a network's feature map shrinks (MalekHosseini et al.: pooling nodes).
 
 A boundary lies on a *cut*, the one tensor that carries everything. Where a single pool shrinks the map, the boundary
 is the pool's output; where a stage starts with strided operations (a residual network), it is the value that feeds

@@ -1,4 +1,4 @@
-"""Fusion layers: the 1x1 conv behind a split block, and the wider convs that read it (paper A, section 2.2)."""
+"""Fusion layers: the 1x1 conv behind a split block, and the wider convs that read it (MalekHosseini et al., 2.2)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Assignments that are not learned: random, by a taxonomy, by clustering the classifier's rows.
 
-They are what a learned assignment is compared with (paper D, section 4: SplitNet-Random, -Semantic, -Clustering).
+They are what a learned assignment is compared with (Kim et al., section 4: SplitNet-Random, -Semantic, -Clustering).
 Where only the classes are grouped, channels go to groups in proportion to the classes there, in the order in which
 they come. None of them looks at data; none promises any accuracy.
 """

@@ -2,7 +2,7 @@
 
 A *vector* is an assignment's place: one per channel axis that a split layer reads or writes, over the axis's *items*
 (channels, or whole units such as heads). Concat, slice, flatten and channel shuffle are views of vectors, so that the
-q of a layer is the p of the next by construction (paper D, section 3.1). Labels live at a vector's own level, the
+q of a layer is the p of the next by construction (Kim et al., section 3.1). Labels live at a vector's own level, the
 largest among the layers that touch it; a layer of fewer groups merges neighbouring ones.
 """
 

@@ -50,7 +50,7 @@ def search_factors(
     verify: bool = True,
     progress: Say = True,
 ) -> SearchResult:
-    """The greedy search of paper A (Fig. 4) for the factor of each block.
+    """The greedy search of MalekHosseini et al. (Fig. 4) for the factor of each block.
 
     A factor is accepted while the accuracy is at most ``tolerance`` points below the ``reference``: that of the
     "original" model, or of what the "block" started from. ``study`` says where the trials are kept, ``max_trials`` and

@@ -1,4 +1,4 @@
-"""What a search found: the trend table of paper A (its Table 1), the plan, the split."""
+"""What a search found: the trend table of MalekHosseini et al. (its Table 1), the plan, the split."""
 
 from __future__ import annotations
 
