@@ -53,8 +53,8 @@ class Group(Pass):
     block, so that a saved plan gives the same graph. ``lowering``: ``"grouped"`` convs, narrow ``"branches"``,
     ``"auto"`` (measured per block), or one word per block. ``select`` and ``exclude``: globs of layer names.
     ``calibration``: example inputs on which fusions are solved by least squares and batch norms behind divided layers
-    take their running statistics (not in the plan). ``refine``: steps of gradient after that on the same inputs,
-    stopped by some that are held out.
+    take their running statistics. ``refine``: steps of gradient on those inputs after
+    they were solved, stopped by some that are held out.
 
     Stochastic depth on a split value draws per branch. Raises `PlanError` when ``factors`` does not fit the model.
     """

@@ -13,6 +13,7 @@ Promise RETRAIN: equal to the dense model with the weights outside the blocks se
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -57,8 +58,8 @@ class SplitNet(Pass):
     ``lowering``: ``"grouped"`` convs (layers of unequal groups become branches), ``"padded"`` (unequal groups are
     filled up with zeros, to be grouped too), narrow ``"branches"``, or ``"auto"`` (measured). ``calibration``: example
     inputs, a few hundred without labels, on which ``source="weights"`` weighs the channels and all split layers are
-    solved against what the dense model computes (not in the plan). ``refine``: steps of gradient after that, stopped by
-    inputs that are held out.
+    solved against what the dense model computes. ``refine``: steps of gradient after that, stopped by inputs that are
+    held out.
     """
 
     name: ClassVar[str] = "splitnet"
@@ -221,6 +222,12 @@ def _called_apart(divisions: dict[fx.Node, Division]) -> str:
     return ""
 
 
+def _sizes(groups: Sequence[Sized]) -> str:
+    """The channels of each group; one number where all have as many."""
+    sizes = [str(len(one)) for one in groups]
+    return sizes[0] if len(set(sizes)) == 1 else "/".join(sizes)
+
+
 def _told(
     found: Structure, labels: dict[str, np.ndarray], divisions: dict[fx.Node, Division], names: tuple[str, ...]
 ) -> list[Note]:
@@ -229,9 +236,9 @@ def _told(
     shares = kept(found, labels)
     for split in found.splits:
         where, division = layer(split.edge.node), divisions[split.edge.node]
-        sizes = "/".join(f"{len(i)}:{len(o)}" for i, o in zip(division.ins, division.outs, strict=True))
+        sizes = f"{_sizes(division.ins)} to {_sizes(division.outs)}"
         share = f", keeps {shares[where]:.1%} of the weight energy" if where in shares else ", keeps all its weights"
-        notes.append(Note(where, f"{split.level} groups of {sizes} channels{share}"))
+        notes.append(Note(where, f"{split.level} groups, from {sizes} channels{share}"))
     own = found.classes
     if own is not None:
         for line in group_lines(labels[own.name].tolist(), names, SHOWN)[:SHOWN]:

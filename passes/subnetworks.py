@@ -45,13 +45,13 @@ class SubNetworks(Pass):
 
     ``cuts``: where they enter: a number of convs that are dropped (the paper's 2 and 7), or the first layer that is
     kept (``"layer3"``). ``budgets`` instead: shares of the base model such as ``("0.9x", "0.4x")``; each picks the cut
-    closest below. ``of``: what they are shares of: ``"macs"``, ``"latency"`` (measured here, at the traced size) or
+    closest below. ``of``: what budgets are shares of: ``"macs"``, ``"latency"`` (measured here, at the traced size) or
     ``"peak"``. With neither, one sub-model of at most half the MACs. ``statistics``: batch norms of a sub-model have
     running statistics of their own (``"private"``; a note says where they cannot) or use and move those of the base
-    model (``"shared"``, the paper's way, which costs all models accuracy). ``seed``: of the new weights.
+    model (``"shared"``, the paper's way, which costs all models accuracy). ``seed``: of the random new weights.
     ``calibration``: example inputs on which step-downs are solved by least squares for what the base model has at the
-    cut, and statistics of their own are taken (not in the plan). Raises `PlanError` with the layers that work where a
-    cut or a budget does not.
+    cut, and statistics of their own are taken. Raises `PlanError` with the layers that work where a cut or a budget
+    does not.
     """
 
     name: ClassVar[str] = "subnetworks"

@@ -3,6 +3,7 @@ docstring says of every option."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -50,6 +51,9 @@ def pass_text(name: str, cls: type[Pass]) -> str:
         needed = "needed" if key in schema["required"] else f"default {json.dumps(one.get('default'))}"
         lines += ["", wrap(f"  {key}: {_kind(one)}; {needed}", "      ")]
         lines += [wrap(f"      {told[key]}", "      ")] if key in told else []
+    for key in _in_python(cls):
+        lines += ["", wrap(f"  {key}: given in Python, a plan does not hold it", "      ")]
+        lines += [wrap(f"      {told[key]}", "      ")] if key in told else []
     for paragraph in rest:
         lines += ["", wrap("  " + _plain(paragraph), "  ")]
     return "\n".join(lines)
@@ -58,15 +62,20 @@ def pass_text(name: str, cls: type[Pass]) -> str:
 def option_texts(cls: type[Pass]) -> dict[str, str]:
     """What a pass's docstring says of its options, by name: the text behind ``option``: up to the next one."""
     found: dict[str, str] = {}
-    known = cls.schema()["properties"]
+    known = {*cls.schema()["properties"], *_in_python(cls)}
     for paragraph in inspect.cleandoc(cls.__doc__ or "").split("\n\n"):
         text = " ".join(paragraph.split())
-        heads = [m for m in _HEAD.finditer(text) if set(_NAME.findall(m[0])) <= known.keys()]
+        heads = [m for m in _HEAD.finditer(text) if known.issuperset(_NAME.findall(m[0]))]
         ends = [*(m.start() for m in heads[1:]), len(text)][: len(heads)]
         for head, end in zip(heads, ends, strict=True):
             for name in _NAME.findall(head[0]):
                 found.setdefault(name, _plain(text[head.end() : end].partition(" Raises `")[0]))
     return found
+
+
+def _in_python(cls: type[Pass]) -> list[str]:
+    """Options that are no plain data, such as ``calibration``."""
+    return [one.name for one in dataclasses.fields(cls) if not one.metadata.get("plan", True)]
 
 
 _NAME = re.compile(r"``(\w+)``")

@@ -180,13 +180,20 @@ def _all_private(split: fx.GraphModule, entry: Entry, made: fx.Graph) -> None:
     """Refuse where a later pass has removed or replaced a norm of which the sub-model has statistics of its own."""
     called = {str(n.target) for n in made.nodes if n.op == "call_module"}
     gone = [path for path in entry.private if path not in called]
-    same = lambda path: split.get_submodule(path).weight is entry.norms[entry.private[path]].weight  # noqa: E731
-    gone += [path for path in entry.private if path in called and not same(path)]
+    for path in called & entry.private.keys():
+        norm: Any = split.get_submodule(path)
+        own: Any = entry.norms[entry.private[path]]
+        gone += [] if _one_weight(norm.weight, own.weight) else [path]
     if gone:
         raise UnsupportedError(
             f"sub{entry.number} has statistics of its own for {gone[0]}, which a later pass has replaced: run "
             "that pass before 'subnetworks', or on what detach gives"
         )
+
+
+def _one_weight(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """A move to the meta device parts modules that share a parameter; there is nothing to tell them apart by there."""
+    return one is other or (one is not None and other is not None and one.is_meta and other.is_meta)
 
 
 def _runs(split: fx.GraphModule) -> list[Callable[..., Any]]:

@@ -68,7 +68,7 @@ def test_names_and_numbers_mix_and_keep_their_order() -> None:
         ({"budgets": ("x",)}, "such as '0.4x'; got 'x'"),
         ({"budgets": ("0.5x", "0.5x")}, "budget '0.5x' is given twice"),
         ({"cuts": (1,), "of": "peak"}, "of='peak' goes with budgets"),
-        ({"statistics": "own"}, 'option \'statistics\' must be one of "shared", "private"'),
+        ({"statistics": "own"}, 'option \'statistics\' must be one of "private", "shared"'),
     ],
 )
 def test_bad_options(options: dict[str, Any], why: str) -> None:
