@@ -84,6 +84,26 @@ def test_a_small_page(tmp_path: Path) -> None:
     assert "drawn after" in look("small split", small(), tmp_path)
 
 
+PAPER = """
+const graph = document.querySelector('#graph');
+dispatchEvent(new Event('beforeprint'));
+const [x, y, w, h] = graph.getAttribute('viewBox').split(' ').map(Number), drawn = graph.getBBox();
+found.whole = drawn.x >= x && drawn.y >= y && drawn.x + drawn.width <= x + w && drawn.y + drawn.height <= y + h;
+found.share = drawn.height / h;
+dispatchEvent(new Event('afterprint'));
+found.back = !graph.hasAttribute('viewBox');
+"""
+
+
+@needs_browser
+def test_paper_holds_the_whole_graph(tmp_path: Path) -> None:
+    found = probed(small(), PAPER, tmp_path)
+    assert found["errors"] == []
+    assert found["whole"]
+    assert found["share"] > 0.8
+    assert found["back"]
+
+
 @needs_browser
 def test_a_broken_script_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import test_screenshots as module

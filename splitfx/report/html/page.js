@@ -336,7 +336,12 @@
     draw(); fit(false);
   }));
   addEventListener('resize', () => { if (svg.getBoundingClientRect().width !== width) fit(entire); });
-  addEventListener('beforeprint', () => fit(true));
+  addEventListener('beforeprint', () => { // the paper's width is not known yet
+    view.k = 1; view.x = 0; view.y = 18;
+    place();
+    svg.setAttribute('viewBox', `-12 0 ${size.w + 24} ${size.h + 30}`);
+  });
+  addEventListener('afterprint', () => { svg.removeAttribute('viewBox'); fit(entire); });
 
   // ---------------------------------------------------------------- tables
 

@@ -108,7 +108,8 @@ svg .border{fill:none;stroke:var(--orange);stroke-width:1.2}
 """
 
 PRINT = """
-@media print{.bar,#side,.over{display:none}body{max-width:none;padding:0}#graph{height:60vh}
+@media print{.bar,#side,.over,.key span{display:none}body{max-width:none;padding:0;background:none}
+.tiles{grid-template-columns:repeat(4,1fr)}#graph{height:56vh}
 .layers{max-height:none;overflow:visible}.wide{overflow:visible;break-inside:auto}tr{break-inside:avoid}
 h2,h3{break-after:avoid}}
 """
