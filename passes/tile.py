@@ -22,7 +22,7 @@ from splitfx.compiler import options
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
 from splitfx.errors import PlanError, nearest
 from splitfx.ground import limits
-from splitfx.ground.amounts import parse_bytes, share
+from splitfx.ground.amounts import bytes_text, parse_bytes, share
 from splitfx.ground.table import size as words
 from splitfx.ir.editing import tidy
 from splitfx.ir.graph import TensorSpec, copy_graph, layer, module_of
@@ -133,7 +133,7 @@ class Tile(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.budget, int):
-            object.__setattr__(self, "budget", f"{self.budget} B")
+            object.__setattr__(self, "budget", bytes_text(self.budget))
         if self.budget and self.budget != "least" and self._share is None:
             parse_bytes(str(self.budget))
         _check_counts(self.rows, self.grid, self.recompute, self.firing_intervals)
@@ -158,7 +158,7 @@ class Tile(Pass):
     def run(self, graph: fx.GraphModule, facts: Facts) -> Outcome:
         if self._share is not None:  # of this graph: the resolved plan holds the bytes
             count = max(1, int(self._share * facts.memory.peak_bytes))
-            return replace(self, budget=f"{count} B").run(graph, facts)
+            return replace(self, budget=bytes_text(count)).run(graph, facts)
         self._require_place(facts)
         found, roles = stages(graph, facts.regions)
         if self.until:

@@ -31,6 +31,14 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
+def bytes_text(count: int) -> str:
+    """The text for which `parse_bytes` gives ``count``: ``"14 MiB"``, or ``"14680065 B"`` where no short one does."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale and 4 * count % scale == 0:
+            return f"{count / scale:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return f"{count} B"
+
+
 def parse_seconds(text: str) -> float:
     """``"20 ms"`` -> 0.02."""
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(s|ms|us|µs)\s*", text)

@@ -12,6 +12,7 @@ from torch import nn
 
 from splitfx.analysis import facts
 from splitfx.frontend.trace import trace
+from splitfx.ground.amounts import bytes_text
 from splitfx.ground.notebook import Shown
 from splitfx.ground.progress import Say, say, told
 from splitfx.ground.table import size, table
@@ -93,5 +94,5 @@ def _within(curves: Sequence[Sequence[Point]], budget: int, floor: int) -> Point
 
 
 def _choice(point: Point, whole: float, untiled: int) -> Choice:
-    budget = "" if point.peak_bytes >= untiled else f"{point.peak_bytes} B"
+    budget = "" if point.peak_bytes >= untiled else bytes_text(point.peak_bytes)
     return Choice(point.peak_bytes, point.seconds / whole, budget, point.layer)

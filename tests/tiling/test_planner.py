@@ -12,7 +12,7 @@ from torch import fx, nn
 from splitfx.analysis import facts
 from splitfx.errors import PlanError
 from splitfx.frontend.trace import trace
-from splitfx.ground.amounts import parse_bytes
+from splitfx.ground.amounts import bytes_text, parse_bytes
 from splitfx.tiling.plan import planner
 from splitfx.tiling.plan.planner import Candidates, Point, Schedule, front
 from splitfx.tiling.run.install import install
@@ -78,6 +78,16 @@ def test_budgets(text: str, value: int) -> None:
 def test_bad_budgets(text: str) -> None:
     with pytest.raises(PlanError, match="budget"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "1 B"), (1023, "1023 B"), (1280, "1.25 KiB"), (14 << 20, "14 MiB"), ((14 << 20) + 1, "14680065 B"),
+     (3 << 29, "1.5 GiB"), (2_000_000, "2000000 B"), ((1 << 50) + (1 << 28), "1048576.25 GiB")],
+)  # fmt: skip
+def test_bytes_are_read_as_they_were_written(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+    assert parse_bytes(text) == count
 
 
 # ---------------------------------------------------------------- what is planned
