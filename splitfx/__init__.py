@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from splitfx.export.bundles.branches_runner import Branches
     from splitfx.export.bundles.submodels import export_bundle
     from splitfx.export.bundles.submodels_runner import Bundle
+    from splitfx.export.executorch import ExecutorchFile, export_executorch
     from splitfx.export.onnx import export_onnx
     from splitfx.export.report import RuntimeReport
     from splitfx.export.runtime import check_onnx
@@ -84,6 +85,7 @@ _HOME = {
         "MissingExtraError",
         "TrainingError",
     ],
+    "splitfx.export.executorch": ["ExecutorchFile", "export_executorch"],
     "splitfx.export.onnx": ["export_onnx"],
     "splitfx.export.report": ["RuntimeReport"],
     "splitfx.export.runtime": ["check_onnx"],
@@ -133,6 +135,7 @@ __all__ = [
     "Curve",
     "Data",
     "Difference",
+    "ExecutorchFile",
     "Explanation",
     "ExportError",
     "Facts",
@@ -178,6 +181,7 @@ __all__ = [
     "explain",
     "export_branches",
     "export_bundle",
+    "export_executorch",
     "export_onnx",
     "finetune",
     "inspect_html",

@@ -13,14 +13,15 @@ from splitfx.passes import Group
 
 FACE = """
 plan Plans Choice diff Difference
-trace transform explain compare profile measure save load export_onnx check_onnx inspect_html diagnose draw_inputs
+trace transform explain compare profile measure save load export_onnx export_executorch check_onnx
+inspect_html diagnose draw_inputs
 Plan Pass Promise Outcome Note Facts register_op Window
 stream pareto compare_halo session_options RowSource Curve HaloComparison
 export_bundle Bundle export_branches Branches
 finetune evaluate load_data Data History Score MultiModelLoss Recipe
 search_factors search_front preview_search SearchSpace SearchStudy SearchResult SearchFront SearchPreview
 Tuner FunctionTuner RecipeTuner
-Comparison Explanation Measurement Profile RuntimeReport
+Comparison ExecutorchFile Explanation Measurement Profile RuntimeReport
 SplitfxError TraceError PlanError UnsupportedError PassError VerificationError ExportError MissingExtraError
 TrainingError
 """

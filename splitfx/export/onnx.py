@@ -90,7 +90,7 @@ def export_onnx(
     opset = _checked_opset(opset)
     check_target(target, overwrite=overwrite, error=ExportError)
     _need_packages(verify)
-    gm = _traced(split, example_inputs)
+    gm = traced(split, example_inputs)
     say(f"exporting {target.name}")
     program, exported, fixed = _program(gm, opset, dynamic_batch, loops=loops)
 
@@ -196,7 +196,8 @@ def _need_packages(verify: bool) -> None:
         raise MissingExtraError(need) from None
 
 
-def _traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
+def traced(split: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """The graph to export. Raises `ExportError` for a module that was not traced, without inputs to trace it by."""
     if isinstance(split, fx.GraphModule) and graphs.is_canonical(split):
         return split
     if example_inputs is None:

@@ -11,13 +11,14 @@ from splitfx.cli.output import printed
 from splitfx.cli.progress import Progress
 from splitfx.errors import ExportError
 
-TEXT = "write a saved split as ONNX"
+TEXT = "write a saved split as ONNX, or as an ExecuTorch program"
 
 
 def arguments(one: Parser) -> None:
     with_split(one)
     where = one.add_mutually_exclusive_group(required=True)
     where.add_argument("--onnx", metavar="FILE", help="the file to write; with sub-models, of the base model")
+    where.add_argument("--pte", metavar="FILE", help="an ExecuTorch program for the traced sizes, its memory planned")
     where.add_argument("--bundle", metavar="FOLDER", help="base model and sub-models over one file of weights")
     where.add_argument("--branches", metavar="FOLDER", help="the stem and every branch of a carved SplitNet as files")
     one.add_argument("--opset", type=int, help="ONNX opset, 18 to 25 (default 20)")
@@ -33,6 +34,8 @@ def run(given: Namespace, progress: Progress) -> int:
     from splitfx.export.onnx import export_onnx
     from splitfx.ground.table import size
 
+    if given.pte:
+        return _export_pte(given, progress)
     if given.bundle or given.branches:
         return _export_folder(given, progress)
     target = free_file(given.onnx, given.overwrite)
@@ -51,6 +54,20 @@ def run(given: Namespace, progress: Progress) -> int:
     total = sum(one.stat().st_size for one in parts)
     made = {"onnx": str(target), "files": [str(one) for one in parts], "bytes": total}
     return printed(given, json.dumps(made, indent=2), f"wrote {' and '.join(map(str, parts))} ({size(total)})")
+
+
+def _export_pte(given: Namespace, progress: Progress) -> int:
+    from splitfx.cli.loading import free_file, saved
+    from splitfx.export.executorch import export_executorch
+
+    if given.opset or given.fixed_batch or given.no_loops:
+        raise ExportError("--opset, --fixed-batch and --no-loops are for --onnx; a program is for the traced sizes.")
+    target = free_file(given.pte, given.overwrite)
+    split = saved(given.split, progress)
+    progress("exporting")
+    made = export_executorch(split, target, overwrite=given.overwrite, verify=not given.no_verify)
+    plain = {"pte": str(target), "bytes": target.stat().st_size, "planned_bytes": made.planned_bytes}
+    return printed(given, json.dumps(plain, indent=2), f"wrote {made}")
 
 
 def _export_folder(given: Namespace, progress: Progress) -> int:
