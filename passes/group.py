@@ -95,6 +95,12 @@ class Group(Pass):
         job = _Job(self, graph, facts)
         return job.run()
 
+    def divides(self, facts: Facts) -> set[str]:
+        """The names of the blocks that `run` would divide; nothing is done to the graph."""
+        job = _Job(self, facts.graph, facts)
+        job.decide()
+        return {str(block) for block in job.blocks if any(e.node in job.divisions for e in job.inside[block.index])}
+
 
 class _Job(Divider[Group]):
     """One run of the pass: decide on the facts of the dense graph, then fuse, mask, solve, carve."""

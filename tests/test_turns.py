@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from splitfx.ground import turns
-from splitfx.ground.turns import LEAST, MOST_SECONDS, PARTS, Ratio, ratio, ratios
+from splitfx.ground.turns import LEAST, LEAST_SECONDS, MOST, MOST_SECONDS, PARTS, Ratio, ratio, ratios
 
 
 class Machine:
@@ -47,14 +47,26 @@ def test_calls_are_neighbours_and_their_order_turns_round(monkeypatch: pytest.Mo
     assert machine.called[6:14] == ["base", "a", "base", "b", "a", "base", "b", "base"]
 
 
-def test_it_goes_on_while_a_ratio_is_not_known_and_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [0.1, 0.3])
+def test_it_goes_on_while_a_ratio_is_not_known_and_ends(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = random.Random(0)
     machine = Machine(monkeypatch, lambda now, name: 1.0 if name != "noisy" else noise.uniform(0.5, 2.0))
-    found = ratios(machine.call("base", 0.1), {name: machine.call(name, 0.1) for name in ("noisy", "calm")})
+    found = ratios(machine.call("base", seconds), {name: machine.call(name, seconds) for name in ("noisy", "calm")})
     assert found["calm"].pairs == LEAST  # it is known by then, and waits for nothing
     assert found["calm"].spread == pytest.approx(0, abs=1e-9)
     assert found["noisy"].spread > turns.SURE * found["noisy"].middle
-    assert 2 * MOST_SECONDS < machine.now < 2 * MOST_SECONDS + 5
+    if seconds == 0.1:
+        assert found["noisy"].pairs == MOST
+    else:
+        assert found["noisy"].pairs < MOST
+        assert 2 * MOST_SECONDS < machine.now < 2 * MOST_SECONDS + 3  # and the calls to warm up
+
+
+def test_short_calls_are_made_for_as_long_as_something_may_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, lambda now, name: 1.0)
+    found = ratios(machine.call("base", 0.001), {name: machine.call(name, 0.001) for name in "abc"})
+    assert LEAST_SECONDS < machine.now < LEAST_SECONDS + 0.02  # all take turns in it
+    assert {one.pairs for one in found.values()} == {167}
 
 
 def test_slow_calls_are_made_often_enough_for_a_spread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from splitfx.errors import UnsupportedError
 from splitfx.ground.timing import synchronizer, took
 
 PARTS, STUDENT = 5, 2.776  # of the time, and Student's t for 95 % with as many
-LEAST, LEAST_SECONDS, MOST_SECONDS = 3 * PARTS, 1.0, 20.0  # pairs of calls, and the time for them, for each ratio
 SURE = 0.02  # a ratio whose spread is no larger than this share of it is known
+LEAST, MOST = 3 * PARTS, 20 * PARTS  # pairs of calls for each ratio; what the most do not make sure, few more would
+LEAST_SECONDS, MOST_SECONDS = 1.0, 20.0  # in which something may happen on the machine; and for each ratio
 SEEN = 0.01  # what two digits show
 WARM_UP = 3  # calls before the first that counts
 
@@ -57,8 +58,8 @@ def ratios(
     device: torch.device | str = "cpu",
     most: float = MOST_SECONDS,
 ) -> dict[str, Ratio]:
-    """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or after ``most`` seconds
-    for each of them, but not before five calls of each."""
+    """The time of each of ``others`` as a ratio to that of ``base``; ends when all are known, or after 100 pairs or
+    ``most`` seconds for each of them, but not before five pairs of each and, where calls are short, a second."""
     synchronize = synchronizer(torch.device(device))
     found: dict[str, list[float]] = {name: [] for name in others}
     open_ = list(others)
@@ -73,16 +74,18 @@ def ratios(
                 else:
                     its, mine = took(base, synchronize), took(others[name], synchronize)
                 found[name].append(mine / its)
-            passed = (time.perf_counter() - start) / len(others)
-            open_ = [name for name in open_ if not _known(found[name], passed, most)]
+            passed = time.perf_counter() - start
+            open_ = [name for name in open_ if not _known(found[name], passed, most * len(others))]
     return {name: ratio(times) for name, times in found.items()}
 
 
 def _known(found: list[float], passed: float, most: float) -> bool:
     if len(found) < PARTS or passed > most:
         return len(found) >= PARTS
+    if len(found) < LEAST or passed < LEAST_SECONDS:
+        return False
     now = ratio(found)
-    return len(found) >= LEAST and passed >= LEAST_SECONDS and now.spread <= SURE * now.middle
+    return len(found) >= MOST or now.spread <= SURE * now.middle
 
 
 def alternate(

@@ -100,6 +100,7 @@ class _Greedy(Worker):
     ) -> None:
         super().__init__(space, tuner, trials, limit, verify)
         self.calibration, self.near = calibration, near
+        self.read: tuple[str, fx.GraphModule] | None = None
 
     def run(self, tolerance: float, reference: Reference) -> SearchResult:
         names = self.space.names()
@@ -190,8 +191,13 @@ class _Greedy(Worker):
         return False
 
     def held(self, best: Found) -> fx.GraphModule | None:
-        """The split of the trial that was accepted last; None for the model as it is."""
-        return self.trials.split(best.key) if best.key != ORIGINAL else None
+        """The split of the trial that was accepted last, which all trials of a block begin with; None for the model as
+        it is."""
+        if best.key == ORIGINAL:
+            return None
+        if self.read is None or self.read[0] != best.key:
+            self.read = best.key, self.trials.split(best.key)
+        return self.read[1]
 
 
 def _below(found: Found, bound: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -63,14 +63,12 @@ class SearchSpace:
         return Plan([self.step(factors)], shapes[0] if len(shapes) == 1 else tuple(shapes))
 
     def divided(self, factors: Sequence[int]) -> set[int]:
-        """The blocks that a plan divides, by the notes of the pass; a factor above a block's channels leaves it whole,
-        and so does any where its only layer reads what nothing divides."""
-        key, names = tuple(factors), self.names()
+        """The blocks that a plan divides; a factor above a block's channels leaves it whole, and so does any where its
+        only layer reads what nothing divides."""
+        key = tuple(factors)
         if key not in self._divided:
-            work = copy_graph(self.dense)
-            made = self.step(key).run(work, facts(work))  # by itself: of the pipeline's care only the notes matter
-            found = {one.where for one in made.notes if one.kind == "did"}
-            self._divided[key] = {index for index, name in enumerate(names) if name in found}
+            found = cast(Any, self.step(key)).divides(facts(self.dense))
+            self._divided[key] = {index for index, name in enumerate(self.names()) if name in found}
         return self._divided[key]
 
     def dividing(self, index: int, others: tuple[int, ...]) -> tuple[int, ...]:
