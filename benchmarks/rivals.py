@@ -104,12 +104,9 @@ def alone(way: str, name: str, image: int, budget: str, folder: str, runs: int =
         call = tile_onnx.opened(path, "openvino" if way == "openvino" else "onnxruntime, recommended", x.numpy())
     else:
         call = of_pytorch(way, name, budget, x)
-    before = tile_onnx.anonymous()
+    before = held()
     call()
-    if not in_file:  # a compiler leaves more behind than a call takes
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = tile_onnx.anonymous()
+    before = before if in_file else held()  # a compiler leaves more behind than a call takes
     most, done = 0, threading.Event()
 
     def watch() -> None:
@@ -128,6 +125,13 @@ def alone(way: str, name: str, image: int, budget: str, folder: str, runs: int =
     done.set()
     watching.join()
     return {"seconds": min(times), "peak_bytes": most}
+
+
+def held() -> int:
+    """Bytes of anonymous memory when what is free is given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return tile_onnx.anonymous()
 
 
 def of_pytorch(way: str, name: str, budget: str, x: torch.Tensor) -> Callable[[], Any]:
