@@ -154,4 +154,4 @@ def of_pytorch(way: str, name: str, budget: str, x: torch.Tensor) -> Callable[[]
 
 
 if __name__ == "__main__":
-    print(json.dumps(alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])))
+    print(json.dumps(alone(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])))
