@@ -47,8 +47,8 @@ COLUMNS = (
     ("how", "how", str),
     ("seconds", "CPU time", seconds),
     ("time_ratio", "x time", lambda v: f"{v:.2f}"),
-    ("peak_bytes", "peak", size),
-    ("peak_ratio", "x peak", lambda v: f"{v:.2f}"),
+    ("peak_bytes", "peak", lambda v: "-" if v is None else size(v)),
+    ("peak_ratio", "x peak", lambda v: "-" if v is None else f"{v:.2f}"),
     ("version", "version", str),
 )
 LEFT = (0, 1, 6)
