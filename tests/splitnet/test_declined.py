@@ -103,7 +103,7 @@ class Siamese(nn.Module):
 def test_depth_counts_a_layer_that_is_called_twice_once() -> None:
     pair = image(2, 3, 12, 12), image(2, 3, 12, 12)
     split = splitfx.transform(Siamese().eval(), SplitNet(depth=2, groups=2, source="weights"), pair)
-    assert {n.split(":")[0] for n in notes(split) if "2 groups of" in n} == {"b", "fc"}
+    assert {n.split(":")[0] for n in notes(split) if "2 groups, from" in n} == {"b", "fc"}
     with pytest.raises(splitfx.PlanError, match="3 weighted layers"):
         splitfx.transform(Siamese().eval(), SplitNet(depth=4, groups=2, source="weights"), pair)
 
