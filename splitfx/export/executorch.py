@@ -8,11 +8,7 @@ Promises: the split is not changed; a failed export leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from splitfx.errors import ExportError, MissingExtraError
 from splitfx.export import agreement
-from splitfx.export.onnx import traced
+from splitfx.export.onnx import quiet, traced
 from splitfx.ground.exclusive import exclusive
 from splitfx.ground.files import check_target, written_whole
 from splitfx.ground.progress import Say, say, told
@@ -74,7 +70,7 @@ def export_executorch(
     work = graphs.copy_graph(graph, share=True, apart=graph.buffers()).eval()  # one may count its calls
     args, kwargs = graphs.random_inputs(work)
     say(f"exporting {target.name}")
-    with _quiet():
+    with quiet():
         try:
             program = exir.to_edge(torch.export.export(work, args, kwargs)).to_executorch()
         except Exception as error:
@@ -104,21 +100,9 @@ def _require_agreement(path: Path, graph: fx.GraphModule, args: tuple[Any, ...],
 
 def _package() -> Any:
     try:
-        from executorch import exir  # pyright: ignore[reportMissingImports]
+        with quiet():
+            from executorch import exir  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         need = f"writing ExecuTorch programs needs executorch ({error}): pip install 'splitfx[executorch]'"
         raise MissingExtraError(need) from None
     return exir
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings of the exporter off the user's screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

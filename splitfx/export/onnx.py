@@ -123,7 +123,7 @@ def _program(
         if not isinstance(found, str):
             return found
         why = found
-    with _quiet():
+    with quiet():
         exported, fixed, tiled = _export(gm, dynamic_batch, why)
         program = _convert(rewrites.rewritten(exported), opset, _output_names(exported), fuse)
     _finish(program, exported, fixed)
@@ -141,7 +141,7 @@ def _in_loops(
         copy = graphs.copy_graph(gm, share=True).eval()
         stages = tiles.untiled(copy, LAYER)
         mark(copy, LAYER)
-        with _quiet():
+        with quiet():
             exported = follow(copy, call, None)
             program = _convert(rewrites.rewritten(exported), opset, _output_names(exported))
         _finish(program, exported, "fixed")
@@ -373,9 +373,10 @@ def _write(model: Any, target: Path, external_data: bool, overwrite: bool, check
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines, deprecations and version-converter logs off the user's screen."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch._subclasses.fake_tensor")
+def quiet() -> Iterator[None]:
+    """Keep an exporter's progress lines, deprecations and version-converter logs off the user's screen."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch._subclasses.fake_tensor",
+             "torch.utils._pytree")  # fmt: skip
     loggers = [logging.getLogger(name) for name in names]
     before = [one.level for one in loggers]
     try:
