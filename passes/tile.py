@@ -118,6 +118,7 @@ class Tile(Pass):
     name: ClassVar[str] = "tile"
     promise: ClassVar[Promise] = Promise.EQUAL
     needs_eval: ClassVar[bool] = True
+    writes_weights: ClassVar[bool] = False
 
     budget: int | str = ""
     mode: Literal["auto", "stream", "grid"] = "auto"

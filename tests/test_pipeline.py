@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import splitfx
 from splitfx.analysis import Facts
@@ -262,6 +262,59 @@ def test_a_pass_that_writes_in_place_does_not_reach_the_model() -> None:
 def test_a_pass_that_writes_against_its_word() -> None:
     with pytest.raises(PassError, match="'lends' has writes_weights = False and wrote into fc.weight of the model"):
         run_pass(graph(), Lends(act=double_weights))
+
+
+# ---------------------------------------------------------------- other weights than a fresh model's
+
+
+class Fresh(nn.Module):
+    """Two norms that are as they were made, and a factor of one for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.drop, self.scale = nn.Dropout(), nn.Parameter(torch.ones(1, 4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.other(self.two(self.norm(self.one(x)).relu()))) * self.scale
+
+
+def swap_norms(graph: fx.GraphModule) -> None:
+    first, second = (n for n in graph.graph.nodes if n.target in ("norm", "other"))
+    first.target, second.target = second.target, first.target
+
+
+def drop_factor_of_one(graph: fx.GraphModule) -> None:
+    if bool((graph.get_parameter("scale") == 1).all()):
+        bypass(graph, next(n for n in graph.graph.nodes if "mul" in str(n.target)))
+
+
+@pytest.mark.parametrize("kind", [Acts, Lends])
+def test_norms_that_change_places_are_seen_in_a_fresh_model(kind: type[Acts]) -> None:
+    before = trace(Fresh().eval(), torch.zeros(2, 3, 9, 7))
+    with pytest.raises(VerificationError, match="broke its promise"):
+        run_pass(before, kind(act=swap_norms))
+
+
+@pytest.mark.parametrize("kind", [Acts, Lends])
+def test_a_rewrite_that_follows_from_the_weights(kind: type[Acts]) -> None:
+    """It holds for these weights only, and is not made where they are others."""
+    before = trace(Fresh().eval(), torch.zeros(2, 3, 9, 7))
+    after, _ = run_pass(before, kind(act=drop_factor_of_one))
+    assert "mul" not in text(after)
+
+
+@pytest.mark.parametrize(("kind", "runs"), [(Acts, 2), (Lends, 1)])
+def test_a_pass_that_only_moves_weights_runs_once(kind: type[Acts], runs: int) -> None:
+    before, seen = trace(Fresh().eval(), torch.zeros(2, 3, 9, 7)), []
+
+    def drop(graph: fx.GraphModule) -> None:
+        seen.append(graph)
+        bypass(graph, next(n for n in graph.graph.nodes if n.target == "drop"))
+
+    run_pass(before, kind(act=drop))
+    assert len(seen) == runs
 
 
 def test_a_model_dies_with_its_last_name() -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+import splitfx
 from splitfx.analysis.oracle import (
     Exact,
     Misfit,
+    Pair,
     acts_as_in_eval,
     difference,
     in_double,
@@ -23,6 +25,7 @@ from splitfx.analysis.oracle import (
 from splitfx.errors import VerificationError
 from splitfx.frontend.trace import trace
 from splitfx.ir.graph import TensorSpec, copy_graph, info
+from splitfx.passes import Tile
 from tests.models import ZOO, conv_bn, image
 from tests.oracle import assert_equal, leaves, run
 from tests.sampled import sampled
@@ -190,3 +193,16 @@ def test_a_depthwise_conv_that_does_not_fit() -> None:
     made = trace(nn.Sequential(nn.Conv2d(6, 6, 5, groups=6)).eval(), image(2, 6, 9, 9))
     with pytest.raises(Misfit, match="does not fit"):
         run_exact(made, [torch.randn(2, 6, 4, 9, dtype=torch.float64)])
+
+
+def test_a_float64_stage_is_not_written_to() -> None:
+    """Its copy in the oracle takes other weights, and shares no memory with the user's."""
+    before = odd("residual", double=True)[2]
+    after = splitfx.transform(before, Tile(rows=3))
+    kept = {key: value.clone() for key, value in after.state_dict().items()}
+    pair = Pair(before, after)
+    assert pair.difference() == pytest.approx(0, abs=1e-12)
+    other = {id(t): t + 1 for t in after.parameters()}
+    assert pair.difference(other=other) > 1e-3  # only one of the two has these weights
+    assert pair.difference() == pytest.approx(0, abs=1e-12)
+    assert all(torch.equal(value, kept[key]) for key, value in after.state_dict().items())

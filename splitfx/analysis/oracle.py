@@ -46,10 +46,27 @@ class Exact(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=True)
         self.graph_module = graph
         self.workspace = torch.empty(0)
+        self.other: dict[int, torch.Tensor] = {}  # by the id of a tensor, one to be taken in its place
         self.buffers: dict[str, torch.Tensor] = {}  # copies, which the graph may write to
+        self.staged: dict[str, tuple[Staged, dict[int, torch.Tensor]]] = {}  # copies, and their tensors
+
+    @exclusive()
+    def outputs(self, inputs: list[Any], other: dict[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """The output tensors on flat inputs; ``other``: tensors to be taken for the graph's own, by their ids."""
+        self.other, self.buffers = other or {}, {}
+        devices = cuda_devices(self.graph_module)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            reseed(0, devices)  # a model that draws in eval mode draws the same
+            own = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
+            found = self.run(*own, enable_io_processing=False)
+        return [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.other.get(id(tensor), tensor)
 
     def lent(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of a weight in float64; large ones take turns in one piece of memory, which is cheaper than new."""
+        weight = self.value(weight)
         if not weight.dtype.is_floating_point:
             return weight.detach().clone()
         if weight.numel() < 2**16:
@@ -70,9 +87,9 @@ class Exact(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = attribute(self.graph_module, str(target))
         if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
-            return _double(value)
+            return _double(self.value(value))
         if str(target) not in self.buffers:
-            self.buffers[str(target)] = _double(value.clone())
+            self.buffers[str(target)] = _double(self.value(value).clone())
         return self.buffers[str(target)]
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -83,18 +100,30 @@ class Exact(fx.Interpreter):
         tensors = (*module.named_parameters(), *module.named_buffers())
         if not module._modules:  # the same, without the search
             tensors = (*module._parameters.items(), *module._buffers.items())
-        held = {name: self.lent(t) if t is own else _double(t) for name, t in tensors if t is not None}
+        if isinstance(module, Staged):
+            return self.run_stage(str(target), module, args, kwargs)
+        held = {name: self.lent(t) if t is own else _double(self.value(t)) for name, t in tensors if t is not None}
         if masked is not None:
             masked.clear(held["weight"])
         if len(args) == 1 and not kwargs and _depthwise(module):
             return _each_channel(module, args[0], held["weight"], held.get("bias"))
         converted = {id(t): held[name] for name, t in tensors if t is not None}
-        if isinstance(module, Staged):
-            private = copy.deepcopy(module, converted).eval()
-            _widen(private.stage)
-            with getattr(private, "in_strips", nullcontext)(STRIPS):
-                return private(*args, **kwargs)
         return twin(module, lambda tensor: converted[id(tensor)])(*args, **kwargs)
+
+    def run_stage(self, target: str, module: Staged, args: Any, kwargs: Any) -> Any:
+        """By a copy that stays: behind the first run, the schedule for this size is made."""
+        tensors = [*module.parameters(), *module.buffers()]
+        if target in self.staged:
+            private, copies = self.staged[target]
+            for tensor in tensors:
+                copies[id(tensor)].copy_(self.value(tensor))
+        else:
+            copies = {id(t): _double(self.value(t).detach().clone()) for t in tensors}
+            private = copy.deepcopy(module, dict(copies)).eval()
+            _widen(private.stage)
+            self.staged[target] = private, copies
+        with getattr(private, "in_strips", nullcontext)(STRIPS):
+            return private(*args, **kwargs)
 
 
 def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -144,16 +173,9 @@ def _double(value: Any) -> Any:
     return value.detach().double() if floats else value
 
 
-@exclusive()
 def run_exact(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The output tensors of a graph in float64, on flat inputs."""
-    devices = cuda_devices(graph)
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        reseed(0, devices)  # a model that draws in eval mode draws the same
-        outputs = Exact(graph).run(
-            *[v.clone() if isinstance(v, torch.Tensor) else v for v in inputs], enable_io_processing=False
-        )
-    return [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
+    return Exact(graph).outputs(inputs)
 
 
 def cuda_devices(graph: nn.Module) -> list[torch.device]:
@@ -188,38 +210,54 @@ def difference(before: fx.GraphModule, after: fx.GraphModule, seed: int = 0, sma
     Relative to the largest magnitude of each output. ``small``: on smaller images where the graph allows it. Raises
     `VerificationError` when shapes differ.
     """
-    worst = 0.0
-    for a, b in zip(*_both(before, after, seed, small), strict=True):
-        if a.shape != b.shape:
-            raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
-        worst = max(worst, relative_error(b, a))
-    return worst
+    return Pair(before, after).difference(seed, small)
 
 
-def _both(
-    before: fx.GraphModule, after: fx.GraphModule, seed: int, small: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    sizes = [s.shape for s in info(before).inputs if isinstance(s, TensorSpec)]
-    for shrunk in (True, False) if small and any(_shrunk(s) != s for s in sizes) else (False,):
-        inputs = random_flat(before, seed, shrunk)
-        try:
-            first = run_exact(before, inputs)
-        except Misfit as error:
-            if shrunk:
-                continue  # sizes are part of this model: use the traced ones
-            raise VerificationError(f"the graph before the pass does not run: {error}") from error
-        try:
-            return first, run_exact(after, inputs)
-        except Misfit as error:
-            raise VerificationError(f"the rewritten graph does not run: {error}") from error
-    raise AssertionError("unreachable: the traced sizes are always tried")
+class Pair:
+    """Two graphs to be compared in float64, also with other weights than their own."""
+
+    def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        self.before, self.after = before, after
+        self._runs = Exact(before), Exact(after)
+
+    def difference(self, seed: int = 0, small: bool = True, other: dict[int, torch.Tensor] | None = None) -> float:
+        """See `difference`; ``other``: by the id of a tensor that both graphs hold, the one to be taken for it."""
+        worst = 0.0
+        for a, b in zip(*self._both(seed, small, other), strict=True):
+            if a.shape != b.shape:
+                raise VerificationError(f"the rewritten graph returns {tuple(b.shape)}, {tuple(a.shape)} was promised")
+            worst = max(worst, relative_error(b, a))
+        return worst
+
+    def _both(
+        self, seed: int, small: bool, other: dict[int, torch.Tensor] | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        before, after = self._runs
+        sizes = [s.shape for s in info(self.before).inputs if isinstance(s, TensorSpec)]
+        for shrunk in (True, False) if small and any(_shrunk(s) != s for s in sizes) else (False,):
+            inputs = random_flat(self.before, seed, shrunk)
+            try:
+                first = before.outputs(inputs, other)
+            except Misfit as error:
+                if shrunk:
+                    continue  # sizes are part of this model: use the traced ones
+                raise VerificationError(f"the graph before the pass does not run: {error}") from error
+            try:
+                return first, after.outputs(inputs, other)
+            except Misfit as error:
+                raise VerificationError(f"the rewritten graph does not run: {error}") from error
+        raise AssertionError("unreachable: the traced sizes are always tried")
 
 
 def require_equal(
     name: str, before: fx.GraphModule, after: fx.GraphModule, limit: float = TOLERANCE, small: bool = True
 ) -> float:
     """The measured difference (see `difference`); `VerificationError` where it is beyond ``limit``."""
-    worst = difference(before, after, small=small)
+    return within(name, difference(before, after, small=small), limit)
+
+
+def within(name: str, worst: float, limit: float = TOLERANCE) -> float:
+    """``worst``, a measured difference of what pass ``name`` gave; `VerificationError` where it is beyond ``limit``."""
     if not worst <= limit:
         raise VerificationError(
             f"pass '{name}' broke its promise: outputs differ by {worst:.1e} of their largest value "
@@ -252,15 +290,25 @@ def has_constants(graph: fx.GraphModule) -> bool:
 
 def varied(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy in which weights that are all alike (fresh norms and biases) have become unlike each other."""
-    alike = [t for t in _weights(graph) if _constant(t)]
+    other = other_weights(graph)
+    alike = [t for t in _weights(graph) if id(t) in other]
     copied = copy_graph(graph, share=True, apart=alike)  # the rest may be large, and nobody writes to it
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in filter(_constant, _weights(copied)):
-            value = float(tensor.flatten()[0])
-            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5  # variances stay positive
-            tensor.copy_(noise * value if value else noise - 1)
+        for mine, theirs in zip(_weights(copied), _weights(graph), strict=True):
+            if id(theirs) in other:
+                mine.copy_(other[id(theirs)])
     return copied
+
+
+def other_weights(graph: fx.GraphModule) -> dict[int, torch.Tensor]:
+    """For each weight that is all alike, by its id, one that is not."""
+    generator = torch.Generator().manual_seed(0)
+    other = {}
+    for tensor in filter(_constant, _weights(graph)):
+        value = float(tensor.detach().flatten()[0])
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5  # variances stay positive
+        other[id(tensor)] = (noise * value if value else noise - 1).to(tensor)
+    return other
 
 
 def _weights(graph: fx.GraphModule) -> list[torch.Tensor]:
