@@ -28,7 +28,7 @@ from splitfx.frontend.behaviour import Behaviour
 from splitfx.frontend.places import memory, places
 from splitfx.ir.copies import unhooked
 from splitfx.ir.graph import Whole, operand, operands
-from splitfx.ir.layers import FunctionalBatchNorm
+from splitfx.ir.layers import FunctionalBatchNorm, SeparableMaxPool2d
 from splitfx.ir.ops import ROWS
 from splitfx.ir.ops.families.elementwise import DROPOUTS
 from splitfx.ir.schema import arguments, aten_name, mutates, sharing, written
@@ -200,6 +200,10 @@ class Raiser:
             self.modules[path] = self.owners[path]  # private, with the user's own tensors
             return self.graph.call_module(path, tuple(map(self.value_of, operands(node))))
         name = aten_name(node.target)
+        if name == "max_pool2d" and isinstance(self.owners.get(self.where(node)), SeparableMaxPool2d):
+            path = self.where(node)
+            self.modules.setdefault(path, unhooked(self.owners[path]))
+            return self.graph.call_module(path, (self.value_of(operand(node)),))
         if name in DROPOUTS:
             return self.dropout(node, name)
         if name == "batch_norm":

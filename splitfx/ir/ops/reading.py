@@ -77,9 +77,11 @@ def out_of_place(target: Any) -> Any:
 
 
 _MODULE_FIELDS = (
+    "kernel_size",
     "stride",
     "padding",
     "dilation",
+    "ceil_mode",
     "groups",
     "output_padding",
     "eps",

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from splitfx.ir.layers import SeparableMaxPool2d, separable_max
 from splitfx.ir.ops.families.convolution import per_axis
 from splitfx.ir.ops.pieces import (
     Call,
@@ -57,45 +58,21 @@ def _max(job: Job) -> Call:
                 x, padding = padded(x, [(p, p) for p in padding], value=lowest), (0,) * len(padding)
             pool: Any = F.max_pool3d if job.rest else F.max_pool2d
             return pool(x, rule.kernel, rule.stride, padding, rule.dilation, ceil_mode=False)
-        (above, below), (before, after) = run.pads[0]
-        if above or below:
-            x = F.pad(x, (0, 0, above, below), value=lowest)
-        height, width = (stop - start for start, stop in (run.rows, run.columns))
-        tall = x.new_empty((*x.shape[:2], height, x.shape[3] + before + after))
-        if before or after:
-            tall[..., :before] = lowest
-            tall[..., tall.shape[3] - after :] = lowest
-        _slide(x, 2, rule, 0, height, tall.narrow(3, before, x.shape[3]))
-        return _slide(tall, 3, rule, 1, width, x.new_empty((*x.shape[:2], height, width)))
+        before = [run.pads[0][axis][0] for axis in (0, 1)]
+        count = [stop - start for start, stop in (run.rows, run.columns)]
+        return separable_max(x, rule.kernel, rule.stride, rule.dilation, before, count)
 
     return call
 
 
-def _slide(x: torch.Tensor, dim: int, rule: Window, axis: int, count: int, out: torch.Tensor) -> torch.Tensor:
-    """Maximum over a window along one axis, into ``out``."""
-    k, s, d = rule.kernel[axis], rule.stride[axis], rule.dilation[axis]
-    index: list[Any] = [slice(None)] * 4
-    for i in range(k):
-        index[dim] = slice(i * d, i * d + (count - 1) * s + 1, s)
-        part = x[tuple(index)]
-        if i == 0:
-            first = part
-        elif i == 1:
-            torch.maximum(first, part, out=out)
-        else:
-            torch.maximum(out, part, out=out)
-    return out if k > 1 else out.copy_(first)
-
-
 def _max_workspace(job: Job, span: Span) -> int:
-    real, explicit, pads = real_rows(job, span)
+    real, explicit, _ = real_rows(job, span)
     read = job.reads[0]
     if job.rest:  # torch's own pool, which finds the places of the maxima too
         grown = read.bytes([n + more for n, more in zip(real, explicit, strict=True)]) if any(explicit) else 0
         places = math.prod(job.spans(span)[axis][1] - job.spans(span)[axis][0] for axis in range(2 + len(job.rest)))
         return grown + 8 * places * math.prod(job.values[job.node].shape[:2])
-    tall = read.bytes([real[0] + sum(pads[0]), real[1]]) if any(pads[0]) else 0
-    return tall + read.bytes([span.count[0], real[1] + sum(pads[1])])
+    return read.bytes([span.count[0], real[1]])
 
 
 # ---------------------------------------------------------------- averages
@@ -237,6 +214,7 @@ _WINDOWED: dict[str, Any] = {
 rows(
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices",
     **_WINDOWED,
+    modules={"max_pool2d": [SeparableMaxPool2d]},
     reduces="max",
     piece=_max,
     workspace=_max_workspace,
