@@ -1,8 +1,8 @@
 """Dense against split networks: MACs, parameters, peak memory and CPU latency, eager and onnxruntime.
 
 ``kept`` is the share of the saved work that becomes time: (dense latency / split latency) / (dense MACs /
-split MACs). Dense and split run in turn in one process, so a drift of the machine meets both; latencies are
-medians.
+split MACs). *Pools* is eager with `SeparablePool` in both: what no split makes smaller is then nearly gone. All of them
+run in turn in one process, so a drift of the machine meets all; latencies are medians.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from splitfx.export.sessions import CPU, open_session, session_options
 from splitfx.frontend.trace import trace
 from splitfx.ground.table import number, seconds, size
 from splitfx.ground.turns import alternate
-from splitfx.passes import Group
+from splitfx.passes import Group, SeparablePool
 from splitfx.report.measuring import measure
 from splitfx.report.profile import profile
 
@@ -44,6 +44,8 @@ COLUMNS = (
     ("measured_peak_bytes", "measured", size),
     ("eager_seconds", "eager", seconds),
     ("eager_kept", "kept", _ratio),
+    ("pools_seconds", "pools", seconds),
+    ("pools_kept", "kept", _ratio),
     ("channels_last_seconds", "NHWC", seconds),
     ("channels_last_kept", "kept", _ratio),
     ("onnx_seconds", "onnxruntime", seconds),
@@ -64,7 +66,8 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
     plan = splitfx.Plan([Group(factors=factors)], input_shape=SHAPE)
     split = splitfx.transform(model, plan, verify=False)
     graphs = {"dense": dense, "split": split}
-    eager = alternate({key: caller(graph, image) for key, graph in graphs.items()}, runs)
+    pools = {f"{key}, pools": splitfx.transform(graph, SeparablePool(), verify=False) for key, graph in graphs.items()}
+    eager = alternate({key: caller(graph, image) for key, graph in (graphs | pools).items()}, runs)
     onnx = alternate_onnx(graphs, image, runs)
     last = alternate_channels_last(model, plan, image, runs)
     found = {key: figures(graph, image) for key, graph in graphs.items()}
@@ -76,6 +79,7 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
             "factors": list(factors) if key == "split" else None,
             **found[key],
             "eager_seconds": eager[key],
+            "pools_seconds": eager[f"{key}, pools"],
             "channels_last_seconds": last[key],
             "onnx_seconds": onnx[key],
         }
@@ -84,6 +88,7 @@ def compared(name: str, factors: tuple[int, ...], runs: int) -> list[dict[str, A
     rows[1] |= {
         "macs_ratio": work,
         "eager_kept": eager["dense"] / eager["split"] / work,
+        "pools_kept": eager["dense, pools"] / eager["split, pools"] / work,
         "channels_last_kept": last["dense"] / last["split"] / work,
         "onnx_kept": onnx["dense"] / onnx["split"] / work,
     }

@@ -15,18 +15,22 @@ from splitfx.compiler.protocol import Pass
 from splitfx.errors import PlanError
 from splitfx.ir.graph import layer, output_node
 from splitfx.ir.ops import Channel, op, op_name
-from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SplitNet, SubNetworks, Tile, TileZeroHalo
+from splitfx.passes import DropIdentity, FoldBatchNorm, Group, SeparablePool, SplitNet, SubNetworks, Tile, TileZeroHalo
 
 
 def draw_passes(rng: Random, graph: fx.GraphModule) -> list[Callable[[Random, fx.GraphModule], Pass]]:
     """One to three passes in any order; each is drawn for the graph that it will meet."""
     classifier = [len(shape(facts(graph).shapes[n])) for n in output_node(graph).all_input_nodes] == [2]
-    makers = [group, group, tile, tile, fold, drop, subnetworks, *[splitnet] * (4 if classifier else 0)]
+    makers = [group, group, tile, tile, fold, drop, pools, subnetworks, *[splitnet] * (4 if classifier else 0)]
     return [rng.choice(makers) for _ in range(rng.choice((1, 2, 2, 3)))]
 
 
 def fold(rng: Random, graph: fx.GraphModule) -> Pass:
     return FoldBatchNorm()
+
+
+def pools(rng: Random, graph: fx.GraphModule) -> Pass:
+    return SeparablePool()
 
 
 def drop(rng: Random, graph: fx.GraphModule) -> Pass:
