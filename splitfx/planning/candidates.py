@@ -14,7 +14,8 @@ from splitfx.compiler.pipeline import figures, run_plan
 from splitfx.compiler.plan import Plan
 from splitfx.compiler.protocol import Pass
 from splitfx.errors import SplitfxError
-from splitfx.passes import FoldBatchNorm, Group, Tile
+from splitfx.ir.graph import info
+from splitfx.passes import FoldBatchNorm, Group, SeparablePool, Tile
 from splitfx.planning.goals import Goals
 from splitfx.report.pareto import pareto
 from splitfx.tiling.plan.planner import enough
@@ -36,19 +37,21 @@ class Candidate:
 
 def candidates(graph: fx.GraphModule, goals: Goals) -> Iterator[Candidate]:
     """Every plan worth a look; `SplitfxError` of a pass that cannot be had is the caller's to tell."""
-    folds = _folds(graph)
+    folds = _changes(graph, FoldBatchNorm())
     fold: tuple[Pass, ...] = (FoldBatchNorm(),) if folds else ()
     if goals.macs is None or goals.macs >= figures(graph).macs:  # the same function takes the same work
         if folds:
             yield Candidate("fold", "batch norms become part of the convolutions before them", fold, True)
+        if goals.peak_bytes is None and not goals.least and _changes(graph, SeparablePool()):
+            name = "fold + separable pools" if folds else "separable pools"
+            yield Candidate(name, "max pools along rows, then along columns", (*fold, SeparablePool()), True)
         yield from _tilings(graph, goals, fold)
     if goals.macs is not None or goals.seconds is not None or goals.drop is not None:
         yield from _groups(graph, goals, fold)
 
 
-def _folds(graph: fx.GraphModule) -> bool:
-    made = run_plan(graph, Plan([FoldBatchNorm()]), verify=False)
-    return len(list(made.graph.nodes)) < len(list(graph.graph.nodes))
+def _changes(graph: fx.GraphModule, step: Pass) -> bool:
+    return info(run_plan(graph, Plan([step]), verify=False)).steps[-1].changed
 
 
 def _tilings(graph: fx.GraphModule, goals: Goals, fold: tuple[Pass, ...]) -> Iterator[Candidate]:

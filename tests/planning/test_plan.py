@@ -154,6 +154,19 @@ def test_single_blocks_are_split_less_where_the_work_allows_it() -> None:
     assert not any("fold" in name or "tile" in name for name in found)  # these leave the work as it is
 
 
+def test_a_pass_that_changes_no_figure_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        plans, "_worth_a_choice", lambda found: found
+    )  # which of them is faster is the machine's to say
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    found = splitfx.plan(model, (1, 3, 32, 32), latency="0.99x")
+    one = next(choice for choice in found.choices if choice.name == "separable pools")
+    assert (one.same, one.figures) == (True, found.now.figures)
+    assert one.time is not None
+    small = [one.name for one in candidates(splitfx.trace(model, (1, 3, 32, 32)), Goals(peak_bytes=1000))]
+    assert "separable pools" not in small  # they save no memory
+
+
 def test_a_budget_that_cannot_be_kept_names_what_comes_nearest() -> None:
     found = splitfx.plan(network(), SHAPE, peak="10 KiB")
     with pytest.raises(PlanError, match=r"no plan was found for a peak of at most 10\.00 KiB.*the least is"):
