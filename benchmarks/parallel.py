@@ -4,7 +4,8 @@ Batch 100, 32×32 images, one thread per process, random equal groups (the time 
 are started; in every round rank 0 runs the unsplit network alone, the carved one alone and its own share of it alone,
 while rank 1 sleeps in a barrier, and then both run their shares (`splitfx.parallel`). Medians of all rounds, ratios
 within one run; eager, and through torch.compile where inductor finds a C++ compiler; with the C library's allocator as
-it comes, and told to keep the pages it has (half of what a narrow network gains is otherwise spent on fresh memory).
+it comes (``Ranks(keep_pages=False)``), and told to keep the pages it has, as `Ranks` does by itself (half of what a
+narrow network gains is otherwise spent on fresh memory).
 What one share alone gains is what two could. ``crossing`` is the exchange of ready logits, timed by itself
 after a barrier, as a share of the parallel call; ``off`` how far the result is from the whole carved model's.
 """
@@ -30,7 +31,6 @@ import torch.distributed as dist
 
 import splitfx
 from benchmarks.networks import WideResNet
-from benchmarks.tile import ALLOCATORS
 from splitfx.ground.table import number, seconds
 from splitfx.parallel import Ranks
 from splitfx.passes import SplitNet
@@ -70,8 +70,8 @@ def run(quick: bool) -> list[dict[str, Any]]:
         carve(settings)
         found = [
             {**row, "allocator": name}
-            for name in (["stock"] if quick else ALLOCATORS)
-            for row in rows_of(settings, ALLOCATORS[name])
+            for name in ("stock", "page-keeping")[: 1 if quick else 2]
+            for row in rows_of(settings | {"keep_pages": name != "stock"}, {})
         ]
     return sorted(found, key=lambda row: engines.index(row["engine"]))
 
@@ -136,7 +136,8 @@ def worker(settings: dict[str, Any]) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
     for engine in settings["engines"]:
         compile_ = engine == "torch.compile"
-        with Ranks(split, stem="duplicate", timeout=PATIENCE, compile=compile_, verify=False) as ranks:
+        keep = settings["keep_pages"]
+        with Ranks(split, stem="duplicate", timeout=PATIENCE, compile=compile_, keep_pages=keep, verify=False) as ranks:
             alone = [torch.compile(one) if compile_ else one for one in (dense, split)]
             found = measured(ranks, alone, image, settings["rounds"])
             rows += table_of(engine, found, ranks, dense, split, image)

@@ -94,14 +94,14 @@ class Exact(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.graph_module.get_submodule(str(target))
+        if isinstance(module, Staged):
+            return self.run_stage(str(target), module, args, kwargs)
         masked = module if isinstance(module, Masked) else None
         module = masked.layer if masked is not None else module
         own = module.weight if isinstance(module, _LARGE) else None
         tensors = (*module.named_parameters(), *module.named_buffers())
         if not module._modules:  # the same, without the search
             tensors = (*module._parameters.items(), *module._buffers.items())
-        if isinstance(module, Staged):
-            return self.run_stage(str(target), module, args, kwargs)
         held = {name: self.lent(t) if t is own else _double(self.value(t)) for name, t in tensors if t is not None}
         if masked is not None:
             masked.clear(held["weight"])
@@ -118,7 +118,8 @@ class Exact(fx.Interpreter):
             for tensor in tensors:
                 copies[id(tensor)].copy_(self.value(tensor))
         else:
-            copies = {id(t): _double(self.value(t).detach().clone()) for t in tensors}
+            wide = lambda t: torch.float64 if t.dtype.is_floating_point else t.dtype  # noqa: E731
+            copies = {id(t): self.value(t).detach().to(wide(t), copy=True) for t in tensors}
             private = copy.deepcopy(module, dict(copies)).eval()
             _widen(private.stage)
             self.staged[target] = private, copies
@@ -218,7 +219,11 @@ class Pair:
 
     def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
         self.before, self.after = before, after
-        self._runs = Exact(before), Exact(after)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the copies that runs leave for the next."""
+        self._runs = Exact(self.before), Exact(self.after)
 
     def difference(self, seed: int = 0, small: bool = True, other: dict[int, torch.Tensor] | None = None) -> float:
         """See `difference`; ``other``: by the id of a tensor that both graphs hold, the one to be taken for it."""

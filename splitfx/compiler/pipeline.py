@@ -130,7 +130,7 @@ def _run(graph: fx.GraphModule, step: Pass, verify: bool) -> tuple[fx.GraphModul
         difference = _held_to_promise(step, pair, reference)
         del reference  # as large as the model
         _held_on_other_weights(done, pair)
-        del pair  # it holds a copy of what is tiled
+        del pair
     record = Step(
         step.name,
         step.to_dict(),
@@ -211,6 +211,7 @@ def _held_on_other_weights(done: Pass, pair: Pair) -> None:
     moved = done.promise is Promise.EQUAL and _weights_of(pair.after) <= _weights_of(before)
     if moved and pair.difference(other=other_weights(before)) <= TOLERANCE:
         return
+    pair.forget()
     other = varied(before)
     carry_over(facts(before), other)
     # A dense reference of its own is all that a RETRAIN pass is held to, so what it started from may be rewritten.

@@ -20,6 +20,7 @@ from torch import fx
 from splitfx.analysis.fingerprint import fingerprint
 from splitfx.analysis.oracle import acts_as_in_eval
 from splitfx.errors import UnsupportedError
+from splitfx.ground import pages
 from splitfx.ir.graph import copy_graph
 from splitfx.parallel.link import Link, ParallelError
 from splitfx.parallel.placement import Placement, Stem, place
@@ -37,7 +38,9 @@ class Ranks:
     ``stem``: "duplicate" on every rank, on its "own" (rank 0), or "auto", by estimate (`place`). ``gather``: who gets
     the model's output, the "first" rank (the others get None) or "all". ``timeout``: seconds to wait for another rank.
     ``device``: "cpu", or "cuda" for the GPU of this process's LOCAL_RANK. ``compile``: run the share through
-    ``torch.compile``. ``pipelined``: it will be used through `stream`, which counts for "auto". ``verify``: see `Tree`.
+    ``torch.compile``. ``pipelined``: it will be used through `stream`, which counts for "auto". ``keep_pages``: on a
+    CPU this process keeps the memory that it frees, see `splitfx.parallel.keep_pages`: processes side by side wait for
+    fresh pages otherwise. ``verify``: see `Tree`.
 
     ``placement`` says who runs what. Close it, or use it as a context manager.
     """
@@ -52,6 +55,7 @@ class Ranks:
         device: Literal["cpu", "cuda"] = "cpu",
         compile: bool = False,
         pipelined: bool = False,
+        keep_pages: bool = True,
         verify: bool = True,
     ) -> None:
         if gather not in ("first", "all"):
@@ -67,6 +71,8 @@ class Ranks:
         except Exception:
             self.link.close()
             raise
+        if keep_pages and self.link.device.type == "cpu":
+            pages.keep_pages()
         self.own = self.placement.stem == "own"
         self.groups = self.placement.groups[self.rank]
         self.receivers = range(self.size) if gather == "all" else range(1)
