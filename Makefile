@@ -62,7 +62,7 @@ bench-parallel: $(STAMP)
 bench-shard: $(STAMP)
 	$(PY) -m benchmarks.run shard
 
-# Fashion-MNIST is fetched where it is not installed; about two hours on two cores, most of it training.
+# Fashion-MNIST is fetched where it is not installed; about two and a half hours on one core, most of it training.
 bench-accuracy: $(STAMP)
 	benchmarks/fashion_mnist.sh
 	$(PY) -m benchmarks.run reconstruction reconstruction_epoch
