@@ -19,7 +19,7 @@ from torch import fx
 
 from splitfx.analysis import Facts
 from splitfx.compiler.protocol import Note, Outcome, Pass, Promise
-from splitfx.ir.editing import free_path, insert_after
+from splitfx.ir.editing import bypass, free_path, insert_after
 from splitfx.ir.graph import layer, module_of
 from splitfx.ir.layers import SeparableMaxPool2d
 from splitfx.ir.ops import bind, op, op_name, window
@@ -45,11 +45,9 @@ class SeparablePool(Pass):
                 continue
             rule = window(node)
             pool = SeparableMaxPool2d(rule.kernel, rule.stride, rule.padding, rule.dilation, rule.ceil_mode)
-            operand, where = node.args[0], layer(node)
-            new = insert_after(graph, node, free_path(graph, where or "pool"), pool)
-            new.args = (operand,)
-            new.meta["layer"] = where
-            graph.graph.erase_node(node)
+            where = layer(node)
+            insert_after(graph, node, free_path(graph, where or "pool"), pool).meta["layer"] = where
+            bypass(graph, node)
             notes.append(Note(where, "maxima along rows, then along columns"))
         return Outcome(tuple(notes) or (Note("model", "has no max pool: nothing to do", "info"),))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from splitfx.ir.graph import weighted
@@ -78,6 +80,14 @@ def _slide(x: torch.Tensor, dim: int, kernel: int, stride: int, dilation: int, b
     return out
 
 
+def _separable(x: torch.Tensor) -> bool:
+    """On a CPU, in contiguous memory, without gradients and outside `torch.vmap`, `torch.func` and forward-mode
+    differentiation, which take no results in memory that is given to them."""
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    transformed = is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+    return x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous() and not recorded and not transformed
+
+
 class SeparableMaxPool2d(nn.Module):
     """`torch.nn.MaxPool2d` as `separable_max`, where that is faster: on a CPU, in contiguous memory, when no gradient
     is wanted; elsewhere, in exports and when compiled, torch's own. The same values."""
@@ -95,9 +105,7 @@ class SeparableMaxPool2d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        recorded = torch.is_grad_enabled() and x.requires_grad
-        elsewhere = x.device.type != "cpu" or x.dim() != 4 or not x.is_contiguous()
-        if recorded or elsewhere or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or not _separable(x):
             return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         count = [self._windows(x.shape[2 + axis], axis) for axis in (0, 1)]
         return separable_max(x, self.kernel_size, self.stride, self.dilation, self.padding, count)

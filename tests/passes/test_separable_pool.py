@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 import splitfx
 from splitfx.errors import VerificationError
@@ -132,6 +133,22 @@ def test_it_trains_as_before(split: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     for key, value in model.named_parameters():
         torch.testing.assert_close(split.get_parameter(key).grad, value.grad, rtol=0, atol=0)
     assert not seen
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_it_goes_through_transforms_of_functions(split: Any, grad: bool) -> None:
+    pool, torchs, x = split.pool, nn.MaxPool2d(3, 2, 1), torch.randn(3, 2, 4, 9, 8)
+    found: Any
+    wanted: Any
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(torch.vmap(pool)(x), torch.vmap(torchs)(x))
+        found, wanted = (torch.func.jvp(one, (x[0],), (x[1],)) for one in (pool, torchs))
+        assert all(map(torch.equal, found, wanted))
+        with forward_ad.dual_level():
+            found, wanted = (forward_ad.unpack_dual(one(forward_ad.make_dual(x[0], x[1]))) for one in (pool, torchs))
+            assert all(map(torch.equal, found, wanted))
+    found, wanted = (torch.func.grad(lambda v, one=one: one(v).square().sum())(x[0]) for one in (pool, torchs))
+    assert torch.equal(found, wanted)
 
 
 def test_in_a_file_it_is_one_pool(split: Any, tmp_path: Path) -> None:
